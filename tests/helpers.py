@@ -1,0 +1,58 @@
+"""What several tests share: the weights behind the golden vectors, and a way to run the scripts."""
+
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import zlib
+
+import numpy as np
+import torch
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+GOLDEN = pathlib.Path(__file__).resolve().parent / "golden"
+
+
+def fill(name, shape):
+    """The float32 weights behind the golden vectors, for the parameter of this official full name."""
+    x = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)
+    if len(shape) == 1:
+        return (1 + 0.1 * x).astype(np.float32) if name.endswith("weight") else (0.1 * x).astype(np.float32)
+    return (x / np.sqrt(int(np.prod(shape[1:])))).astype(np.float32)
+
+
+def fill_module(module, prefix, official=lambda name: name):
+    """Fill all parameters of `module`; `official` maps our names to the official ones below `prefix`."""
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.copy_(torch.from_numpy(fill(prefix + official(name), tuple(parameter.shape))))
+    return module.eval()
+
+
+def golden(name):
+    """The arrays of tests/golden/`name`.npz as a dict of torch tensors."""
+    with np.load(GOLDEN / f"{name}.npz") as file:
+        return {key: torch.from_numpy(np.asarray(file[key])) for key in file.files}
+
+
+def environment():
+    """The environment for child processes: one thread each, so that two ranks do not fight over the cores."""
+    return {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def run_script(script, *flags, ranks=1, timeout=300, check=True, cwd=ROOT):
+    """Run a script of the project as a user would; returns the CompletedProcess with text output."""
+    launcher = [sys.executable]
+    if ranks > 1:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        launcher += ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={port}"]
+    command = [*launcher, str(ROOT / script), *map(str, flags)]
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=timeout, env=environment(), cwd=cwd
+    )
+    if check:
+        assert result.returncode == 0, result.stdout + result.stderr
+    return result
