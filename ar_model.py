@@ -1,25 +1,25 @@
 """The auto-regressive transformer of Open-MAGVIT2: it draws an image code by code, and each code in M steps.
 
-A vocabulary of 2^18 is too large for one softmax, so a token is factorised into sub-tokens of 2^6 and 2^12 entries
-(asymmetric token factorisation, section 2.3). Predicting them with separate heads would ignore that they belong to
-one code; instead a second, much shallower transformer predicts one sub-token after the other ("next sub-token
-prediction"). In reading order:
+A vocabulary of 2^18 is too large for one softmax, so a token is factorised into sub-tokens of 2^6 and 2^12
+entries (asymmetric token factorisation, section 2.3). Predicting them with separate heads would ignore that
+they belong to one code; instead a second, much shallower transformer predicts one sub-token after the other
+("next sub-token prediction"). In reading order:
 
-    1. layers     RMSNorm, 2D rotary positions, SwiGLU, the Llama block between tokens and the one within a token
+    1. layers     RMSNorm, rotary positions, SwiGLU, the Llama block between tokens and the one within a token
     2. model      ARConfig, presets, ARModel: C_t from all earlier tokens (eq. 5), sub-tokens from C_t (eq. 6)
-    3. sampling   guidance, temperature, top-k, top-p, one draw; one token; a whole batch, eager or as CUDA graphs
+    3. sampling   guidance, temperature, top-k, top-p, a draw; one token; a batch of images, eager or compiled
     4. loading    our own checkpoints, and the ones that the authors published
 
 It is trained by train_ar.py and makes pictures in sample.py. To draw tokens from Python:
 
     import torch, ar_model
-    model, info = ar_model.load_ar("AR_256_B.ckpt")                    # or runs/ar/step-00001000.pt
+    model, info = ar_model.load_ar("AR_256_B.ckpt")               # or runs/ar/step-00001000.pt
     ar_model.prepare_for_sampling(model, torch.bfloat16)
-    labels = torch.tensor([207, 360])                                  # golden retriever, otter
-    subtokens = ar_model.sample(model, labels, seeds=[0, 1], cfg_scale=(1.9, 2.0))    # 2 x (2, 256)
+    labels = torch.tensor([207, 360])                             # golden retriever, otter
+    subtokens = ar_model.sample(model, labels, seeds=[0, 1], cfg_scale=(1.9, 2.0))        # 2 x (2, 256)
 
-Axis letters: B batch, R rows of a sampling step (B, or 2B with guidance), N tokens of an image, M sub-tokens of a
-token, V = 2^(k_m) entries of a sub-vocabulary, D width, H heads, d = D / H.
+Axis letters: B batch, R rows of a sampling step (B, or 2B with guidance), N tokens of an image, M sub-tokens
+of a token, V = 2^(k_m) entries of a sub-vocabulary, D width, H heads, d = D / H.
 """
 import dataclasses
 import math
@@ -33,10 +33,9 @@ from torch.utils.checkpoint import checkpoint
 
 import runtime
 
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 1. Layers
-# ------------------------------------------------------------------------------------------------------------------
-
+# ------------------------------------------------------------------------------------------------------------
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight, the norm in float32 whatever the precision around it."""
@@ -51,14 +50,14 @@ class RMSNorm(nn.Module):
 
 
 def rope_table(grid, head_dim, base=10000.0):
-    """Rotary positions (1 + N, 1, 1, d/2, 2): cos and sin of the angle by which each pair of channels is turned.
+    """Rotary positions (1 + N, 1, 1, d/2, 2): cos and sin of the angle by which a pair of channels is turned.
 
-    The d/2 pairs of a head are shared out over the axes of `grid`, in order: on an image the first half turns with
-    the row and the second with the column, pair i of p by base^(-i/p) radians a step. Three axes (t, y, x) get a third
-    each, the spatial ones the remainder.
+    The d/2 pairs of a head are shared out over the axes of `grid`, in order: on an image the first half turns
+    with the row and the second with the column, pair i of p by base^(-i/p) radians a cell. Three axes (t, y,
+    x) get a third each, and the last ones what is left over. Entry 1 + n is cell n in raster order.
 
-    Entry 0 belongs to the class token and is all zeros, cos too: not "no rotation" but a vanishing query and key, so
-    that everybody attends to the class with the same logit 0. Entry 1 + n is cell n of the grid in raster order.
+    Entry 0 belongs to the class token and is all zeros, cos too: not a rotation by nothing but a vanishing
+    query and key, so that everybody attends to the class with the same score 0.
     """
     pairs = head_dim // 2
     cells = torch.cartesian_prod(*(torch.arange(size, dtype=torch.float32) for size in grid))
@@ -66,28 +65,28 @@ def rope_table(grid, head_dim, base=10000.0):
     for axis, coordinate in enumerate(cells.reshape(-1, len(grid)).unbind(1)):
         share = (pairs + axis) // len(grid)
         angles.append(coordinate[:, None] * base ** (-torch.arange(share) / share))
-    angles = torch.cat(angles, dim=1)                                                      # (N, d/2)
-    table = torch.stack([angles.cos(), angles.sin()], dim=-1)                              # (N, d/2, 2)
+    angles = torch.cat(angles, dim=1)                                                     # (N, d/2)
+    table = torch.stack([angles.cos(), angles.sin()], dim=-1)                             # (N, d/2, 2)
     return F.pad(table, (0, 0, 0, 0, 1, 0))[:, None, None]
 
 
 def rotate(x, rope):
-    """Turn each pair of neighbouring channels of x (..., d) by its entry of `rope` (..., d/2, 2), in float32."""
+    """Turn each pair of neighbouring channels of x (..., d) by its angle in `rope` (..., d/2, 2), in fp32."""
     pairs = x.float().unflatten(-1, (-1, 2))
-    if torch.compiler.is_compiling():                # written out, because the compiler fuses real arithmetic only
+    if torch.compiler.is_compiling():           # written out, because the compiler fuses real arithmetic only
         (a, b), (cos, sin) = pairs.unbind(-1), rope.unbind(-1)
         turned = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
-    else:                                            # (a + ib)(cos + i sin): the same, 7 times as fast on a CPU
+    else:                                       # (a + ib)(cos + i sin): the same, much faster on a CPU
         turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rope))
     return turned.flatten(-2).type_as(x)
 
 
 class Attention(nn.Module):
-    """The two matrices of attention, under Llama's names. What is attended to is the business of the blocks below."""
+    """The two matrices of attention, under Llama's names. The blocks below say who attends to what."""
 
     def __init__(self, width):
         super().__init__()
-        self.wqkv = nn.Linear(width, 3 * width, bias=False)          # rows: all of q, all of k, all of v
+        self.wqkv = nn.Linear(width, 3 * width, bias=False)     # rows: all of q, all of k, all of v
         self.wo = nn.Linear(width, width, bias=False)
 
 
@@ -102,9 +101,9 @@ class FeedForward(nn.Module):
         self.w13 = None
 
     def fuse(self):
-        """Join w1 and w3 for sampling, where a step is a chain of small products and each one costs a launch."""
+        """Join w1 and w3 for sampling, where a step is a chain of small products, each with a fixed cost."""
         if self.w13 is None:
-            self.w13 = nn.Parameter(torch.cat([self.w1.weight, self.w3.weight]))
+            self.w13 = nn.Parameter(torch.cat([self.w1.weight, self.w3.weight]), requires_grad=False)
             self.w1 = self.w3 = None
 
     def forward(self, x):
@@ -118,8 +117,8 @@ class FeedForward(nn.Module):
 class LlamaBlock(nn.Module):
     """Pre-norm Llama block without biases, in three acts: `project` to q, k and v; attend; `finish`.
 
-    Attending between tokens (InterBlock) and within a token (IntraBlock) differ, in training and in sampling; the
-    first and the last act are the same everywhere.
+    Attending differs between tokens (InterBlock) and within a token (IntraBlock), in training and in
+    sampling; the first and the last act are the same everywhere.
     """
 
     def __init__(self, config):
@@ -134,7 +133,7 @@ class LlamaBlock(nn.Module):
 
     def project(self, x, rope):
         """x (..., D) to q, k, v (..., H, d), q and k turned by `rope`."""
-        qkv = self.attention.wqkv(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1))   # (..., 3, H, d)
+        qkv = self.attention.wqkv(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1))
         q, k = rotate(qkv[..., :2, :, :], rope).unbind(-3)
         return q, k, qkv[..., 2, :, :]
 
@@ -149,7 +148,7 @@ class InterBlock(LlamaBlock):
 
     def forward(self, x, rope):
         """All positions at once: x (B, N, D) -> (B, N, D)."""
-        q, k, v = (z.transpose(1, 2) for z in self.project(x, rope))                           # (B, H, N, d)
+        q, k, v = (z.transpose(1, 2) for z in self.project(x, rope))                      # (B, H, N, d)
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.finish(x, attended.transpose(1, 2).flatten(2))
 
@@ -162,25 +161,26 @@ class InterBlock(LlamaBlock):
 
     def step(self, x, rope, keys, values, position, length, mask):
         """One position: x (R, D) -> (R, D), reading the first `length` slots of the cache (R, H, N, d)."""
-        q = self.store(x, rope, keys, values, position).unsqueeze(2)                           # (R, H, 1, d)
+        q = self.store(x, rope, keys, values, position).unsqueeze(2)                      # (R, H, 1, d)
         keys, values = keys[:, :, :length], values[:, :, :length]
         attended = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
         return self.finish(x, attended.flatten(1))
 
 
 def attend_within_token(q, keys, values):
-    """Attention of one position over the little sequence [context, sub-token 1, .., sub-token m], without a softmax.
+    """Attention of the last position of the little sequence [context, sub-token 1, .., sub-token m].
 
-    q (..., H, d), m keys and 1 + m values of that shape. The context's key is zero (its rotary entry is), so its
-    score is 0 and its value v_0 is the start. A sub-token of score s then moves the result by its share of the softmax
-    over all so far, e^s / (e^total + e^s) = sigmoid(s - total). With M = 2 that is one gate a head and no more:
-    v_0 + sigmoid(q.k / sqrt(d)) (v_1 - v_0): no cache tensor, no mask, no attention kernel on a million sequences of 2.
+    q (..., H, d), m keys and 1 + m values of that shape. The context's key is zero (its rotary entry is), so
+    its score is 0 and its value v_0 the start. Every sub-token of score s then pulls the result towards its
+    value by its share of the softmax so far, e^s / (e^total + e^s) = sigmoid(s - total). With M = 2 that is
+    one gate a head, v_0 + sigmoid(q.k / sqrt(d)) (v_1 - v_0): no cache tensor, no mask, and no attention
+    kernel that would have to run over B x N sequences of length 2.
     """
-    attended, total = values[0], 0.0                                 # total: log of the softmax's denominator
+    attended, total = values[0], 0.0            # total: log of the softmax's denominator, e^0 for the context
     for k, v in zip(keys, values[1:]):
         score = (q.float() * k.float()).sum(-1, keepdim=True) * q.shape[-1] ** -0.5 - total
         attended = attended + torch.sigmoid(score).type_as(v) * (v - attended)
-        total = total + F.softplus(score)                            # log(e^total + e^s)
+        total = total + F.softplus(score)       # log(e^total + e^s)
     return attended
 
 
@@ -189,13 +189,13 @@ class IntraBlock(LlamaBlock):
 
     def forward(self, x, rope):
         """All sub-tokens of all positions at once: x (B, N, M, D) -> (B, N, M, D)."""
-        q, k, v = (z.unbind(2) for z in self.project(x, rope))                                 # M x (B, N, H, d)
+        q, k, v = (z.unbind(2) for z in self.project(x, rope))                            # M x (B, N, H, d)
         attended = [attend_within_token(q[m], k[1:m + 1], v[:m + 1]) for m in range(len(q))]
         return self.finish(x, torch.stack(attended, dim=2).flatten(3))
 
     def step(self, x, rope, keys, values):
-        """Sub-token step m: x (R, D) -> (R, D), and the lists of keys and values (R, H, d) grown by this step's."""
-        if not values:                               # the context: q = k = 0, so that it reads nothing but its value
+        """Sub-token step m: x (R, D) -> (R, D), and the lists of keys and values (R, H, d), one longer."""
+        if not values:                          # the context attends to itself alone: q and k are not needed
             v = F.linear(self.attention_norm(x), self.attention.wqkv.weight[-x.shape[-1]:])
             return self.finish(x, v), keys, [v.unflatten(-1, (self.heads, -1))]
         q, k, v = self.project(x, rope)
@@ -203,41 +203,43 @@ class IntraBlock(LlamaBlock):
         return self.finish(x, attend_within_token(q, keys, values).flatten(1)), keys, values
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 2. Model
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 @dataclasses.dataclass
 class ARConfig:
-    """The shape of a transformer; the defaults are AR-B of table 2. Raises `UserError` for impossible shapes."""
+    """The shape of a transformer, by default AR-B of table 2. Raises `UserError` for impossible shapes."""
     width: int = 1024
     heads: int = 16
-    inter_blocks: int = 24                 # N in table 2: blocks between tokens
-    intra_blocks: int = 2                  # L in table 2: blocks within a token
-    bits: tuple = (6, 12)                  # k_m of each sub-token; their sum is the tokenizer's K
-    grid: tuple = (16, 16)                 # (rows, columns) of an image's tokens, or (t, y, x) of a video's
-    num_classes: int = 1000                # 0: unconditional, the one entry of the class table means "no class"
-    token_dropout: float = 0.1             # on the input sequence, class embedding included
-    attention_dropout: float = 0.1         # on the output of attention, before it joins the residual stream
-    ffn_dropout: float = 0.1               # on the output of the feed-forward network
-    label_dropout: float = 0.1             # probability that training shows "no class": what guidance extrapolates from
-    ffn_multiple: int = 256                # the hidden width of the feed-forward network is rounded up to this
-    separate_heads: bool = False           # baseline: M heads on C_t, no intra blocks ("intuitive solution", 2.3)
+    inter_blocks: int = 24              # N in table 2: blocks between tokens
+    intra_blocks: int = 2               # L in table 2: blocks within a token
+    bits: tuple = (6, 12)               # k_m of each sub-token; their sum is the tokenizer's K
+    grid: tuple = (16, 16)              # (rows, columns) of an image's tokens, or (t, y, x) of a video's
+    num_classes: int = 1000             # 0: unconditional, the one entry of the class table means "no class"
+    token_dropout: float = 0.1          # on the input sequence, class embedding included
+    attention_dropout: float = 0.1      # on the output of attention, before it joins the residual stream
+    ffn_dropout: float = 0.1            # on the output of the feed-forward network
+    label_dropout: float = 0.1          # how often training shows "no class", from which guidance leads away
+    ffn_multiple: int = 256             # the hidden width of the feed-forward network is rounded up to this
+    separate_heads: bool = False        # baseline: M heads on C_t, no intra blocks ("intuitive solution")
 
     def __post_init__(self):
         self.bits, self.grid = tuple(self.bits), tuple(self.grid)
         for name in ("width", "heads", "inter_blocks", "ffn_multiple"):
-            runtime.require(getattr(self, name) >= 1, f"{name} of the AR model must be 1 or more")
-        runtime.require(self.bits and min(self.bits) >= 1, f"bits {self.bits}: each sub-token needs 1 bit or more")
-        runtime.require(self.grid and min(self.grid) >= 1, f"grid {self.grid}: each axis needs 1 cell or more")
+            runtime.require(getattr(self, name) >= 1, f"{name} of an AR model must be 1 or more")
+        for name in ("token_dropout", "attention_dropout", "ffn_dropout", "label_dropout"):
+            runtime.require(0 <= getattr(self, name) <= 1, f"{name} must lie between 0 and 1")
+        runtime.require(self.bits and min(self.bits) >= 1, f"bits {self.bits}: a sub-token needs 1 or more")
+        runtime.require(self.grid and min(self.grid) >= 1, f"grid {self.grid}: an axis needs 1 cell or more")
         runtime.require(self.num_classes >= 0, "num_classes must be 0 (unconditional) or more")
         runtime.require(self.width % (2 * self.heads) == 0 and self.head_dim >= 2 * len(self.grid),
-                        f"width {self.width} cannot be shared by {self.heads} heads with rotary positions on "
-                        f"{len(self.grid)} axes; make it an even multiple of the heads, 2 channels an axis or more")
-        runtime.require(self.intra_blocks >= (0 if self.separate_heads or len(self.bits) == 1 else 1),
-                        "with several sub-tokens, intra_blocks must be 1 or more: only they show the context to "
-                        "later sub-tokens (or set separate_heads)")
-        # Sub-token m sits at entry m of the rotary table, which has one entry more than the grid has cells.
+                        f"width {self.width} does not suit {self.heads} heads on {len(self.grid)} axes; make "
+                        f"it an even multiple of the heads, with 2 channels an axis or more")
+        runtime.require(self.separate_heads or self.intra_blocks >= (1 if len(self.bits) > 1 else 0),
+                        "intra_blocks must be 1 or more: later sub-tokens see the context through them alone "
+                        "(or set separate_heads)")
+        # Sub-token m takes entry m of the rotary table, which has one entry more than the grid has cells.
         runtime.require(len(self.bits) <= self.tokens + 1, f"{len(self.bits)} sub-tokens need a larger grid")
 
     @property
@@ -252,7 +254,7 @@ class ARConfig:
 
     @property
     def ffn_hidden(self):
-        """Two thirds of 4 D, since SwiGLU has three matrices in place of two, rounded up to `ffn_multiple`."""
+        """Two thirds of 4 D, as SwiGLU has three matrices in place of two, rounded up to `ffn_multiple`."""
         return -(-(8 * self.width // 3) // self.ffn_multiple) * self.ffn_multiple
 
 
@@ -260,12 +262,12 @@ PRESETS = {
     "AR-B": ARConfig(),
     "AR-L": ARConfig(width=1280, heads=20, inter_blocks=36, intra_blocks=3),
     "AR-XL": ARConfig(width=1536, heads=24, inter_blocks=48, intra_blocks=4),
-    # Minutes on a laptop: a run this short never sees an image often enough to need dropout.
+    # Minutes on a laptop: a run this short never sees an image often enough to need dropout of activations.
     "toy": ARConfig(width=128, heads=4, inter_blocks=4, intra_blocks=1, bits=(5, 5), grid=(8, 8), num_classes=10,
-                    token_dropout=0.0, attention_dropout=0.0, ffn_dropout=0.0, ffn_multiple=32),
+                    ffn_multiple=32, token_dropout=0.0, attention_dropout=0.0, ffn_dropout=0.0),
 }
 
-# How the rows of table 5 were sampled, and what the authors use to show pictures ("looking": any model of M = 2).
+# How the rows of table 5 were sampled and, as "looking" (any model of M = 2), what suits pictures to look at.
 SAMPLING = {
     "AR-B": {"cfg_scale": (1.9, 2.0), "temperature": (1.0, 1.0), "top_k": (0, 0), "top_p": (1.0, 1.0)},
     "AR-L": {"cfg_scale": (1.9, 1.9), "temperature": (1.1, 1.0), "top_k": (0, 0), "top_p": (1.0, 1.0)},
@@ -275,22 +277,24 @@ SAMPLING = {
 
 
 class ARModel(nn.Module):
-    """p(x_t^m | class, x_1 .. x_{t-1}, x_t^1 .. x_t^{m-1}) for all tokens t and sub-tokens m (eq. 7).
+    """p(x_t^m | class, x_1 .. x_{t-1}, x_t^1 .. x_t^{m-1}) for all tokens t and their sub-tokens m (eq. 7).
 
-    `checkpointing` = True recomputes the blocks' activations in the backward pass: a third more time, far less memory.
+    `checkpointing` = True computes the blocks' activations again in the backward pass instead of keeping
+    them: a third more time for far less memory.
     """
 
     def __init__(self, config):
         super().__init__()
         self.config, self.checkpointing = config, False
-        intra_blocks = 0 if config.separate_heads else config.intra_blocks
-        self.token_embeddings = nn.ModuleList(nn.Embedding(2 ** bits, config.width) for bits in config.bits)
-        self.class_embedding = nn.Embedding(config.num_classes + 1, config.width)     # the last entry: "no class"
+        D = config.width
+        self.token_embeddings = nn.ModuleList(nn.Embedding(2 ** bits, D) for bits in config.bits)
+        self.class_embedding = nn.Embedding(config.num_classes + 1, D)         # the last entry is "no class"
         self.token_dropout = nn.Dropout(config.token_dropout)
         self.inter_blocks = nn.ModuleList(InterBlock(config) for _ in range(config.inter_blocks))
-        self.intra_blocks = nn.ModuleList(IntraBlock(config) for _ in range(intra_blocks))
-        self.norm = RMSNorm(config.width)
-        self.heads = nn.ModuleList(nn.Linear(config.width, 2 ** bits, bias=False) for bits in config.bits)
+        self.intra_blocks = nn.ModuleList(
+            IntraBlock(config) for _ in range(0 if config.separate_heads else config.intra_blocks))
+        self.norm = RMSNorm(D)
+        self.heads = nn.ModuleList(nn.Linear(D, 2 ** bits, bias=False) for bits in config.bits)
         self.register_buffer("rope", rope_table(config.grid, config.head_dim), persistent=False)
         self.initialise()
 
@@ -298,12 +302,12 @@ class ARModel(nn.Module):
         """All initial weights of the model. RMSNorm keeps its ones."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=0.02)     # small enough that the residual stream starts linear
+                nn.init.normal_(module.weight, std=0.02)    # small branches beside the residual stream
         for head in self.heads:
-            nn.init.zeros_(head.weight)                      # uniform predictions: the loss starts at K log 2
+            nn.init.zeros_(head.weight)                     # uniform predictions: the loss starts at K log 2
 
     def run(self, block, x, rope):
-        """`block(x, rope)`, with its activations kept or, under `checkpointing`, computed again when needed."""
+        """`block(x, rope)`, its activations kept for the backward pass or, under `checkpointing`, not."""
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(block, x, rope, use_reentrant=False)
         return block(x, rope)
@@ -311,10 +315,10 @@ class ARModel(nn.Module):
     def forward(self, subtokens, labels, return_loss=False):
         """Logits of every sub-token, given the true ones before it (teacher forcing).
 
-        subtokens: list of M int64 tensors (B, N) in raster order, the m-th in 0 .. 2^(k_m) - 1; labels (B,) int64, of
-        which `num_classes` means "no class". Returns a list of M logits (B, N, 2^(k_m)), or with `return_loss` what
-        `loss` makes of them: in that form the call also works through DistributedDataParallel and torch.compile.
-        In training mode labels and activations are dropped out with torch's global generator.
+        subtokens: list of M int64 tensors (B, N) in raster order, the m-th in 0 .. 2^(k_m) - 1; labels (B,)
+        int64, of which `num_classes` means "no class". Returns a list of M logits (B, N, V), or with
+        `return_loss` what `loss` makes of them: so a call goes through DistributedDataParallel and
+        torch.compile. In training mode, labels and activations drop out by torch's global generator.
         """
         N, M = subtokens[0].shape[1], len(self.heads)
         assert len(subtokens) == M and N <= self.config.tokens, "tokens of another factorisation or grid"
@@ -322,82 +326,82 @@ class ARModel(nn.Module):
             dropped = torch.rand(labels.shape, device=labels.device) < self.config.label_dropout
             labels = labels.masked_fill(dropped, self.config.num_classes)
 
-        embeddings = [table(ids) for table, ids in zip(self.token_embeddings, subtokens)]      # M x (B, N, D)
-        start = self.class_embedding(labels).unsqueeze(1)                                      # (B, 1, D)
-        x = torch.cat([start, sum(embeddings)[:, :-1]], dim=1)                                 # (B, N, D)
+        embeddings = [table(ids) for table, ids in zip(self.token_embeddings, subtokens)] # M x (B, N, D)
+        start = self.class_embedding(labels).unsqueeze(1)                                 # (B, 1, D)
+        x = torch.cat([start, sum(embeddings)[:, :-1]], dim=1)                            # (B, N, D)
         x = self.token_dropout(x)
-        for block in self.inter_blocks:                              # eq. 5: position t becomes the context C_t
-            x = self.run(block, x, self.rope[:N])                                              # (B, N, D)
+        for block in self.inter_blocks:                 # eq. 5: position t becomes the context C_t
+            x = self.run(block, x, self.rope[:N])                                         # (B, N, D)
 
-        if self.config.separate_heads:                               # every head sees C_t and nothing of the token
-            x = x.unsqueeze(2).expand(-1, -1, M, -1)                                           # (B, N, M, D)
-        else:                                                        # eq. 6: position m predicts sub-token m + 1
-            x = torch.stack([x, *embeddings[:-1]], dim=2)                                      # (B, N, M, D)
+        if self.config.separate_heads:                  # every head sees C_t and nothing of its token
+            x = x.unsqueeze(2).expand(-1, -1, M, -1)                                      # (B, N, M, D)
+        else:                                           # eq. 6: position m (from 0) predicts sub-token m + 1
+            x = torch.stack([x, *embeddings[:-1]], dim=2)                                 # (B, N, M, D)
         for block in self.intra_blocks:
-            x = self.run(block, x, self.rope[:M])                                              # (B, N, M, D)
-        logits = [head(h) for head, h in zip(self.heads, self.norm(x).unbind(2))]              # M x (B, N, V)
+            x = self.run(block, x, self.rope[:M])                                         # (B, N, M, D)
+        logits = [head(h) for head, h in zip(self.heads, self.norm(x).unbind(2))]         # M x (B, N, V)
         return loss(logits, subtokens) if return_loss else logits
 
     def inter_step(self, x, cache, position, length, masked=False):
-        """The context of one sequence position: x (R, D), the class or the last token, -> C_t (R, D).
+        """The context of one sequence position: x (R, D), the class or the token before, -> C_t (R, D).
 
-        cache: see `allocate_cache`; position (1,) int64 on the model's device; the first `length` > position slots
-        are read, and with `masked` those behind `position` hidden, so that one `length` serves several positions.
+        cache: see `allocate_cache`; position (1,) int64 on the model's device. The first `length` > position
+        slots are read; `masked` hides those behind `position`, so that one length serves many positions.
         """
         rope, mask = self.rope[position], None
-        if masked:                                   # additive and made once: a bool mask is converted in every layer
+        if masked:                              # additive, made once: a bool mask is converted in every layer
             hidden = torch.arange(length, device=x.device) > position
             mask = torch.zeros(length, dtype=x.dtype, device=x.device).masked_fill(hidden, -math.inf)
             mask = mask.expand(x.shape[0], 1, 1, length)
         for block, (keys, values) in zip(self.inter_blocks, cache):
-            x = block.step(x, rope, keys, values, position, length, mask)                      # (R, D)
+            x = block.step(x, rope, keys, values, position, length, mask)                 # (R, D)
         return x
 
     def intra_step(self, m, x, history):
-        """Logits (R, 2^(k_m)) of sub-token m (from 0), float32, and the history for the next.
+        """Logits (R, V) of sub-token m (from 0), float32, and the history for the step after.
 
-        x (R, D): the context C_t where m is 0 (always, with separate heads), else the embedding of the sub-token
-        before. history: the keys and values of each intra block, as returned by step m - 1; None for m = 0.
+        x (R, D): the context C_t for m = 0 (with separate heads always), else the embedding of the sub-token
+        before. history: keys and values of every intra block as step m - 1 returned them, None for m = 0.
         """
-        history = history or [([], [])] * len(self.intra_blocks)
-        grown = []
+        history, grown = history or [([], [])] * len(self.intra_blocks), []
         for block, (keys, values) in zip(self.intra_blocks, history):
-            x, keys, values = block.step(x, self.rope[m], keys, values)                        # (R, D)
+            x, keys, values = block.step(x, self.rope[m], keys, values)                   # (R, D)
             grown.append((keys, values))
         head = self.heads[m]
         return head(self.norm(x).to(head.weight.dtype)).float(), grown
 
 
 def loss(logits, subtokens):
-    """The training objective: the cross entropies of the sub-tokens, added (the negative log of eq. 7 a token).
+    """The training objective: the cross entropies of the sub-tokens, added (eq. 7: -log p of a whole token).
 
-    Takes what `ARModel.forward` returns and takes. Returns the sum, a scalar, and its M terms (M,), in nats a token.
+    Takes what `ARModel.forward` returns and takes. Returns the sum, a scalar, and its M terms (M,) without
+    gradient, in nats a token.
     """
-    terms = [F.cross_entropy(logit.flatten(0, 1).float(), ids.flatten()) for logit, ids in zip(logits, subtokens)]
+    terms = [F.cross_entropy(z.flatten(0, 1).float(), ids.flatten()) for z, ids in zip(logits, subtokens)]
     return sum(terms), torch.stack(terms).detach()
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 3. Sampling
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 class Settings(typing.NamedTuple):
     """How one sub-token is drawn: guidance, then temperature, then top-k, then top-p."""
-    cfg_scale: float = 1.0                 # 1: no guidance; 0: the class is ignored
-    temperature: float = 1.0               # 0: greedy
-    top_k: int = 0                         # 0: all
-    top_p: float = 1.0                     # 1: all
+    cfg_scale: float = 1.0              # 1: no guidance; 0: the class is ignored
+    temperature: float = 1.0            # 0: greedy
+    top_k: int = 0                      # 0: all
+    top_p: float = 1.0                  # 1: all
 
 
 def sampling_settings(count, cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0):
-    """One `Settings` for each of `count` sub-tokens; each argument is a sequence of that many values, or one for all.
+    """One `Settings` for each of `count` sub-tokens; an argument is a sequence of that length or one value.
 
-    Raises `UserError` for another number of values and for values that mean nothing.
+    Raises `UserError` for another number of values, and for values that mean nothing.
     """
     def spread(flag, values, valid, rule):
         values = tuple(values) if isinstance(values, (tuple, list)) else (values,)
-        runtime.require(len(values) in (1, count), f"{flag} has {len(values)} values, but a token of this model has "
-                        f"{count} sub-tokens; give one value for all or {count}")
+        runtime.require(len(values) in (1, count), f"{flag} has {len(values)} values for {count} sub-tokens; "
+                        f"give {count}, or one for all")
         for value in values:
             runtime.require(valid(value), f"{flag} {value}: must be {rule}")
         return values * count if len(values) == 1 else values
@@ -407,13 +411,13 @@ def sampling_settings(count, cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0)
 
     columns = (spread("--cfg-scale", cfg_scale, finite, "0 or more (1 is no guidance)"),
                spread("--temperature", temperature, finite, "0 (greedy) or more"),
-               spread("--top-k", top_k, lambda k: finite(k) and k == int(k), "a whole number, 0 (off) or more"),
+               spread("--top-k", top_k, lambda k: finite(k) and k == int(k), "an integer, 0 (off) or more"),
                spread("--top-p", top_p, lambda p: 0 < p <= 1, "above 0, and 1 (off) at most"))
     return [Settings(scale, t, int(k), p) for scale, t, k, p in zip(*columns)]
 
 
 def guide(logits, scale):
-    """Classifier-free guidance: logits (2B, V), conditional then unconditional, to uncond + s (cond - uncond) (B, V).
+    """Classifier-free guidance: logits (2B, V), conditional ones first, to uncond + s (cond - uncond) (B, V).
 
     `lerp` is that formula, and at s = 1 it returns the conditional logits to the last bit.
     """
@@ -424,13 +428,13 @@ def guide(logits, scale):
 def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):
     """Logits (..., V) to the probabilities (..., V), float32, from which a sub-token is drawn.
 
-    The temperature divides the logits; the `top_k` likeliest entries are kept and normalised; of these the smallest
-    set whose probability reaches `top_p`, always one at least. Ties go to the lower index, also when greedy.
+    The temperature divides the logits; the `top_k` likeliest entries are kept and normalised; of these the
+    smallest set whose probability reaches `top_p`, one at least. Ties go to the lower index, greedily too.
     """
-    if temperature == 0:
-        return torch.zeros_like(logits, dtype=torch.float32).scatter(-1, logits.argmax(-1, keepdim=True), 1.0)
-    # The largest logit becomes 0 first: then no temperature is so low that the division overflows to inf - inf.
-    logits = (logits.float() - logits.float().amax(-1, keepdim=True)) / temperature
+    if temperature < 1e-6:                      # 0 means greedy, and float32 logits hardly resolve more
+        one_hot = torch.zeros_like(logits, dtype=torch.float32)
+        return one_hot.scatter(-1, logits.argmax(-1, keepdim=True), 1.0)
+    logits = logits.float() / temperature
     limited = 0 < top_k < logits.shape[-1]
     if not limited and top_p == 1:
         return logits.softmax(-1)
@@ -439,37 +443,39 @@ def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):
         logits[..., top_k:] = -math.inf
     p = logits.softmax(-1)
     if top_p < 1:
-        before = p.cumsum(-1, dtype=torch.float64) - p               # the probability of all likelier entries
+        before = p.cumsum(-1, dtype=torch.float64) - p          # the probability of all likelier entries
         p = p.masked_fill(before >= top_p, 0)
         p = p / p.sum(-1, keepdim=True)
     return torch.zeros_like(p).scatter(-1, order, p)
 
 
 def draw(p, noise):
-    """Draw an index (B,) int64 from each row of p (B, V) by inverting its cumulative sum at `noise` (B,) in [0, 1).
+    """An index (B,) int64 from each row of p (B, V): its cumulative sum inverted at `noise` (B,) in [0, 1).
 
-    One number a draw, and so 256 x 2 of them an image: they can be fixed in advance, image by image, which makes an
-    image a function of its own seed. In float64, noise < 1 stays below the last sum and an entry of probability zero
-    adds nothing to it, so that none is ever drawn. Nothing waits for the GPU here (torch.multinomial would).
+    One number a draw makes 256 x 2 an image: few enough to fix in advance, which makes every image a function
+    of its own seed. In float64, noise < 1 stays below the last sum, and an entry of probability zero adds
+    nothing to the sum before: none is ever drawn. Nothing here waits for the GPU, as torch.multinomial may.
     """
     sums = p.cumsum(-1, dtype=torch.float64)
     return (sums <= noise.unsqueeze(-1) * sums[:, -1:]).sum(-1)
 
 
 def image_noise(seeds, tokens, count):
-    """Uniform noise (tokens, count, B), float64: column b depends on seeds[b] alone, an int >= 0 or a tuple of them.
+    """Uniform noise (tokens, count, B), float64; column b depends on seeds[b] alone, an int >= 0 or a tuple.
 
-    NumPy's generator mixes all bits of all numbers; a seeded torch.Generator on the CPU looks at 32 bits only.
+    A seed such as (run, number of the image) gives every image of every run its own stream: NumPy's generator
+    mixes all bits of all numbers, where torch's on the CPU looks at the last 32 bits of one.
     """
     seeds = seeds.tolist() if isinstance(seeds, torch.Tensor) else seeds
-    return torch.from_numpy(np.stack([np.random.default_rng(seed).random((tokens, count)) for seed in seeds], -1))
+    noise = [np.random.default_rng(seed).random((tokens, count)) for seed in seeds]
+    return torch.from_numpy(np.stack(noise, axis=-1))
 
 
 def allocate_cache(model, rows):
     """Static key and value cache: one tensor of each, (rows, H, N, d), for every inter block.
 
-    N slots hold the class and all tokens but the last, which nobody reads. One tensor a layer, because a compiler
-    copies a stacked one at every write; zeros, because a masked slot of value NaN would still spoil the sum.
+    N slots hold the class and all tokens but the last, which nobody reads. One tensor a layer, since a
+    compiler copies a stacked one at every write; zeros, since a masked slot holding NaN would spoil the sum.
     """
     config, like = model.config, model.class_embedding.weight
     shape = (rows, config.heads, config.tokens, config.head_dim)
@@ -477,9 +483,9 @@ def allocate_cache(model, rows):
 
 
 def prefill(model, labels, guided):
-    """The first input x (R, D): the class embeddings of labels (B,), and under guidance "no class" B times more.
+    """The first input x (R, D): the class embeddings of labels (B,) and, if `guided`, B times "no class".
 
-    The prompt is that single token, so there is nothing to compute in parallel: the first step writes it to the cache.
+    The prompt is that single token: there is nothing to compute ahead, the first step puts it in the cache.
     """
     if guided:
         labels = torch.cat([labels, torch.full_like(labels, model.config.num_classes)])
@@ -489,30 +495,30 @@ def prefill(model, labels, guided):
 def decode_one_token(model, x, cache, position, length, settings, noise, masked=False):
     """One token: an inter step, then M sub-token steps, each drawn before the next.
 
-    x (R, D): the embedding of the class or of the token before, conditional and, under guidance, unconditional rows;
-    noise (M, B); the rest as in `ARModel.inter_step`. Returns the sub-tokens (M, B) and the next x (R, D).
-    Both halves of a guided batch go on with the same sub-tokens.
+    x (R, D): the embedding of the class or of the token before, conditional rows and, under guidance, as many
+    unconditional ones; both halves go on with the same sub-tokens. settings: M `Settings`; noise (M, B); the
+    rest as in `ARModel.inter_step`. Returns the sub-tokens (M, B) int64 and the next x (R, D).
     """
     guided = x.shape[0] == 2 * noise.shape[1]
-    context = model.inter_step(x, cache, position, length, masked)                             # (R, D)
+    context = model.inter_step(x, cache, position, length, masked)                        # (R, D)
     subtokens, x, history, total = [], context, None, 0
     for m, setting in enumerate(settings):
-        logits, history = model.intra_step(m, x, history)                                      # (R, V)
-        logits = guide(logits, setting.cfg_scale) if guided else logits                        # (B, V)
-        p = probabilities(logits, *setting[1:])
-        subtokens.append(draw(p, noise[m]))                                                    # (B,)
-        embedding = model.token_embeddings[m](subtokens[m])                                    # (B, D)
-        embedding = torch.cat([embedding, embedding]) if guided else embedding                 # (R, D)
+        logits, history = model.intra_step(m, x, history)                                 # (R, V)
+        logits = guide(logits, setting.cfg_scale) if guided else logits                   # (B, V)
+        p = probabilities(logits, setting.temperature, setting.top_k, setting.top_p)      # (B, V)
+        subtokens.append(draw(p, noise[m]))                                               # (B,)
+        embedding = model.token_embeddings[m](subtokens[m])                               # (B, D)
+        embedding = torch.cat([embedding, embedding]) if guided else embedding            # (R, D)
         total = total + embedding
         x = context if model.config.separate_heads else embedding
     return torch.stack(subtokens), total
 
 
 def prepare_for_sampling(model, dtype=torch.float32):
-    """Change `model` in place into its fastest form for sampling; it can be neither trained nor saved after that.
+    """Turn `model` in place into its fastest form for sampling; it can no longer be trained or saved.
 
-    Weights in `dtype`, w1 and w3 joined. The rotary table and the heads stay in float32: bfloat16 logits have 8 bits,
-    in which many of 4096 entries tie and which guidance multiplies.
+    Weights in `dtype`, w1 and w3 joined. The rotary table and the heads stay in float32: logits of bfloat16
+    carry 8 bits, and guidance magnifies their rounding. Returns the model, in eval mode.
     """
     model.to(dtype).eval().requires_grad_(False)
     model.heads.float()
@@ -523,62 +529,66 @@ def prepare_for_sampling(model, dtype=torch.float32):
 
 
 def compile_blocks(model, **options):
-    """torch.compile the sampling steps of all blocks: regions of fixed shape, so that one compilation serves all layers.
+    """torch.compile the sampling steps of the blocks: regions of fixed shape, compiled once for all layers.
 
-    Attention over the cache stays outside, because its length changes (and there is nothing left to fuse in it).
+    Attention over the cache stays outside: its length changes, and there is nothing in it left to fuse.
     """
     options = {"fullgraph": True, "dynamic": False, **options}
     for block in model.inter_blocks:
-        block.store, block.finish = torch.compile(block.store, **options), torch.compile(block.finish, **options)
-    for block in model.intra_blocks:                 # once for each sub-token, whose history is one entry longer
+        block.store = torch.compile(block.store, **options)
+        block.finish = torch.compile(block.finish, **options)
+    for block in model.intra_blocks:            # one graph for each sub-token, as its history is one longer
         block.step = torch.compile(block.step, **options)
 
 
 class Sampler:
     """Draws batches of one size: `sampler(labels, seeds)`. All buffers are allocated here, none in the loop.
 
-    The four settings are those of `sampling_settings`. If every cfg_scale is 1 there is no unconditional pass.
-    A step reads the filled slots of the cache, rounded up to a multiple of `bucket`. With `compile` (CUDA) the blocks
-    are compiled and a whole step is recorded as one CUDA graph for each of those lengths, by default a multiple
-    of 32: at small batches a step is some 300 tiny kernels, and launching them one by one takes longer than running.
+    The four settings are those of `sampling_settings`; if every cfg_scale is 1 there is no unconditional
+    pass. A step reads the filled slots of the cache, rounded up to a multiple of `bucket`. With `compile` (on
+    CUDA) the blocks are compiled and the whole step is recorded as a CUDA graph for each of those lengths, by
+    default multiples of 32: some 300 kernels a step take longer to launch than to run at small batches.
     """
 
     @torch.no_grad()
     def __init__(self, model, batch_size, cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0, bucket=None,
                  compile=False):
-        config, device = model.config, model.class_embedding.weight.device
-        runtime.require(not compile or device.type == "cuda", "--compile needs a CUDA GPU; leave it out on a CPU")
+        config, weight = model.config, model.class_embedding.weight
+        N, M, device = config.tokens, len(config.bits), weight.device
+        runtime.require(not compile or device.type == "cuda", "--compile needs a CUDA GPU; leave it out here")
         self.model, self.batch_size, self.bucket = model, batch_size, bucket or (32 if compile else 1)
-        self.settings = sampling_settings(len(config.bits), cfg_scale, temperature, top_k, top_p)
+        self.settings = sampling_settings(M, cfg_scale, temperature, top_k, top_p)
         self.guided = any(setting.cfg_scale != 1 for setting in self.settings)
         runtime.require(config.num_classes > 0 or not self.guided,
-                        "--cfg-scale: an unconditional model has no class to guide towards; use --cfg-scale 1")
+                        "--cfg-scale: an unconditional model has no class to guide it; use --cfg-scale 1")
         rows = 2 * batch_size if self.guided else batch_size
         self.cache = allocate_cache(model, rows)
-        self.x = model.class_embedding.weight.new_zeros(rows, config.width)
+        self.x = weight.new_zeros(rows, config.width)
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
-        self.noise = torch.zeros(config.tokens, len(config.bits), batch_size, dtype=torch.float64, device=device)
-        self.subtokens = torch.zeros_like(self.noise, dtype=torch.int64)                       # (N, M, B)
-        self.lengths = [min(-(-(t + 1) // self.bucket) * self.bucket, config.tokens) for t in range(config.tokens)]
+        self.noise = torch.zeros(N, M, batch_size, dtype=torch.float64, device=device)
+        self.subtokens = torch.zeros(N, M, batch_size, dtype=torch.int64, device=device)
+        self.lengths = [min(-(-(t + 1) // self.bucket) * self.bucket, N) for t in range(N)]
         self.graphs = {}
         if compile:
+            model.eval()
             compile_blocks(model)
             self.capture()
 
     def step(self, length):
-        """One token, from and to the static buffers: no argument, no branch and no wait depends on a drawn value."""
-        noise = self.noise[self.position][0]                                                   # (M, B)
-        subtokens, x = decode_one_token(self.model, self.x, self.cache, self.position, length, self.settings, noise,
-                                        masked=self.bucket > 1)
+        """One token, from and to the static buffers; the host neither awaits nor looks at what is drawn."""
+        noise = self.noise[self.position][0]                                              # (M, B)
+        with torch.autocast(noise.device.type, enabled=False):  # the weights' own precision, as the cache's
+            subtokens, x = decode_one_token(self.model, self.x, self.cache, self.position, length,
+                                            self.settings, noise, masked=self.bucket > 1)
         self.subtokens[self.position] = subtokens.unsqueeze(0)
         self.x.copy_(x)
         self.position += 1
 
     def capture(self):
-        """Record a CUDA graph of `step` for every cache length; the graphs share one pool of scratch memory."""
+        """Record `step` as a CUDA graph for every cache length; the graphs share a pool of scratch memory."""
         stream, pool = torch.cuda.Stream(), None
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):              # warm-up: compiles, and lets the libraries allocate workspaces
+        with torch.cuda.stream(stream):         # warm-up: compiles, and lets libraries allocate workspaces
             for length in sorted(set(self.lengths)) * 2:
                 self.position.zero_()
                 self.step(length)
@@ -591,29 +601,28 @@ class Sampler:
 
     @torch.no_grad()
     def __call__(self, labels, seeds):
-        """Sub-tokens, a list of M int64 tensors (B, N), of one image for each of labels (B,) and seeds (B,).
+        """One image for each of labels (B,) and seeds (B,): its sub-tokens, a list of M int64 tensors (B, N).
 
-        An image depends on its label and its seed (see `image_noise`), not on its place or its neighbours in the
-        batch; but matrix products of other batch sizes differ in the last bit, which can tip a draw. Whoever
-        wants the same images again keeps the batches' size. Runs in the weights' precision, whatever the autocast.
+        An image depends on its label and its seed (see `image_noise`), not on its place or its neighbours in
+        the batch. Matrix products of another batch size, though, differ in their last bits and can tip a
+        draw: to get the same images again, keep the batch size.
         """
-        config, model = self.model.config, self.model
-        labels = torch.as_tensor(labels, device=self.x.device)
+        config, model, device = self.model.config, self.model, self.x.device
+        labels = torch.as_tensor(labels, device=device)
         assert len(labels) == len(seeds) == self.batch_size, "a Sampler draws batches of one size"
         runtime.require(0 <= int(labels.min()) and int(labels.max()) <= config.num_classes,
-                        f"--classes: {labels.tolist()} has labels that this model does not know; it has "
-                        f"{config.num_classes} classes, numbered from 0, and {config.num_classes} for no class")
+                        f"--classes {labels.tolist()}: the model has {config.num_classes} classes, from 0, "
+                        f"and the number {config.num_classes} for no class")
         training = model.training
         model.eval()
-        with torch.autocast(self.x.device.type, enabled=False):
-            self.noise.copy_(image_noise(seeds, config.tokens, len(config.bits)))
-            self.x.copy_(prefill(model, labels, self.guided))
-            self.position.zero_()
-            for length in self.lengths:
-                if self.graphs:
-                    self.graphs[length].replay()
-                else:
-                    self.step(length)
+        self.noise.copy_(image_noise(seeds, config.tokens, len(config.bits)))
+        self.x.copy_(prefill(model, labels, self.guided))
+        self.position.zero_()
+        for length in self.lengths:
+            if self.graphs:
+                self.graphs[length].replay()
+            else:
+                self.step(length)
         model.train(training)
         return [subtokens.T.contiguous() for subtokens in self.subtokens.unbind(1)]
 
@@ -623,11 +632,11 @@ def sample(model, labels, seeds, **settings):
     return Sampler(model, len(labels), **settings)(labels, seeds)
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 4. Loading
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
-FORMAT = "open-magvit2-ar"                 # the mark of our own checkpoints, under the key "format"
+FORMAT = "open-magvit2-ar"              # the mark of our own checkpoints, under the key "format"
 
 # Our names, after the paper, and the published ones. Inside a block and for the final norm they are the same.
 PUBLISHED_NAMES = (("token_embeddings.0.", "pre_emb."), ("token_embeddings.1.", "post_emb."),
@@ -636,7 +645,7 @@ PUBLISHED_NAMES = (("token_embeddings.0.", "pre_emb."), ("token_embeddings.1.", 
 
 
 def published_name(name):
-    """The name of our parameter `name` in the published files: `inter_blocks.0. ..` is `transformer.spatial_blocks.0. ..`."""
+    """Our parameter name in the published files: "class_embedding.weight" is "transformer.class_emb. .."."""
     for ours, theirs in PUBLISHED_NAMES:
         if name.startswith(ours):
             return f"transformer.{theirs}{name[len(ours):]}"
@@ -644,7 +653,7 @@ def published_name(name):
 
 
 class PublishedView:
-    """A model with its parameters under the published names, to load and to save; errors then speak of those names."""
+    """A model's parameters under the published names, to load or save; errors then speak of those names."""
 
     def __init__(self, model):
         self.model = model
@@ -659,44 +668,43 @@ class PublishedView:
 
 
 def published_config(state, source):
-    """The `ARConfig` of a published state dict, read off its shapes. Heads have 64 channels in all of them."""
-    needed = [published_name(name) for name in ("token_embeddings.0.weight", "token_embeddings.1.weight",
-              "class_embedding.weight", "inter_blocks.0.attention.wqkv.weight")]
-    missing = [name for name in needed if name not in state]
+    """The `ARConfig` of a published state dict, read off its shapes. All have heads of 64 channels."""
+    def block_count(name):
+        numbers = [key.split(".")[2] for key in state if key.startswith(published_name(name))]
+        return 1 + max((int(number) for number in numbers if number.isdigit()), default=-1)
+
+    tables = [published_name(f"{table}.weight") for table in ("token_embeddings.0", "token_embeddings.1",
+                                                              "class_embedding")]
+    missing = [name for name in tables if name not in state]
     runtime.require(not missing, f"{source} is no published AR model; missing: {', '.join(missing)}")
-    first, second, classes, _ = (tuple(state[name].shape) for name in needed)
-
-    def blocks(name):
-        numbers = [int(key.split(".")[2]) for key in state if key.startswith(published_name(name))]
-        return max(numbers, default=-1) + 1
-
-    return ARConfig(width=classes[1], heads=max(1, classes[1] // 64), inter_blocks=blocks("inter_blocks."),
-                    intra_blocks=blocks("intra_blocks."), num_classes=classes[0] - 1, grid=(16, 16),
-                    bits=(first[0].bit_length() - 1, second[0].bit_length() - 1))
+    first, second, (classes, width) = (state[name].shape for name in tables)
+    return ARConfig(width=width, heads=max(1, width // 64), grid=(16, 16), num_classes=classes - 1,
+                    bits=(first[0].bit_length() - 1, second[0].bit_length() - 1),
+                    inter_blocks=block_count("inter_blocks."), intra_blocks=block_count("intra_blocks."))
 
 
 def config_from_dict(values, source):
-    """An `ARConfig` from `dataclasses.asdict` of one. Raises `UserError` where the fields are another version's."""
+    """An `ARConfig` from `dataclasses.asdict` of one. Raises `UserError` for another version's fields."""
     differing = {field.name for field in dataclasses.fields(ARConfig)} ^ values.keys()
-    runtime.require(not differing, f"{source} was written by another version of this project: its config differs in "
-                    f"{', '.join(sorted(differing))}")
+    runtime.require(not differing, f"{source} was written by another version of this project: its config "
+                    f"differs in {', '.join(sorted(differing))}")
     return ARConfig(**values)
 
 
 def load_ar(path, trust=False, ema=True):
     """Load an AR model from one of our checkpoints or from a published file.
 
-    ema: take the averaged weights where the file has them, else the raw ones (published AR files have no others).
     trust: unpickle foreign classes too (see `runtime.load_checkpoint`).
-    Returns (ARModel in eval mode on the CPU, info), where info says "preset" (or None), "weights" ("EMA" or "raw"),
-    "step", "source" ("ours" or "published"), "sha256" of the file, and "tokenizer": what our checkpoints say
-    about the tokenizer of their tokens, None for a published file, which contains it (`first_stage_model.*`).
-    Strict: raises `UserError` listing missing, unexpected and wrongly shaped names.
+    ema: take the averaged weights where the file has them, else the raw ones (published AR files have those).
+    Returns (ARModel in eval mode on the CPU, info), where info says "preset" (or None), "weights" ("EMA" or
+    "raw"), "step", "source" ("ours" or "published"), "sha256" of the file, and "tokenizer": what our
+    checkpoints say of the tokenizer of their tokens, None for a published file, which contains it
+    (`first_stage_model.*`). Strict: raises `UserError` listing missing, unexpected and misshapen names.
     """
     stored = runtime.load_checkpoint(path, trust)
     published = "format" not in stored and "state_dict" in stored
-    runtime.require(published or stored.get("format") == FORMAT, f"{path} is no AR checkpoint, neither ours nor a "
-                    f"published one" + (f"; it is marked {stored['format']}" if "format" in stored else ""))
+    runtime.require(published or stored.get("format") == FORMAT, f"{path} is no checkpoint of an AR model"
+                    + (f" but of {stored['format']}" if "format" in stored else ""))
     weights = "raw"
     if published:
         state = {name: tensor for name, tensor in stored["state_dict"].items()
@@ -706,10 +714,10 @@ def load_ar(path, trust=False, ema=True):
         config, state = config_from_dict(stored["config"], path), stored["model"]
         if ema and stored.get("ema"):
             state, weights = stored["ema"], "EMA"
-    with torch.device("meta"):                       # no time spent on random weights that are overwritten at once
+    with torch.device("meta"):                  # no time for random weights that are overwritten at once
         model = ARModel(config)
     model.to_empty(device="cpu")
-    model.rope = rope_table(config.grid, config.head_dim)            # a constant, and so in no checkpoint
+    model.rope = rope_table(config.grid, config.head_dim)       # a constant, and so in no checkpoint
     runtime.load_state_strictly(PublishedView(model) if published else model, state, str(path))
     info = {"preset": next((name for name, preset in PRESETS.items() if preset == config), None),
             "weights": weights, "step": stored.get("global_step" if published else "step"),

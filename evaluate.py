@@ -1,15 +1,17 @@
-"""Every metric of the paper, and every table of it: how faithful is a tokenizer, how good are generated pictures?
+"""Every metric of the paper, and every table of it: how faithful is a tokenizer, how good are generated
+pictures?
 
-A number without its protocol is no result. Most disputes over "your FID" are about the resize rule, the reference
-set, the rounding or the number of pictures, so all of these are printed beside each number and stored in a JSON, with
-the sha256 of the checkpoint and of the networks. Two protocols, wherever the official scripts have a quirk:
+A number without its protocol is no result. Most disputes over "your FID" are about the resize rule, the
+reference set, the rounding or the number of pictures, so all of these are printed beside each number and
+stored in a JSON, with the sha256 of the checkpoint and of the networks. Two protocols, wherever the official
+scripts have a quirk:
 
-    clean   what one would do today: pixels rounded to uint8 as an image file would hold them, means over pictures
+    clean   what one would do today: pixels rounded to uint8 as an image file holds them, means over pictures
     seed    what produced the published numbers, quirks included (SEED-Voken's scripts, hence the name)
 
-In reading order: 1. pixel metrics and codebook usage; 2. the networks behind the other metrics and the rules by which
-pictures are resized for them; 3. statistics and distances of feature distributions (FID, sFID, FVD, IS, precision and
-recall); 4. the loops that measure; 5. the paper's tables; 6. commands.
+In reading order: 1. pixel metrics and codebook usage; 2. the networks behind the other metrics and the rules
+by which pictures are resized for them; 3. statistics and distances of feature distributions (FID, sFID, FVD,
+IS, precision and recall); 4. the loops that measure; 5. the paper's tables; 6. commands.
 
     python evaluate.py                                       # what the earlier stages left in runs/
     python evaluate.py reconstruction --ckpt imagenet_256_L.ckpt --data-path imagenet --metrics all
@@ -18,19 +20,18 @@ recall); 4. the loops that measure; 5. the paper's tables; 6. commands.
     python evaluate.py generation --samples samples.npz --reference VIRTUAL_imagenet256_labeled.npz
     python evaluate.py table 4 --imagenet imagenet --download
 
-Any of them under torchrun (`torchrun --nproc-per-node 8 evaluate.py ...`) shards the pictures over the ranks, without
-padding or repetition, and gives the same numbers. Metrics of the image networks need a download; where there is no
-connection, --allow-random-weights tries the machinery out and marks what it prints as not comparable.
+Any of them under torchrun (`torchrun --nproc-per-node 8 evaluate.py ...`) shards the pictures over the ranks,
+without padding or repetition, and gives the same numbers. Metrics of the image networks need a download;
+where there is no connection, --allow-random-weights tries the machinery out and marks what it prints as not
+comparable.
 
 Axis letters: B pictures of a batch, N of a set, H W their size, h w that of the code map, D features.
 """
-import argparse
 import datetime
 import hashlib
 import json
 import os
 import pathlib
-import shlex
 import struct
 import sys
 import time
@@ -60,13 +61,20 @@ from runtime import require
 def to_pixels(images, protocol):
     """Float pictures in [-1, 1], any shape, to the uint8 pixels that PSNR and SSIM compare.
 
-    clean: rounded, as an image file would hold them. seed: truncated, like the official scripts. Those also send the
-    ORIGINAL through this line, and float32 turns its levels 1..95 into 0.99999.., so the truncated "ground truth" is
-    one level too dark in the shadows. It costs up to 0.04 dB, and is needed to meet the published PSNR.
+    clean: rounded, as an image file would hold them. seed: truncated, like the official scripts. Those also
+    send the ORIGINAL through this line. In float32 its levels 1 to 95 come back as 0.9999.. of themselves, so
+    that the "ground truth" is a level too dark in the shadows. This costs up to 0.04 dB, and it takes the
+    same mistake to meet the published PSNR.
     """
     if protocol == "seed":
         return ((images.float().clamp(-1, 1) + 1) / 2 * 255).to(torch.uint8)
     return runtime.to_uint8(images)
+
+
+def unit_range(images):
+    """uint8 to float32 k / 255 in [0, 1]. The divisor is a tensor because a GPU would turn a plain number
+    into a multiplication by its inverse, off by one bit."""
+    return images.float() / torch.full((), 255.0, device=images.device)
 
 
 def check_pair(reference, images):
@@ -75,29 +83,31 @@ def check_pair(reference, images):
         require(pictures.dtype == torch.uint8 and pictures.dim() == 4 and pictures.shape[1] == 3,
                 f"pixel metrics compare uint8 pictures (B, 3, H, W), not {str(pictures.dtype)[6:]} "
                 f"{list(pictures.shape)}")
-    require(reference.shape == images.shape, f"pictures of {list(images.shape)} cannot be compared with pictures of "
-            f"{list(reference.shape)}")
+    require(reference.shape == images.shape,
+            f"pictures of {list(images.shape)} cannot be compared with pictures of {list(reference.shape)}")
 
 
 def psnr(reference, images, protocol="clean"):
     """Peak signal-to-noise ratio in dB of uint8 pictures (B, 3, H, W) against `reference`: (B,), float64.
 
-    Sees: the mean squared error of a picture, on a log scale; 6 dB are half the error.
-    Misses: structure. A blurred lawn beats a crisp one whose blades are shifted by a pixel, so a tokenizer trained
-    without a GAN wins here and looks worse.
-    Trap: average the dB of pictures, not their errors, or a few hard pictures decide. And a picture that comes back
-    exactly has infinite PSNR, which makes the mean infinite: that is a hint of comparing a file with itself.
+    Sees: the mean squared error of a picture, on a log scale; 6 dB more are half the distance.
+    Misses: structure. A blurred lawn beats a crisp one whose blades are shifted by a pixel, so a tokenizer
+    trained without a GAN wins here and looks worse.
+    Trap: average the dB of pictures, not their errors, or a few hard pictures decide. And a picture that
+    comes back exactly has infinite PSNR, which makes the mean infinite: that is a hint of comparing a file
+    with itself.
     """
     check_pair(reference, images)
-    if protocol == "seed":                                             # scikit-image on float32: squares in float32
-        error = (reference.float() / 255 - images.float() / 255).square().double() * 255 ** 2
+    if protocol == "seed":                                             # scikit-image's roundings on float32
+        error = (unit_range(reference) - unit_range(images)).square().double() * 255 ** 2
     else:
-        error = (reference.int() - images.int()).square().double()    # exact
+        error = (reference.int() - images.int()).square().double()     # exact
     return 10 * (255 ** 2 / error.mean((1, 2, 3))).log10()
 
 
 def window_sums(x, dim):
-    """Sums over windows of 7 along `dim`, which shrinks by 6. As 4 + 2 + 1, that takes four additions, not six."""
+    """Sums over windows of 7 along `dim`, which shrinks by 6. As 4 + 2 + 1, that takes four additions, not
+    six."""
     n = x.shape[dim]
     twos = x.narrow(dim, 0, n - 1) + x.narrow(dim, 1, n - 1)
     fours = twos.narrow(dim, 0, n - 3) + twos.narrow(dim, 2, n - 3)
@@ -105,12 +115,14 @@ def window_sums(x, dim):
 
 
 def ssim(reference, images, protocol="clean"):
-    """Structural similarity (Wang et al., 2004) of uint8 pictures (B, 3, H, W) to `reference`: (B,), float64, <= 1.
+    """Structural similarity (Wang et al., 2004) of uint8 pictures (B, 3, H, W) to `reference`: (B,), float64,
+    <= 1.
 
-    scikit-image's version, as in the paper: uniform 7 x 7 windows, unbiased variances, colour channels one by one.
-    Sees: in each window, whether brightness, contrast and pattern agree. Misses: what lies outside the window, and
-    colour as such. Trap: there are many SSIMs. An 11 x 11 Gaussian window (torchmetrics, piq), or data_range=2 for
-    pictures in [0, 1] (LlamaGen: 0.675 for what is 0.54 here) gives other numbers.
+    scikit-image's version, as in the paper: uniform 7 x 7 windows, unbiased variances, colour channels one by
+    one.
+    Sees: in each window, whether brightness, contrast and pattern agree. Misses: what lies outside the
+    window, and colour as such. Trap: there are many SSIMs. An 11 x 11 Gaussian window (torchmetrics, piq), or
+    data_range=2 for pictures in [0, 1] (LlamaGen: 0.675 for what is 0.54 here) gives other numbers.
     """
     check_pair(reference, images)
     require(min(images.shape[2:]) >= 7, f"SSIM needs pictures of 7 x 7 or more, not {list(images.shape[2:])}")
@@ -121,12 +133,13 @@ def ssim(reference, images, protocol="clean"):
 
 
 def ssim_exact(x, y):
-    """SSIM of uint8 (B, 3, H, W): (B,). Window sums are integers, so var = E[x^2] - E[x]^2 does not cancel."""
+    """SSIM of uint8 (B, 3, H, W): (B,). Window sums are integers, so var = E[x^2] - E[x]^2 does not
+    cancel."""
     x, y = x.int(), y.int()
     sums = torch.stack((x, y, x * x + y * y, x * y))                   # (4, B, 3, H, W)
-    sum_x, sum_y, sum_squares, sum_xy = window_sums(window_sums(sums, -1), -2)    # (B, 3, H - 6, W - 6) each, int32
+    sum_x, sum_y, sum_squares, sum_xy = window_sums(window_sums(sums, -1), -2)     # (B, 3, H - 6, W - 6) each
     product, squares = sum_x * sum_y, sum_x * sum_x + sum_y * sum_y
-    covariance, variances = 49 * sum_xy - product, 49 * sum_squares - squares     # both times 49 * 48, still exact
+    covariance, variances = 49 * sum_xy - product, 49 * sum_squares - squares     # times 49 * 48, exact int32
     c1, c2 = (0.01 * 255 * 49) ** 2, (0.03 * 255) ** 2 * 49 * 48
     similarity = (2 * product.float() + c1) * (2 * covariance.float() + c2) / (
         (squares.float() + c1) * (variances.float() + c2))
@@ -134,13 +147,14 @@ def ssim_exact(x, y):
 
 
 def ssim_float32(x, y):
-    """SSIM of uint8 (B, 3, H, W) with the roundings of scikit-image on float32 pictures, bit for bit: (B,)."""
-    def box_mean(image):                                               # scipy sums in float64, stores in float32
+    """SSIM of uint8 (B, 3, H, W) with the roundings of scikit-image on float32 pictures, bit for bit:
+    (B,)."""
+    def box_mean(image):                                               # scipy adds in float64, keeps float32
         for dim in (-2, -1):
             image = (window_sums(image.double(), dim) / 7).float()
         return image
 
-    x, y = x.float() / 255, y.float() / 255
+    x, y = unit_range(x), unit_range(y)
     mean_x, mean_y = box_mean(x), box_mean(y)
     var_x = 49 / 48 * (box_mean(x * x) - mean_x * mean_x)
     var_y = 49 / 48 * (box_mean(y * y) - mean_y * mean_y)
@@ -152,13 +166,16 @@ def ssim_float32(x, y):
 
 
 def codebook_metrics(counts, bits, pixels):
-    """How well the codes are used. counts (V,): how often each code occurred; `pixels`: how many they stand for.
+    """How well the codes are used. counts (V,): how often each code occurred; `pixels`: how many they stand
+    for.
 
-    usage: the part of the codebook that occurred at all. Sees dead codes; a code used once counts as much as one used
-    a million times. Trap: it grows with the number of pictures; 2^18 codes need the 50,000 of ImageNet val to reach
-    100 %, a subset cannot.
-    perplexity: 2^entropy of the code frequencies, the size of the evenly used codebook that would carry as much.
-    bits per pixel: what storing the ids takes. (Coding them with their frequencies would take log2(perplexity) bits.)
+    usage: the part of the codebook that occurred at all. Sees dead codes; a code used once counts as much as
+    one used a million times. Trap: it grows with the number of pictures; 2^18 codes need the 50,000 of
+    ImageNet val to reach 100 %, a subset cannot.
+    perplexity: 2^entropy of the code frequencies, the size of the evenly used codebook that would carry as
+    much.
+    bits per pixel: what storing the ids takes. (Coding them with their frequencies would take
+    log2(perplexity) bits.)
     """
     counts = counts.double()
     p = counts[counts > 0] / counts.sum()
@@ -167,7 +184,8 @@ def codebook_metrics(counts, bits, pixels):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 2. Networks: "similar" as a classifier sees it. Always fp32 without TF32 or autocast, in eval mode, verified weights
+# 2. Networks: "similar" as a classifier sees it. Always fp32 without TF32 or autocast, in eval mode, verified
+# weights
 # ------------------------------------------------------------------------------------------------------------
 
 INCEPTION_FILE = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -182,10 +200,11 @@ RANDOM_LABEL = "NOT COMPARABLE (random weights)"
 def resize_tf1(images, size=299):
     """Bilinear resize as TensorFlow 1 did it: float (B, C, H, W) to (B, C, size, size).
 
-    Output pixel i reads from i * in / out, without the half-pixel shift that makes the grid's centres meet, and
-    without antialiasing. The picture moves by up to half a pixel: wrong, and part of every FID of the ADM family.
+    Output pixel i reads from i * in / out, without the half-pixel shift that makes the grid's centres meet,
+    and without antialiasing. The picture moves by up to half a pixel: wrong, and part of every FID of the ADM
+    family.
     """
-    for dim in (-1, -2):                                               # x first: float rounding then equals TF's
+    for dim in (-1, -2):                                               # x first: the order of roundings
         n = images.shape[dim]
         position = torch.arange(size, device=images.device) * torch.tensor(n / size, device=images.device)
         low = position.long()
@@ -201,24 +220,24 @@ def inception_input(images, rule):
 
     rule "half-pixel"              pytorch-fid, the official rFID: bilinear, no antialiasing, 2x - 1
          "half-pixel-antialiased"  the same, but a side of more than 299 pixels is shrunk without aliasing
-         "tf1"                     ADM's evaluator, torch-fidelity: TensorFlow's old rule on 0..255, (k - 128) / 128
-    Statistics of one rule mean nothing beside those of another: on 256 x 256 pictures the inputs differ by up to 18
-    levels. The aspect ratio is ignored by all of them.
+         "tf1"                     ADM, torch-fidelity: TensorFlow's old rule on 0..255, (k - 128) / 128
+    Statistics of one rule mean nothing beside those of another: on 256 x 256 pictures the inputs differ by up
+    to 18 levels. The aspect ratio is ignored by all of them.
     """
     if rule == "tf1":
         require(images.dtype == torch.uint8, f"rule tf1 takes uint8 pictures, not {str(images.dtype)[6:]}")
         return (resize_tf1(images.float()) - 128) / 128
-    x = images.float() / 255 if images.dtype == torch.uint8 else images
-    antialias = rule == "half-pixel-antialiased" and max(images.shape[2:]) > 299
+    x = unit_range(images) if images.dtype == torch.uint8 else images
+    antialias = rule == "half-pixel-antialiased"
     return 2 * F.interpolate(x, (299, 299), mode="bilinear", align_corners=False, antialias=antialias) - 1
 
 
 class FIDInception(torchvision.models.Inception3):
     """The Inception-v3 of 2015 that FID is defined by: torchvision's network with other pooling branches.
 
-    It has 1008 outputs, averages without counting the padding, and takes a maximum instead of an average in the very
-    last block: accidents of one TensorFlow file, and part of the metric. torchvision's own weights and pooling give
-    another number that is sometimes published as FID.
+    It has 1008 outputs, averages without counting the padding, and takes a maximum instead of an average in
+    the very last block: accidents of one TensorFlow file, and part of the metric. torchvision's own weights
+    and pooling give another number that is sometimes published as FID.
     """
 
     def __init__(self):
@@ -235,7 +254,8 @@ class FIDInception(torchvision.models.Inception3):
         return torch.cat([*branches, block.branch_pool(pooled)], 1), branches[0]
 
     def forward(self, x):
-        """x (B, 3, 299, 299) in [-1, 1] to features (B, 2048), spatial features (B, 2023), logits (B, 1008)."""
+        """x (B, 3, 299, 299) in [-1, 1] to features (B, 2048), spatial features (B, 2023), logits (B,
+        1008)."""
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))             # (B, 64, 147, 147)
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(self.maxpool1(x)))                  # (B, 192, 71, 71)
         x = self.maxpool2(x)                                                          # (B, 192, 35, 35)
@@ -245,7 +265,8 @@ class FIDInception(torchvision.models.Inception3):
         for name in ("Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e"):
             x, branch = self.mix(name, x)                                             # (B, 768, 17, 17)
             if name == "Mixed_6d":
-                # sFID: 7 channels, position by position (H, W, C). Channels first would not fit stored statistics.
+                # sFID: 7 channels, position by position (H, W, C). Channels first would not fit stored
+                # statistics.
                 spatial = branch[:, :7].permute(0, 2, 3, 1).flatten(1)                # (B, 17 * 17 * 7)
         x = self.Mixed_7a(x)                                                          # (B, 1280, 8, 8)
         for name in ("Mixed_7b", "Mixed_7c"):
@@ -256,7 +277,8 @@ class FIDInception(torchvision.models.Inception3):
 
 
 def same_pad(x, kernel, stride):
-    """Zero padding of TensorFlow's SAME for (B, C, T, H, W): the odd pixel goes behind, which padding=k//2 cannot."""
+    """Zero padding of TensorFlow's SAME for (B, C, T, H, W): the odd pixel goes behind, which padding=k//2
+    cannot."""
     pads = []
     for size, k, s in zip(reversed(x.shape[2:]), reversed(kernel), reversed(stride)):
         total = max(k - s if size % s == 0 else k - size % s, 0)
@@ -279,7 +301,8 @@ class Unit3D(nn.Module):
 
 
 def max_pool(x, kernel, stride):
-    """SAME max-pooling. Padding with 0 is as good as with -inf, because everything here comes out of a ReLU."""
+    """SAME max-pooling. Padding with 0 is as good as with -inf, because everything here comes out of a
+    ReLU."""
     return F.max_pool3d(same_pad(x, kernel, stride), kernel, stride)
 
 
@@ -302,11 +325,12 @@ class Mixed3D(nn.Module):
 class I3D(nn.Module):
     """Inflated Inception, trained on Kinetics-400 (Carreira and Zisserman, 2017): FVD's eye.
 
-    eps of its BatchNorms: 1e-3 in the TensorFlow graph that defines FVD, 1e-5 in the port that the official script
-    uses (protocol seed). The weights are the same.
+    eps of its BatchNorms: 1e-3 in the TensorFlow graph that defines FVD, 1e-5 in the port that the official
+    script uses (protocol seed). The weights are the same.
     """
-    WIDTHS = {"3b": (64, 96, 128, 16, 32, 32), "3c": (128, 128, 192, 32, 96, 64), "4b": (192, 96, 208, 16, 48, 64),
-              "4c": (160, 112, 224, 24, 64, 64), "4d": (128, 128, 256, 24, 64, 64), "4e": (112, 144, 288, 32, 64, 64),
+    WIDTHS = {"3b": (64, 96, 128, 16, 32, 32), "3c": (128, 128, 192, 32, 96, 64),
+              "4b": (192, 96, 208, 16, 48, 64), "4c": (160, 112, 224, 24, 64, 64),
+              "4d": (128, 128, 256, 24, 64, 64), "4e": (112, 144, 288, 32, 64, 64),
               "4f": (256, 160, 320, 32, 128, 128), "5b": (256, 160, 320, 32, 128, 128),
               "5c": (384, 192, 384, 48, 128, 128)}
 
@@ -325,34 +349,37 @@ class I3D(nn.Module):
     def forward(self, x):
         """Clips x (B, 3, T, 224, 224) in [-1, 1], T of 9 or more, to logits (B, 400): FVD's features."""
         require(x.shape[2] >= 9, f"I3D needs clips of 9 frames or more, not {x.shape[2]}")
-        x = max_pool(self.Conv3d_1a_7x7(x), (1, 3, 3), (1, 2, 2))                     # (B, 64, T/2, 56, 56)
-        x = max_pool(self.Conv3d_2c_3x3(self.Conv3d_2b_1x1(x)), (1, 3, 3), (1, 2, 2))  # (B, 192, T/2, 28, 28)
+        x = max_pool(self.Conv3d_1a_7x7(x), (1, 3, 3), (1, 2, 2))                    # (B, 64, T/2, 56, 56)
+        x = self.Conv3d_2c_3x3(self.Conv3d_2b_1x1(x))                                # (B, 192, T/2, 56, 56)
+        x = max_pool(x, (1, 3, 3), (1, 2, 2))                                        # (B, 192, T/2, 28, 28)
         for name in self.WIDTHS:
             x = getattr(self, f"Mixed_{name}")(x)
             if name == "3c":
-                x = max_pool(x, (3, 3, 3), (2, 2, 2))                                 # (B, 480, T/4, 14, 14)
+                x = max_pool(x, (3, 3, 3), (2, 2, 2))                                # (B, 480, T/4, 14, 14)
             if name == "4f":
-                x = max_pool(x, (2, 2, 2), (2, 2, 2))                                 # (B, 832, T/8, 7, 7)
-        x = F.avg_pool3d(x, (2, 7, 7), stride=1)                                      # (B, 1024, T/8 - 1, 1, 1)
-        return self.logits.conv3d(x).mean((2, 3, 4))                                  # (B, 400)
+                x = max_pool(x, (2, 2, 2), (2, 2, 2))                                # (B, 832, T/8, 7, 7)
+        x = F.avg_pool3d(x, (2, 7, 7), stride=1)                                    # (B, 1024, T/8 - 1, 1, 1)
+        return self.logits.conv3d(x).mean((2, 3, 4))                                 # (B, 400)
 
 
 def i3d_input(clips):
-    """uint8 clips (B, T, 3, H, W) to (B, 3, T, 224, 224) in [-1, 1]: bilinear, not antialiased, aspect ignored."""
+    """uint8 clips (B, T, 3, H, W) to (B, 3, T, 224, 224) in [-1, 1]: bilinear, not antialiased, aspect
+    ignored."""
     frames = F.interpolate(clips.flatten(0, 1).float(), (224, 224), mode="bilinear", align_corners=False)
     return (2 * frames / 255 - 1).unflatten(0, clips.shape[:2]).transpose(1, 2)
 
 
 def randomise(network, seed=0):
-    """Fill `network` with seeded random weights that keep activations at a useful scale; for trying things out."""
+    """Fill `network` with seeded random weights that keep activations at a useful scale; for trying things
+    out."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in network.named_parameters():
-        if name.startswith("heads."):                                  # LPIPS's weights of channels: non-negative
+        if name.startswith("heads."):                                  # LPIPS's channel weights: not negative
             nn.init.uniform_(parameter, generator=generator)
         elif parameter.dim() > 1:
             nn.init.kaiming_normal_(parameter, generator=generator)
         elif name.endswith("bias"):
-            nn.init.zeros_(parameter)                                  # their default is random, from the global state
+            nn.init.zeros_(parameter)                                  # the default is of global randomness
     return network
 
 
@@ -362,7 +389,8 @@ def load_network(name, args, device):
     `name`: "inception", "lpips-vgg", "lpips-alex", "i3d" (eps of the protocol). Raises `UserError` offline.
     """
     builders = {"inception": FIDInception, "i3d": lambda: I3D(1e-5 if args.protocol == "seed" else 1e-3),
-                "lpips-vgg": lambda: train_tokenizer.LPIPS("vgg"), "lpips-alex": lambda: train_tokenizer.LPIPS("alex")}
+                "lpips-vgg": lambda: train_tokenizer.LPIPS("vgg"),
+                "lpips-alex": lambda: train_tokenizer.LPIPS("alex")}
     if args.allow_random_weights:
         network, source = randomise(builders[name]()), RANDOM_LABEL
     elif name.startswith("lpips"):
@@ -373,7 +401,7 @@ def load_network(name, args, device):
         path = runtime.fetch(url, args.weights_dir, source)
         network, state = builders[name](), runtime.load_checkpoint(path)
         # Old files lack BatchNorm's counters of training steps, which nothing reads in eval mode.
-        counters = {key: value for key, value in network.state_dict().items() if key.endswith("num_batches_tracked")}
+        counters = {key: value for key, value in network.state_dict().items() if key.endswith("_tracked")}
         runtime.load_state_strictly(network, {**counters, **state}, str(path))
     return network.to(device).eval().requires_grad_(False), source
 
@@ -415,28 +443,30 @@ class Moments:
 
 
 def frechet_distance(mean1, covariance1, mean2, covariance2, n1=None, n2=None):
-    """Squared Frechet (2-Wasserstein) distance of two Gaussians: |m1 - m2|^2 + Tr S1 + Tr S2 - 2 Tr (S1 S2)^(1/2).
+    """Squared Frechet (2-Wasserstein) distance of two Gaussians: |m1 - m2|^2 + Tr S1 + Tr S2 - 2 Tr (S1
+    S2)^(1/2).
 
-    FID with Inception's features, sFID with its spatial ones, FVD with I3D's logits. numpy float64; n1, n2: of how
-    many vectors the covariances are, where known.
-    Sees: whether two SETS of pictures have the same distribution of features, up to mean and covariance: blur and
-    artefacts as well as missing classes. sFID's features keep positions, so it sees layout better.
+    FID with Inception's features, sFID with its spatial ones, FVD with I3D's logits. numpy float64; n1, n2:
+    of how many vectors the covariances are, where known.
+    Sees: whether two SETS of pictures have the same distribution of features, up to mean and covariance: blur
+    and artefacts as well as missing classes. sFID's features keep positions, so it sees layout better.
     Misses: everything about single pictures (a reconstruction may show another dog), and higher moments.
-    Traps: FID falls with N: with 2,500 pictures a perfect model already reads 2 % of the features' variance, so
-    compare equal N only. And the reference counts: reconstructions of ImageNet val against val, not train (LlamaGen's
-    tokenizer: 2.19 against val, 4.28 against train); generated pictures against train.
+    Traps: FID falls with N: with 2,500 pictures a perfect model already reads 2 % of the features' variance,
+    so compare equal N only. And the reference counts: reconstructions of ImageNet val against val, not train
+    (LlamaGen's tokenizer: 2.19 against val, 4.28 against train); generated pictures against train.
 
-    (S1 S2)^(1/2) has the eigenvalues of (S1^(1/2) S2 S1^(1/2))^(1/2), which is symmetric: real by construction,
-    without the complex residues of a general matrix square root. A covariance of n vectors has rank n - 1 at most.
-    The other eigenvalues are rounding errors, and must go before their square root makes 1e-8 out of 1e-16.
+    (S1 S2)^(1/2) has the eigenvalues of (S1^(1/2) S2 S1^(1/2))^(1/2), which is symmetric: real by
+    construction, without the complex residues of a general matrix square root. A covariance of n vectors has
+    rank n - 1 at most. The other eigenvalues are rounding errors, and must go before their square root makes
+    1e-8 out of 1e-16.
     """
     require(mean1.shape == mean2.shape and covariance1.shape == covariance2.shape == mean1.shape * 2,
             f"statistics of {mean1.shape[0]} and {mean2.shape[0]} features cannot be compared")
     ranks = [len(mean1) if n is None else min(len(mean1), n - 1) for n in (n1, n2)]
     first, second = (covariance1, covariance2) if ranks[0] <= ranks[1] else (covariance2, covariance1)
     values, vectors = np.linalg.eigh(first)                            # ascending
-    require(values[0] > -1e-6 * max(values[-1], 1), "a covariance has negative eigenvalues; its file is damaged")
-    root = vectors[:, -min(ranks):] * np.sqrt(values[-min(ranks):].clip(0))            # (D, rank): S = root root^T
+    require(values[0] > -1e-6 * max(values[-1], 1), "a covariance has negative eigenvalues: it is damaged")
+    root = vectors[:, -min(ranks):] * np.sqrt(values[-min(ranks):].clip(0))       # (D, rank): S = root root^T
     trace = np.sqrt(np.linalg.eigvalsh(root.T @ second @ root).clip(0)).sum()
     return float(((mean1 - mean2) ** 2).sum() + np.trace(covariance1) + np.trace(covariance2) - 2 * trace)
 
@@ -444,27 +474,29 @@ def frechet_distance(mean1, covariance1, mean2, covariance2, n1=None, n2=None):
 def frechet_distance_float32(x, y):
     """The official video script's Frechet distance of features (N, D), (M, D), for protocol seed.
 
-    Two square roots by SVD in float32, singular values under 1e-10 not rooted. The rounding is no detail: the distance
-    of a set of 10,000 clips to itself was measured as 2.82, and a true 16.19 as 16.38.
+    Two square roots by SVD in float32, singular values under 1e-10 not rooted. The rounding is no detail: the
+    distance of a set of 10,000 clips to itself was measured as 2.82, and a true 16.19 as 16.38.
     """
     def root(matrix):
         u, s, vh = torch.linalg.svd(matrix)
         return u @ torch.diag(torch.where(s < 1e-10, s, s.sqrt())) @ vh
 
     x, y = x.float().cpu(), y.float().cpu()
-    root_x = root(torch.cov(x.T))
-    trace = torch.trace(root(root_x @ torch.cov(y.T) @ root_x))
-    return float((x.mean(0) - y.mean(0)).square().sum() + torch.trace(torch.cov(x.T) + torch.cov(y.T)) - 2 * trace)
+    covariance_x, covariance_y = torch.cov(x.T), torch.cov(y.T)
+    trace = torch.trace(root(root(covariance_x) @ covariance_y @ root(covariance_x)))
+    distance = (x.mean(0) - y.mean(0)).square().sum() + torch.trace(covariance_x + covariance_y) - 2 * trace
+    return float(distance)
 
 
 def inception_score(logits, split_size=5000):
-    """Inception Score of logits (N, 1008) in file order: mean and std over blocks of `split_size`, number of blocks.
+    """Inception Score of logits (N, 1008) in file order: mean and std over blocks of `split_size`, number of
+    blocks.
 
     exp of the mean KL(p(class | picture) || p(class)) in a block.
-    Sees: sharp predictions (recognisable) that differ from picture to picture (diverse). Misses: the real data, which
-    never enter, and everything inside a class: one perfect picture a class gets the best score.
-    Trap: order. Pictures sorted by class make each block a few classes only, and the score collapses (real samples of
-    one model: 62 instead of 298); shuffle first. One block scores higher than ten.
+    Sees: sharp predictions (recognisable) that differ from picture to picture (diverse). Misses: the real
+    data, which never enter, and everything inside a class: one perfect picture a class gets the best score.
+    Trap: order. Pictures sorted by class make each block a few classes only, and the score collapses (real
+    samples of one model: 62 instead of 298); shuffle first. One block scores higher than ten.
     """
     require(logits.dim() == 2 and len(logits) >= 1, f"logits must be (N, classes), not {list(logits.shape)}")
     scores = []
@@ -479,8 +511,8 @@ def inception_score(logits, split_size=5000):
 def squared_distances(u, v, half=False):
     """Squared Euclidean distances of the rows of u (n, D) and v (m, D): (n, m) in float32.
 
-    half: computed in float16 unless that overflows, as the TensorFlow evaluator does. Its steps of 0.25 at the usual
-    size of these distances move precision and recall in the third digit.
+    half: computed in float16 unless that overflows, as the TensorFlow evaluator does. Its steps of 0.25 at
+    the usual size of these distances move precision and recall in the third digit.
     """
     for dtype in ((torch.float16,) if half else ()) + (torch.float32,):
         a, b = u.to(dtype), v.to(dtype)
@@ -490,20 +522,21 @@ def squared_distances(u, v, half=False):
 
 
 def precision_recall(reference, samples, k=3, half=False, rows=2048):
-    """Improved precision and recall (Kynkaanniemi et al., 2019) of features: reference (N, D), samples (M, D).
+    """Improved precision and recall (Kynkaanniemi et al., 2019) of features: reference (N, D), samples (M,
+    D).
 
-    Each set is taken as the union of balls around its points, reaching to the k-th neighbour. Precision: how many
-    samples lie in the reference's union (fidelity). Recall: how many reference pictures lie in the samples'
-    (coverage). Misses: how well regions are weighted, and one outlier can cover a lot of space.
-    Traps: the original uses VGG features, ADM and the paper Inception's; and set sizes matter (ADM: 10,000 real and
-    50,000 generated). Works on blocks of `rows`: the whole 10,000 x 50,000 table would take 2 GB.
+    Each set is taken as the union of balls around its points, reaching to the k-th neighbour. Precision: how
+    many samples lie in the reference's union (fidelity). Recall: how many reference pictures lie in the
+    samples' (coverage). Misses: how well regions are weighted, and one outlier can cover a lot of space.
+    Traps: the original uses VGG features, ADM and the paper Inception's; and set sizes matter (ADM: 10,000
+    real and 50,000 generated). Works on blocks of `rows`: the whole 10,000 x 50,000 table would take 2 GB.
     """
     require(reference.dim() == samples.dim() == 2 and reference.shape[1] == samples.shape[1],
             f"features of {list(reference.shape)} and {list(samples.shape)} cannot be compared")
-    require(min(len(reference), len(samples)) > k, f"precision and recall need more than {k} pictures a set, there are "
-            f"{len(samples)} samples and {len(reference)} reference pictures")
+    require(min(len(reference), len(samples)) > k, f"precision and recall need more than {k} pictures a set, "
+            f"there are {len(samples)} samples and {len(reference)} reference pictures")
 
-    def radii(points):                                                 # the nearest neighbour of all is the point itself
+    def radii(points):                                                 # + 1: the nearest is the point itself
         return torch.cat([squared_distances(block, points, half).kthvalue(k + 1, dim=1).values
                           for block in points.split(rows)])
 
@@ -520,13 +553,12 @@ def precision_recall(reference, samples, k=3, half=False, rows=2048):
 # 4. Measuring: one pass over the pictures, sharded over the ranks, computes everything
 # ------------------------------------------------------------------------------------------------------------
 
-SEED_BATCH = 4                  # the official script's batch size, over whose batches it averages
-KEPT_IMAGES = 10_000            # of a reference, for precision and recall, as in ADM's files
-RESULTS = "runs/evaluation"
+KEPT_IMAGES = 10_000            # pictures of a reference for precision and recall, as in ADM's files
 
 
 def gather_rows(rows, indices):
-    """The `rows` (n, ...) of all ranks on rank 0, sorted by `indices` (n,): (N, ...) on the CPU. Elsewhere None.
+    """The `rows` (n, ...) of all ranks on rank 0, sorted by `indices` (n,): (N, ...) on the CPU. Elsewhere
+    None.
 
     Sorting by the pictures' numbers is what makes every result independent of the number of ranks.
     """
@@ -534,31 +566,31 @@ def gather_rows(rows, indices):
     if runtime.world_size() > 1:
         counts = runtime.gather_objects(len(rows))
         gathered = []
-        for tensor in (rows, indices):                                 # dist.gather wants equal sizes: pad, then cut
+        for tensor in (rows, indices):                                 # gather wants equal sizes: pad, cut
             padded = torch.cat([tensor, tensor.new_zeros(max(counts) - len(tensor), *tensor.shape[1:])])
             parts = [torch.empty_like(padded) for _ in counts] if runtime.is_main() else None
             dist.gather(padded, parts)
-            gathered.append(torch.cat([p[:n] for p, n in zip(parts, counts)]) if parts else None)
+            gathered.append(torch.cat([part[:n] for part, n in zip(parts, counts)]) if parts else None)
         rows, indices = gathered
         if indices is None:
             return None
-    order = indices.argsort()
     assert len(indices.unique()) == len(indices), "a picture was counted twice"
-    return rows[order]
+    return rows[indices.argsort()]
 
 
 class FeatureStream:
     """Sends pictures of any size through Inception and keeps what the metrics need.
 
-    Every forward has exactly `batch_size` pictures, the last one filled up with zeros, because convolutions sum in
-    another order at another batch size: features move by 1e-3 on a GPU, enough to change a small FID.
-    kept: for which pictures (a bool tensor by index) to keep features and logits themselves, besides their moments.
+    Every forward has exactly `batch_size` pictures, the last one filled up with zeros, because convolutions
+    add in another order at another batch size: features move by up to 1e-3 on a GPU, enough to change a small
+    FID. kept: of which pictures (a bool tensor by index) to keep features and logits; None is for FID alone.
     """
 
     def __init__(self, network, rule, batch_size, kept=None):
         self.network, self.rule, self.batch_size, self.kept = network, rule, batch_size, kept
         self.device = next(network.parameters()).device
-        self.moments, self.spatial_moments = Moments(2048, self.device), Moments(2023, self.device)
+        self.moments = Moments(2048, self.device)
+        self.spatial_moments = None if kept is None else Moments(2023, self.device)
         self.inputs, self.waiting = [], []                             # resized pictures and their indices
         self.features, self.logits, self.indices = [torch.empty(0, 2048)], [torch.empty(0, 1008)], []
 
@@ -573,31 +605,33 @@ class FeatureStream:
         """Send the first n waiting pictures through the network."""
         batch, indices = torch.stack(self.inputs[:n]), torch.tensor(self.waiting[:n])
         del self.inputs[:n], self.waiting[:n]
-        batch = torch.cat([batch, batch.new_zeros(self.batch_size - n, 3, 299, 299)])
+        batch = torch.cat([batch, batch.new_zeros(self.batch_size - n, *batch.shape[1:])])
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             features, spatial, logits = [output[:n] for output in self.network(batch)]
         self.moments.add(features)
-        self.spatial_moments.add(spatial)
         if self.kept is not None:
+            self.spatial_moments.add(spatial)
             keep = self.kept[indices]
             self.features.append(features.cpu()[keep])
             self.logits.append(logits.cpu()[keep])
             self.indices += indices[keep].tolist()
 
     def finish(self):
-        """Run what is left and merge the ranks. Then features and logits lie on rank 0, in the pictures' order."""
+        """Run what is left and merge the ranks; kept features and logits then lie on rank 0, in order."""
         if self.inputs:
             self.run(len(self.inputs))
         self.moments.reduce()
-        self.spatial_moments.reduce()
-        indices = torch.tensor(self.indices, dtype=torch.long)
-        self.features = gather_rows(torch.cat(self.features), indices)
-        self.logits = gather_rows(torch.cat(self.logits), indices)
+        if self.kept is not None:
+            self.spatial_moments.reduce()
+            indices = torch.tensor(self.indices, dtype=torch.long)
+            self.features = gather_rows(torch.cat(self.features), indices)
+            self.logits = gather_rows(torch.cat(self.logits), indices)
         return self
 
 
 def evenly_spaced(count, length):
-    """`count` indices spread over 0 .. length - 1: a subset of a set sorted by class that still has every class."""
+    """`count` indices spread over 0 .. length - 1 (None: all): a subset of a sorted set that has every
+    class."""
     count = min(count or length, length)
     return [i * length // count for i in range(count)]
 
@@ -608,13 +642,10 @@ class OriginalImages(torch.utils.data.Dataset):
     def __init__(self, dataset):
         self.dataset = dataset
 
-    def __len__(self):
-        return len(self.dataset)
-
     def __getitem__(self, index):
         try:
             return data.image_to_tensor(self.dataset.load(index)), 0, index
-        except Exception as error:                                     # as in data.py: reported, counted, skipped
+        except Exception as error:                                     # as in data.py: counted and skipped
             self.dataset.report_broken(index, error)
             return None
 
@@ -622,16 +653,16 @@ class OriginalImages(torch.utils.data.Dataset):
 class SampleArray(data.Images):
     """The uint8 (N, H, W, 3) array `arr_0` of an npz file, ADM's format for samples, read picture by picture.
 
-    50,000 pictures of 256 x 256 are 9.8 GB, so the array is mapped instead of read. Raises `UserError` for files of
-    any other form.
+    50,000 pictures of 256 x 256 are 9.8 GB, so the array is mapped into memory, not read. Raises `UserError`
+    for files of any other form.
     """
 
     def __init__(self, path):
         self.images = map_npz(path, "arr_0")
         shape = list(self.images.shape)
-        require(self.images.dtype == np.uint8, f"{path}: arr_0 is {self.images.dtype}, expected uint8 pixels 0..255; "
+        require(self.images.dtype == np.uint8, f"{path}: arr_0 is {self.images.dtype}, expected uint8; "
                 f"convert floats in [0, 1] with (x * 255).round().astype('uint8')")
-        require(len(shape) == 4 and shape[3] == 3, f"{path}: arr_0 has the shape {shape}, expected (N, H, W, 3)"
+        require(len(shape) == 4 and shape[3] == 3, f"{path}: arr_0 has the shape {shape}, not (N, H, W, 3)"
                 + ("; use arr_0.transpose(0, 2, 3, 1)" if len(shape) == 4 and shape[1] == 3 else ""))
         self.size = tuple(shape[1:3])                                  # (H, W)
         super().__init__(str(path), [], len(self.images), shape[1], "center", False, 0)
@@ -642,29 +673,30 @@ class SampleArray(data.Images):
 
 
 def map_npz(path, key):
-    """Array `key` of an npz file as a memory map where it is stored uncompressed, as np.savez does; else in memory."""
+    """Array `key` of an npz file: a memory map where it is stored uncompressed, as np.savez does, else
+    read."""
     require(pathlib.Path(path).is_file(), f"{path} does not exist; check the path")
     try:
         with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
-            require(f"{key}.npy" in archive.namelist(), f"{path} holds no array {key}, only "
-                    f"{', '.join(name.removesuffix('.npy') for name in archive.namelist())}")
+            names = [name.removesuffix(".npy") for name in archive.namelist()]
+            require(key in names, f"{path} holds no array {key}, only {', '.join(names)}")
             entry = archive.getinfo(f"{key}.npy")
             if entry.compress_type != zipfile.ZIP_STORED:
                 return np.load(path)[key]
-            file.seek(entry.header_offset)
-            name_length, extra_length = struct.unpack("<26x2H", file.read(30))
-            file.seek(name_length + extra_length, os.SEEK_CUR)
-            version = np.lib.format.read_magic(file)
-            read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, fortran, dtype = read_header(file)
-            require(not dtype.hasobject, f"{path}: {key} holds pickled Python objects, which are not loaded")
+            file.seek(entry.header_offset + 26)                        # lengths of name and extra field
+            file.seek(sum(struct.unpack("<2H", file.read(4))), os.SEEK_CUR)
+            newer = np.lib.format.read_magic(file) != (1, 0)
+            header = np.lib.format.read_array_header_2_0 if newer else np.lib.format.read_array_header_1_0
+            shape, fortran, dtype = header(file)
+            require(not dtype.hasobject, f"{path}: {key} holds pickled objects, which are never loaded")
             return np.memmap(path, dtype, "r", file.tell(), shape, "F" if fortran else "C")
-    except (zipfile.BadZipFile, ValueError, EOFError) as error:
-        raise runtime.UserError(f"{path} is truncated or no npz file ({error}); make or copy it again") from None
+    except (zipfile.BadZipFile, ValueError, EOFError, struct.error) as error:
+        raise runtime.UserError(f"{path} is truncated or no npz file ({error}); copy it again") from None
 
 
 def open_samples(path):
-    """The generated pictures of an npz file, or of a folder of equally sized pictures: (data set, what to read it by).
+    """Generated pictures in an npz file, or in a folder of equally sized ones: (data set, what to read it
+    by).
 
     Raises `UserError` for a wrong format, or for sizes that differ. The data set's `size` is (H, W).
     """
@@ -674,14 +706,15 @@ def open_samples(path):
     folder = data.ImageFolder(path, image_size=1)
     sizes = [Image.open(folder.path(i)).size[::-1] for i in range(len(folder))]
     other = next((i for i, size in enumerate(sizes) if size != sizes[0]), 0)
-    require(not other, f"--samples {path} mixes sizes: {folder.path(0)} has {sizes[0]}, {folder.path(other)} has "
-            f"{sizes[other]}; the pictures of a set must have one size")
+    require(not other, f"--samples {path} mixes sizes: {folder.path(0)} has {sizes[0]}, {folder.path(other)} "
+            f"has {sizes[other]}; the pictures of a set must have one size")
     folder.size = sizes[0]
     return folder, OriginalImages(folder)
 
 
 def loader_of(dataset, indices, args, title, source=None):
-    """This rank's share of `dataset[indices]` in batches, never padded or repeated, with a progress bar on rank 0."""
+    """This rank's share of `dataset[indices]` in batches, never padded or repeated; a progress bar on rank
+    0."""
     mine = indices[runtime.rank()::runtime.world_size()]
     requests = [mine[i:i + args.batch_size] for i in range(0, len(mine), args.batch_size)]
     batches = data.batches(dataset, source or dataset, requests, args.num_workers)
@@ -689,7 +722,7 @@ def loader_of(dataset, indices, args, title, source=None):
 
 
 def pad_to_multiple(images, multiple):
-    """Float pictures (B, 3, H, W) with both sides padded by 0 (mid-grey) to a multiple, and the slices that undo it."""
+    """Pad both sides of float pictures (B, 3, H, W) with 0, mid-grey, and the slices that undo it."""
     height, width = images.shape[2:]
     spare_y, spare_x = -height % multiple, -width % multiple
     top, left = spare_y // 2, spare_x // 2
@@ -700,13 +733,14 @@ def pad_to_multiple(images, multiple):
 class ReconstructionFID:
     """rFID: the Frechet distance between pictures and their own reconstructions, in one pass.
 
-    The originals' statistics go to the file `cache`, because they are the same for every tokenizer: half of the work.
+    The originals' statistics are kept in the file `cache`: they are the same for every tokenizer, and half of
+    the work.
     """
 
     def __init__(self, network, rule, batch_size, cache):
         self.cache, self.originals = pathlib.Path(cache), None
         self.reconstructions = FeatureStream(network, rule, batch_size)
-        if not runtime.gather_objects(self.cache.exists())[0]:
+        if not on_main(self.cache.exists):
             self.originals = FeatureStream(network, rule, batch_size)
 
     def add(self, originals, reconstructions, indices):
@@ -725,42 +759,45 @@ class ReconstructionFID:
             mean, covariance = originals.mean_and_covariance()
             save_npz(self.cache, mu=mean, sigma=covariance, n=np.array(originals.n))
         with np.load(self.cache) as file:
-            require(int(file["n"]) == moments.n, f"{self.cache} holds statistics of {file['n']} pictures, there are "
-                    f"{moments.n} reconstructions; delete it")
-            return frechet_distance(file["mu"], file["sigma"], *moments.mean_and_covariance(), moments.n, moments.n)
+            n, statistics = int(file["n"]), (file["mu"], file["sigma"], *moments.mean_and_covariance())
+        require(n == moments.n, f"{self.cache} is of {n} pictures, there are {moments.n} reconstructions; "
+                f"delete it, so that it is made again")
+        return frechet_distance(*statistics, n, n)
 
 
 def measure_reconstruction(model, loader, networks, rfid, args, examples):
     """The measuring loop: every picture goes through the tokenizer once and is seen by every metric.
 
-    networks: LPIPS by metric. rfid: a `ReconstructionFID` or None. examples: numbers of the pictures for the grid.
-    Returns values of each picture by metric and "index", the code counts (V,), the number of pixels, and
-    {index: (original, reconstruction)} in uint8; all of this rank.
+    networks: LPIPS by metric. rfid: a `ReconstructionFID` or None. examples: numbers of the pictures for the
+    grid. Returns values of each picture by metric and "index", the code counts (V,), the number of pixels,
+    and {index: (original, reconstruction)} in uint8; all of this rank.
     """
-    device, stride = next(model.parameters()).device, model.config.downsampling
+    device, stride, seed = next(model.parameters()).device, model.config.downsampling, args.protocol == "seed"
     values = {name: [torch.empty(0)] for name in ("psnr", "ssim", *networks) if name in args.metrics}
     values["index"], pixels, grid = [torch.empty(0, dtype=torch.long)], 0, {}
     counts = torch.zeros(model.config.vocabulary, dtype=torch.long, device=device)
     for images, _, indices in loader:
-        n, seed_protocol = len(images), args.protocol == "seed"
+        n = len(images)
         if not args.original_resolution:
-            # All batches have the same shape, the last one filled up by repetition, so that a picture's numbers do
-            # not depend on how the set was divided into batches and ranks.
+            # All batches have one shape, the last filled up by repetition, so that a picture's numbers do not
+            # depend on how the set was divided into batches and ranks.
             images = torch.cat([images, images[-1:].expand(args.batch_size - n, -1, -1, -1)])
-        images = images.to(device)                                                 # (B, 3, H, W) uint8
-        x, inside = data.to_float(images), ...                                     # (B, 3, H, W)
-        if args.original_resolution:                                   # officially a multiple of 16 for every stride
-            x, inside = pad_to_multiple(x, max(16, stride) if seed_protocol else stride)
+        images = images.to(device)                                                # (B, 3, H, W) uint8
+        require(not networks or min(images.shape[2:]) >= 32, f"LPIPS needs pictures of 32 x 32 or more, not "
+                f"{list(images.shape[2:])}; leave it out of --metrics")
+        x, inside = data.to_float(images), ...                                    # (B, 3, H, W)
+        if args.original_resolution:                                   # officially 16 whatever the stride is
+            x, inside = pad_to_multiple(x, max(16, stride) if seed else stride)
         with torch.no_grad(), runtime.autocast(device, args.mixed_precision):
-            ids = model.encode(x)                                                  # (B, h, w)
-            y = model.decode(ids)[inside].float()                                  # (B, 3, H, W)
+            ids = model.encode(x)                                                 # (B, h, w)
+            y = model.decode(ids)[inside].float()                                 # (B, 3, H, W)
         require(bool(y[:n].isfinite().all()), f"the tokenizer's output is not finite with --mixed-precision "
                 f"{args.mixed_precision}; use bf16 or fp32")
         x, y = x[inside], y.clamp(-1, 1)
-        # clean: every metric sees the pixels of an image file. seed: PSNR and SSIM see truncated pixels, the networks
-        # see floats.
-        original, pixels_y = to_pixels(x, "seed") if seed_protocol else images, to_pixels(y, args.protocol)
-        y = y if seed_protocol else data.to_float(pixels_y)
+        # clean: every metric sees the pixels that an image file would hold. seed: PSNR and SSIM see truncated
+        # pixels, the networks see floats.
+        original, pixels_y = to_pixels(x, "seed") if seed else images, to_pixels(y, args.protocol)
+        y = y if seed else data.to_float(pixels_y)
         values["index"].append(indices)
         for name, metric in (("psnr", psnr), ("ssim", ssim)):
             if name in values:
@@ -768,56 +805,62 @@ def measure_reconstruction(model, loader, networks, rfid, args, examples):
         for name, network in networks.items():
             values[name].append(network(x, y)[:n].double().cpu())
         if rfid:
-            pair = ((x + 1) / 2, (y + 1) / 2) if seed_protocol else (images, pixels_y)
+            pair = ((x + 1) / 2, (y + 1) / 2) if seed else (images, pixels_y)
             rfid.add(pair[0][:n], pair[1][:n], indices)
         counts += ids[:n].flatten().bincount(minlength=len(counts))
         pixels += n * images[0, 0].numel()
-        grid.update({i: (images[j].cpu(), pixels_y[j].cpu()) for j, i in enumerate(indices.tolist()) if i in examples})
+        grid.update({i: (images[j].cpu(), pixels_y[j].cpu()) for j, i in enumerate(indices.tolist())
+                     if i in examples})
     return {name: torch.cat(parts) for name, parts in values.items()}, counts, pixels, grid
 
 
-def average(values, protocol):
-    """Mean of per-picture values (N,). seed: mean of the means of batches of four, the last of which may be short."""
-    if protocol == "seed" and len(values) % SEED_BATCH:
-        whole = len(values) // SEED_BATCH * SEED_BATCH
-        values = torch.cat([values[:whole].view(-1, SEED_BATCH).mean(1), values[whole:].mean()[None]])
+def average(values, batch=None):
+    """Mean of values (N,). `batch`: the mean of the means of batches, a short last one included, as
+    officially."""
+    if batch and len(values) % batch:
+        whole = len(values) // batch * batch
+        values = torch.cat([values[:whole].view(-1, batch).mean(1), values[whole:].mean()[None]])
     return float(values.mean())
 
 
 def fingerprint(dataset, indices):
-    """A sha256 over what decides the pixels of `dataset[indices]`: names, sizes and dates of all files, the
-    preprocessing, and a sample of the pixels themselves (which also notices a new version of the generated set)."""
+    """A sha256 over what decides the pixels of `dataset[indices]`: names, sizes and dates of the files, the
+    preprocessing, and 16 of the pictures (which notices, for instance, a new version of the generated
+    set)."""
     digest = hashlib.sha256(json.dumps([dataset.image_size, dataset.crop, len(dataset), indices]).encode())
     for index in indices:
         path = dataset.path(index)
-        file = path if os.path.exists(path) else path.rpartition(":")[0]            # in a tar: shard.tar:member
+        file = path if os.path.exists(path) else path.rpartition(":")[0]         # shard.tar:member of a shard
         state = os.stat(file) if os.path.exists(file) else None
         digest.update(f"{path} {state and (state.st_size, state.st_mtime_ns)}\n".encode())
-    for index in evenly_spaced(16, len(indices)):
-        item = dataset[indices[index]]
+    for i in evenly_spaced(16, len(indices)):
+        item = dataset[indices[i]]
         digest.update(b"broken" if item is None else item[0].numpy().tobytes())
     return digest.hexdigest()
 
 
 def compute_reference(dataset, indices, key, network, path, args, keep_images=True):
-    """ADM's statistics of `dataset[indices]` with the rule of its family, "tf1": a dict on rank 0. A collective.
+    """ADM's statistics of `dataset[indices]`, with the resize rule of its family: a dict on rank 0. A
+    collective.
 
-    key: everything that the numbers depend on. It is stored in the file `path`, which is used instead of computing if
-    it is there. The arrays: mu, sigma (2048), mu_s, sigma_s (2023), n, `features` of up to 10,000 pictures, and
-    (with `keep_images`) these pictures as arr_0 uint8 (N, H, W, 3), so that ADM's own evaluator can read the file.
+    key: everything that the numbers depend on. It is stored in the file `path`; if that file exists, it is
+    used. The arrays: mu, sigma (2048), mu_s, sigma_s (2023), n, `features` of up to 10,000 pictures, and
+    (keep_images) these pictures as arr_0 uint8 (N, H, W, 3), so that ADM's own evaluator can read the file.
     """
     path = pathlib.Path(path)
-    if runtime.gather_objects(path.exists())[0]:
+    if on_main(path.exists):
         with np.load(path) as file:
-            require("settings" in file.files, f"{path} exists and was made by another program; choose another --output")
+            require("settings" in file.files, f"{path} is of another program; choose another --reference")
             runtime.check_same(json.loads(str(file["settings"])), key, f"{path} exists already and")
             runtime.print_main(f"reference   {path} (cached)")
             return {name: file[name] for name in file.files if name != "arr_0"}
+    require(len(indices) > 3, f"{dataset.name} has {len(indices)} pictures; a reference needs four or more")
     chosen = [indices[i] for i in evenly_spaced(KEPT_IMAGES, len(indices))]
     kept = torch.zeros(len(dataset), dtype=torch.bool)
     kept[chosen] = True
     stream = FeatureStream(network, "tf1", args.feature_batch_size, kept)
-    pictures, numbers = [], [torch.empty(0, dtype=torch.long)]
+    side = key["image_size"] if keep_images else 0
+    pictures, numbers = [torch.empty(0, 3, side, side, dtype=torch.uint8)], [torch.empty(0, dtype=torch.long)]
     for images, _, batch in loader_of(dataset, indices, args, "reference"):
         stream.add(images.to(stream.device), batch)
         if keep_images:
@@ -825,10 +868,7 @@ def compute_reference(dataset, indices, key, network, path, args, keep_images=Tr
             numbers.append(batch[kept[batch]])
     dataset.raise_if_broken(all_ranks=True)
     stream.finish()
-    if keep_images:
-        side = key["image_size"]
-        pictures = gather_rows(torch.cat([torch.empty(0, 3, side, side, dtype=torch.uint8), *pictures]),
-                               torch.cat(numbers))
+    pictures = gather_rows(torch.cat(pictures), torch.cat(numbers))
     if not runtime.is_main():
         return None
     mu, sigma = stream.moments.mean_and_covariance()
@@ -856,13 +896,18 @@ LOCAL_METRICS, NETWORK_METRICS = ("psnr", "ssim", "usage"), ("rfid", "lpips-vgg"
 
 
 def start(args):
-    """Set up the processes and exact fp32 arithmetic (TF32 keeps 10 bits of each factor); returns the device."""
+    """Set up the processes and exact fp32 (TF32 keeps 10 bits of each factor); returns the device."""
     device = runtime.setup_process_group(args.device)
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
     args.feature_batch_size = args.feature_batch_size or (64 if device.type == "cuda" else 8)
     return device
+
+
+def on_main(function, *values):
+    """`function(*values)`, computed on rank 0 for all ranks."""
+    return runtime.gather_objects(function(*values) if runtime.is_main() else None)[0]
 
 
 def save_npz(path, **arrays):
@@ -880,38 +925,34 @@ def short_hash(value):
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def slug(text):
-    """`text` as a part of a file name."""
-    return "".join(c if c.isalnum() or c in "-." else "-" for c in str(text)).strip("-")
-
-
-def on_main(function, *values):
-    """`function(*values)`, computed on rank 0 for all ranks."""
-    return runtime.gather_objects(function(*values) if runtime.is_main() else None)[0]
+def stem_of(path):
+    """The last two parts of a path, without its suffix, as a part of a file name."""
+    name = "-".join(pathlib.Path(path).with_suffix("").parts[-2:])
+    return "".join(c if c.isalnum() or c in "-_" else "-" for c in name).strip("-")
 
 
 def warn_if_few(n, features, name):
     """Say so where a Frechet distance of `n` pictures is mostly bias."""
     if n < 2 * features:
         runtime.print_main(f"warning: {name} of {n} pictures is biased upwards ({features} features want "
-                           f"{2 * features} or more); compare it with that of equally many pictures only")
+                           f"{2 * features} or more); compare it only with that of equally many pictures")
 
 
 def report(stem, metrics, notes, labels, settings, began, args):
     """Print a table of `metrics` {key: value}, and write it with `settings` to a JSON file. Rank 0 only.
 
-    notes: what each number was measured on; labels: why it must not be compared. The file name carries a hash of
-    what distinguishes the run, so that another protocol, checkpoint or data set does not overwrite it.
+    notes: what each number was measured on; labels: why it must not be compared. The file name carries a hash
+    of what distinguishes the run, so that another protocol, checkpoint or data set does not overwrite it.
     """
     print()
     runtime.print_table([(METRICS[key][0], METRICS[key][1].format(value), notes[key], labels.get(key, ""))
                          for key, value in metrics.items()], ("metric", "value", "measured on", ""))
     entries = {key: {"value": value if np.isfinite(value) else str(value), "measured_on": notes[key],
                      **({"label": labels[key]} if key in labels else {})} for key, value in metrics.items()}
-    record = {"metrics": entries, **settings, "seconds": round(time.time() - began, 1),
-              "date": datetime.datetime.now().isoformat(timespec="seconds"), "arguments": vars(args),
-              "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__,
-                           "torchvision": torchvision.__version__}}
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__,
+                "torchvision": torchvision.__version__}
+    record = {"metrics": entries, **settings, "seconds": round(time.time() - began, 1), "versions": versions,
+              "date": datetime.datetime.now().isoformat(timespec="seconds"), "arguments": vars(args)}
     path = pathlib.Path(args.output) / f"{stem}-{short_hash([settings, sorted(metrics)])}.json"
     runtime.write_json(path, record)
     print(f"\n{settings['n']} pictures in {runtime.format_seconds(time.time() - began)}, written to {path}")
@@ -922,28 +963,31 @@ def reconstruction(args):
     """`reconstruction`: how much of a picture survives its way through the tokens (tables 3, 4 and 6)."""
     began, device = time.time(), start(args)
     checkpoint = args.ckpt or runtime.latest_checkpoint("runs/tokenizer", "tokenizer checkpoint")
-    model, info = tokenizer.load_tokenizer(checkpoint, ema=not args.raw_weights, trust=args.trust_checkpoint)
+    model, info = tokenizer.load_tokenizer(checkpoint, not args.raw_weights, args.trust_checkpoint)
     model = model.to(device)
     dataset = data.build_dataset(args.data_path, args.split, args.image_size or model.config.resolution)
     indices = evenly_spaced(args.max_images, len(dataset))
+    require(len(indices) >= 2 or "rfid" not in args.metrics, "--metrics rfid needs two pictures or more")
     args.batch_size = 1 if args.original_resolution else args.batch_size
     size = "original" if args.original_resolution else dataset.image_size
+    # Clean departs from the official resize rule only where a side exceeds Inception's 299 pixels.
+    aliased = args.protocol == "seed" or not args.original_resolution and size <= 299
+    rule = "half-pixel" if aliased else "half-pixel-antialiased"
     runtime.print_main(
         f"tokenizer   {checkpoint} ({info['preset']}, {info['weights']} weights, step {info['step']}, sha256 "
-        f"{info['sha256'][:8]})\ndata        {dataset.name}, {len(indices)} of {len(dataset)} pictures, size {size}\n"
-        f"protocol    {args.protocol}, tokenizer in {args.mixed_precision}, metrics in fp32, ranks: "
+        f"{info['sha256'][:8]})\n"
+        f"data        {dataset.name}, {len(indices)} of {len(dataset)} pictures, size {size}\n"
+        f"protocol    {args.protocol}, tokenizer in {args.mixed_precision}, metrics in fp32, "
         f"{runtime.world_size()} x {device.type}")
-    left_out = [name for name in NETWORK_METRICS if name not in args.metrics]
-    if left_out:
-        runtime.print_main(f"left out    {', '.join(left_out)} (their networks are downloads): add --metrics all")
+    if left_out := [name for name in NETWORK_METRICS if name not in args.metrics]:
+        runtime.print_main(f"left out    {', '.join(left_out)} (networks to download); add --metrics all")
 
     networks, sources = {}, {}
     for name in NETWORK_METRICS:
         if name in args.metrics:
             networks[name], sources[name] = load_network(name.replace("rfid", "inception"), args, device)
-    # Clean differs from pytorch-fid's rule, the official one, only where a side exceeds Inception's 299 pixels.
-    rule = "half-pixel" if args.protocol == "seed" else "half-pixel-antialiased"
-    settings = {"command": "reconstruction", "n": len(indices), "protocol": args.protocol, "resize_rule": rule,
+    settings = {"command": "reconstruction", "n": len(indices), "protocol": args.protocol,
+                "resize_rule": rule,
                 "data": {"path": args.data_path, "name": dataset.name, "split": args.split, "size": size,
                          "fingerprint": on_main(fingerprint, dataset, indices)},
                 "checkpoint": {"path": str(checkpoint), "name": pathlib.Path(checkpoint).name, **info},
@@ -952,23 +996,22 @@ def reconstruction(args):
                 "device": device.type, "feature_batch_size": args.feature_batch_size}
     rfid = None
     if "rfid" in networks:
-        require(len(indices) >= 2, "--metrics rfid needs two pictures or more")
-        key = {name: settings[name] for name in ("data", "n", "protocol", "resize_rule", "device",
-                                                 "feature_batch_size")} | {"inception": sources["rfid"]}
-        rfid = ReconstructionFID(networks.pop("rfid"), rule, args.feature_batch_size,
-                                 pathlib.Path(args.output) / "references" / f"originals-{short_hash(key)}.npz")
-    source = OriginalImages(dataset) if args.original_resolution else dataset
-    measured = measure_reconstruction(model, loader_of(dataset, indices, args, "reconstruction", source), networks,
-                                      rfid, args, set(indices[:8]))
+        key = [settings[name] for name in ("data", "n", "protocol", "resize_rule", "device",
+                                           "feature_batch_size")] + [sources["rfid"]]
+        cache = pathlib.Path(args.output) / "references" / f"originals-{short_hash(key)}.npz"
+        rfid = ReconstructionFID(networks.pop("rfid"), rule, args.feature_batch_size, cache)
+    loader = loader_of(dataset, indices, args, "reconstruction",
+                       OriginalImages(dataset) if args.original_resolution else None)
+    measured = measure_reconstruction(model, loader, networks, rfid, args, set(indices[:8]))
     dataset.raise_if_broken(all_ranks=True)
     settings["skipped"] = int(dataset.broken[indices].sum())
     settings["n"] = len(indices) - settings["skipped"]
-    summarise_reconstruction(model, *measured, rfid, settings, began, args)
+    summarise_reconstruction(model.config.vocabulary, *measured, rfid, settings, began, args)
 
 
-def summarise_reconstruction(model, values, counts, pixels, grid, rfid, settings, began, args):
-    """Merge what the ranks have measured, then report it and paint the grid. A collective."""
-    numbers = values.pop("index")
+def summarise_reconstruction(vocabulary, values, counts, pixels, grid, rfid, settings, began, args):
+    """Merge what the ranks have measured; report it and paint the grid. A collective."""
+    numbers, seed = values.pop("index"), args.protocol == "seed"
     n = int(runtime.all_reduce_sum(torch.tensor(len(numbers))))
     assert n == settings["n"], f"{n} pictures were measured, expected {settings['n']}"
     values = {name: gather_rows(rows, numbers) for name, rows in values.items()}
@@ -977,90 +1020,97 @@ def summarise_reconstruction(model, values, counts, pixels, grid, rfid, settings
     metrics = {"rfid": rfid.distance()} if rfid else {}
     if not runtime.is_main():
         return
-    seed = args.protocol == "seed"
-    pair = "truncated uint8 pixels" if seed else "rounded uint8 pixels"
-    floats = "float pictures" if seed else pair
-    mean = f"mean of batches of {SEED_BATCH}" if seed else "mean over pictures"
+    # The official script averages PSNR and SSIM over its batches, of four pictures or of one.
+    batch = (1 if args.original_resolution else 4) if seed else None
+    pair, floats = ("truncated uint8", "floats") if seed else ("rounded uint8", "rounded uint8")
+    mean = f"mean over batches of {batch}" if seed else "mean over pictures"
+    for name in values:
+        metrics[name] = average(values[name], batch if name in ("psnr", "ssim") else None)
     notes = {"rfid": f"{floats}, {settings['resize_rule']} to 299, {n} pictures", "psnr": f"{pair}, {mean}",
              "ssim": f"{pair}, {mean}, 7 x 7 windows", "lpips-vgg": f"{floats}, mean over pictures",
              "lpips-alex": f"{floats}, mean over pictures"}
-    for name in values:                                                # the official script averages these two oddly
-        metrics[name] = average(values[name], args.protocol if name in ("psnr", "ssim") else "clean")
     if "usage" in args.metrics:
-        vocabulary = model.config.vocabulary
         metrics |= codebook_metrics(counts, np.log2(vocabulary), pixels)
-        notes |= {"usage": f"of {vocabulary} codes in {int(counts.sum())} tokens", "perplexity": f"of {vocabulary}",
+        notes |= {"usage": f"{int(counts.sum())} tokens of {vocabulary} codes",
+                  "perplexity": f"at most {vocabulary}",
                   "bits_per_pixel": f"{np.log2(vocabulary):g} bits a token"}
     labels = {name: RANDOM_LABEL for name, source in settings["networks"].items() if source == RANDOM_LABEL}
     if rfid:
         warn_if_few(n, 2048, "rFID")
-    stem = f"reconstruction-{slug(settings['checkpoint']['name'])}-{slug(pathlib.Path(settings['data']['name']).name)}"
+    stem = f"reconstruction-{stem_of(settings['checkpoint']['name'])}-{stem_of(settings['data']['name'])}"
     path = report(stem, metrics, notes, labels, settings, began, args)
-    if grid:
-        height, width = [min(min(pair[0].shape[axis] for pair in grid.values()), 256) for axis in (1, 2)]
-        crop = torchvision.transforms.CenterCrop((height, width))      # pictures of original size differ in size
-        rows = torch.stack([crop(grid[i][k]) for k in (0, 1) for i in sorted(grid)])
-        runtime.save_png(path.with_suffix(".png"), runtime.image_grid(rows, len(grid), scale=max(1, 96 // width)))
-        print(f"originals above reconstructions: {path.with_suffix('.png')}")
+    height, width = [min(min(pair[0].shape[axis] for pair in grid.values()), 256) for axis in (1, 2)]
+    crop = torchvision.transforms.CenterCrop((height, width))          # originals may differ in size
+    pictures = torch.stack([crop(grid[i][k]) for k in (0, 1) for i in sorted(grid)])
+    picture = runtime.image_grid(pictures, len(grid), scale=max(1, 96 // width))
+    runtime.save_png(path.with_suffix(".png"), picture)
+    print(f"originals above reconstructions: {path.with_suffix('.png')}")
 
 
 def read_reference(path, network, source, size, args):
-    """Reference statistics out of an npz file: ours, or ADM's. A dict on rank 0. A collective.
+    """Reference statistics out of an npz file, ours or ADM's: a dict on rank 0. A collective.
 
-    ADM's files bring statistics of ImageNet's training set by the TensorFlow network, and 10,000 pictures, of which
-    precision and recall need the features; these are computed once, and cached beside the results.
+    ADM's files bring statistics of ImageNet's training set by the TensorFlow network, and 10,000 pictures,
+    whose features precision and recall need; these are computed once, and cached beside the results. Raises
+    `UserError` where statistics are of another network, or of pictures of another size.
     """
     require(pathlib.Path(path).is_file(), f"--reference {path} does not exist; download it, or make one with "
             f"`python evaluate.py make-reference`")
+    known = ("mu", "sigma", "mu_s", "sigma_s", "n", "features")
     try:
         with np.load(path) as file:
             names = file.files
-            stored = {name: file[name] for name in names if name in ("mu", "sigma", "mu_s", "sigma_s", "n", "features")}
+            stored = {name: file[name] for name in names if name in known}
             settings = json.loads(str(file["settings"])) if "settings" in names else None
     except (zipfile.BadZipFile, ValueError, EOFError) as error:
-        raise runtime.UserError(f"--reference {path} is truncated or no npz file ({error}); make or copy it again") from None
+        raise runtime.UserError(f"--reference {path} is truncated or no npz ({error})") from None
     if settings:
         require(settings["inception"] == source, f"--reference {path} was made with other Inception weights "
-                f"({settings['inception'][:16]}, not {source[:16]}); make it again")
-        require(size == (settings["image_size"],) * 2, f"--reference {path} was made of pictures of "
-                f"{settings['image_size']} x {settings['image_size']}, the samples have {size[0]} x {size[1]}; make a "
-                f"reference of their size with --image-size")
+                f"({settings['inception'][:16]}, now {source[:16]}); make it again")
+        made_of = (settings["image_size"],) * 2
+    else:
+        require("arr_0" in names, f"--reference {path} holds {', '.join(names)} but no pictures (arr_0), so it "
+                f"is not ADM's: statistics alone do not tell by which network and resize rule they were made")
+        pictures = SampleArray(path)
+        made_of = pictures.size
+    require(made_of == size, f"--reference {path} is of pictures of {made_of}, the samples have {size}; "
+            f"compare sets of one size (make-reference has --image-size)")
+    if settings:
         return stored
-    require("arr_0" in names, f"--reference {path} holds {', '.join(names)}, but no pictures (arr_0): not ADM's format. "
-            f"Statistics alone do not say by which network and resize rule they were made")
-    pictures = SampleArray(path)
-    require(pictures.size == size, f"--reference {path} holds pictures of {pictures.size}, the samples have {size}; "
-            f"compare sets of one size")
-    key = {"npz": on_main(runtime.sha256_of, path), "image_size": pictures.size[0], "inception": source,
-           "resize_rule": "tf1", "feature_batch_size": args.feature_batch_size, "device": network.fc.weight.device.type}
+    key = {"npz": on_main(runtime.sha256_of, path), "image_size": size[0], "inception": source,
+           "resize_rule": "tf1", "feature_batch_size": args.feature_batch_size,
+           "device": network.fc.weight.device.type}
     cache = pathlib.Path(args.output) / "references" / f"npz-{short_hash(key)}.npz"
-    computed = compute_reference(pictures, list(range(len(pictures))), key, network, cache, args, keep_images=False)
-    # ADM's stored statistics belong to the published network. Without them it uses those of arr_0, and so do we.
+    everything = list(range(len(pictures)))
+    computed = compute_reference(pictures, everything, key, network, cache, args, keep_images=False)
+    # ADM's statistics belong to the published network. Where there are none, it takes those of arr_0; so do
+    # we.
     if computed and source != RANDOM_LABEL and {"mu", "sigma", "mu_s", "sigma_s"} <= set(names):
-        return {**{name: value for name, value in computed.items() if name != "n"}, **stored}
+        return {"features": computed["features"], **stored}
     return computed
 
 
-def reference_of_data(args, image_size, network, source, device, path=None):
-    """Reference statistics of --data-path at `image_size`, cached by a key of everything that matters: a dict."""
+def reference_of_data(args, image_size, count, network, source, device, path=None):
+    """Statistics of `count` pictures of --data-path, cached under a key of everything that matters: a
+    dict."""
     dataset = data.build_dataset(args.data_path, args.split, image_size)
-    indices = evenly_spaced(args.max_images, len(dataset))
+    indices = evenly_spaced(count, len(dataset))
     key = {"name": dataset.name, "split": args.split, "image_size": image_size, "n": len(indices),
-           "preprocessing": "shorter side by PIL's antialiased bilinear resize, centre crop", "resize_rule": "tf1",
-           "data": on_main(fingerprint, dataset, indices), "inception": source, "device": device.type,
-           "feature_batch_size": args.feature_batch_size}
-    name = f"reference-{slug(pathlib.Path(dataset.name).name)}-{image_size}-{short_hash(key)}.npz"
-    path = path or pathlib.Path(args.output) / "references" / name
+           "preprocessing": "shorter side by PIL's antialiased bilinear resize, centre crop",
+           "resize_rule": "tf1", "data": on_main(fingerprint, dataset, indices), "inception": source,
+           "device": device.type, "feature_batch_size": args.feature_batch_size}
+    file = f"reference-{stem_of(dataset.name)}-{image_size}-{short_hash(key)}.npz"
+    path = path or pathlib.Path(args.output) / "references" / file
     return compute_reference(dataset, indices, key, network, path, args)
 
 
 def make_reference(args):
-    """`make-reference`: the statistics of real pictures that `generation` compares with, in ADM's file format."""
+    """`make-reference`: the statistics of real pictures that `generation` compares with, in ADM's format."""
     device = start(args)
     network, source = load_network("inception", args, device)
     if source == RANDOM_LABEL:
-        runtime.print_main(f"the reference is {RANDOM_LABEL}")
-    reference_of_data(args, args.image_size, network, source, device, args.reference)
+        runtime.print_main(f"this reference is {RANDOM_LABEL}")
+    reference_of_data(args, args.image_size, args.max_images, network, source, device, args.reference)
 
 
 def newest_samples(folder="runs/samples"):
@@ -1071,70 +1121,73 @@ def newest_samples(folder="runs/samples"):
 
 
 def generation(args):
-    """`generation`: do generated pictures look like real ones, and like all of them (table 5; ADM's protocol)."""
+    """`generation`: do generated pictures look like real ones, and like all of them (table 5, ADM's
+    protocol)."""
     began, device = time.time(), start(args)
     path = args.samples or newest_samples()
     samples, source_of_samples = open_samples(path)
     n, size = len(samples), samples.size
     require(n > 3, f"{path} holds {n} pictures; generation metrics need four or more")
+    require(args.reference or size[0] == size[1], f"{path} holds pictures of {size[0]} x {size[1]}, those of "
+            f"--data-path are cropped to squares; give an npz with --reference")
     network, source = load_network("inception", args, device)
-    runtime.print_main(f"samples     {path}, {n} pictures of {size[0]} x {size[1]}\nprotocol    {args.protocol}, resize "
-                       f"rule tf1, ranks: {runtime.world_size()} x {device.type}")
+    runtime.print_main(f"samples     {path}, {n} pictures of {size[0]} x {size[1]}\n"
+                       f"protocol    {args.protocol}, resize tf1, {runtime.world_size()} x {device.type}")
     if args.reference:
         reference = read_reference(args.reference, network, source, size, args)
-    else:
-        require(size[0] == size[1], f"{path} holds pictures of {size[0]} x {size[1]}; a reference made of --data-path "
-                f"is square, give an npz with --reference")
-        reference = reference_of_data(args, size[0], network, source, device)
+    else:                                                              # as many real pictures as samples
+        reference = reference_of_data(args, size[0], args.max_images or n, network, source, device)
     stream = FeatureStream(network, "tf1", args.feature_batch_size, torch.ones(n, dtype=torch.bool))
     for images, _, indices in loader_of(samples, list(range(n)), args, "samples", source_of_samples):
         stream.add(images.to(device), indices)
     stream.finish()
     samples.raise_if_broken(all_ranks=True)
-    require(stream.moments.n == n, f"{n - stream.moments.n} of the pictures in {path} are broken; make them again")
+    require(stream.moments.n == n, f"{n - stream.moments.n} pictures of {path} are broken; make them again")
     if not runtime.is_main():
         return
+    digest = runtime.sha256_of(path) if pathlib.Path(path).is_file() else fingerprint(samples, list(range(n)))
     settings = {"command": "generation", "n": n, "protocol": args.protocol, "resize_rule": "tf1",
-                "samples": {"path": str(path), "size": list(size),
-                            "sha256": runtime.sha256_of(path) if samples is source_of_samples else
-                            fingerprint(samples, list(range(n)))},
-                "reference": str(args.reference or samples.name), "networks": {"inception": source},
-                "precision": {"metrics": "fp32", "statistics": "fp64"}, "global_seed": args.global_seed,
+                "samples": {"path": str(path), "size": list(size), "sha256": digest},
+                "reference": {"path": args.reference or args.data_path, "n": int(reference.get("n", 0))},
+                "networks": {"inception": source}, "precision": {"metrics": "fp32", "statistics": "fp64"},
+                "random_weights_seed": 0 if args.allow_random_weights else None,
+                "global_seed": args.global_seed,
                 "device": device.type, "feature_batch_size": args.feature_batch_size}
-    settings_file = pathlib.Path(path).with_suffix(".json")
-    if settings_file.is_file():
-        settings["sampling"] = json.loads(settings_file.read_text())
+    made_by = pathlib.Path(path).with_suffix(".json")                  # what sample.py says about its file
+    if made_by.is_file():
+        settings["sampling"] = json.loads(made_by.read_text())
     metrics, notes = generation_metrics(stream, reference, args)
     labels = dict.fromkeys(metrics, RANDOM_LABEL) if source == RANDOM_LABEL else {}
-    report(f"generation-{slug(pathlib.Path(path).stem)}", metrics, notes, labels, settings, began, args)
+    report(f"generation-{stem_of(path)}", metrics, notes, labels, settings, began, args)
 
 
 def generation_metrics(stream, reference, args):
-    """FID, sFID, Inception Score, precision and recall, and what they were measured on, from two sets' features."""
+    """FID, sFID, Inception Score, precision and recall, and notes on each, out of the features of both
+    sets."""
     n, real = stream.moments.n, int(reference["n"]) if "n" in reference else None
-    warn_if_few(n if real is None else min(n, real), 2048, "FID")
+    warn_if_few(min(n, real or n), 2048, "FID")
     if n != 50_000:
-        print(f"warning: published numbers are of 50,000 pictures, these are of {n}")
+        print(f"warning: published numbers are of 50,000 samples, these are of {n}")
     if real and real != n:
-        print(f"warning: {n} samples are compared with {real} reference pictures; FID, precision and recall depend on "
-              f"both numbers")
+        print(f"warning: {n} samples are compared with {real} reference pictures; FID, precision and recall "
+              f"depend on both numbers")
     logits, order = stream.logits, "file order"
     if args.protocol == "clean":
         order = f"shuffled with seed {args.global_seed}"
         logits = logits[torch.randperm(n, generator=torch.Generator().manual_seed(args.global_seed))]
-    half = args.adm_fp16 or args.protocol == "seed"
     score, deviation, blocks = inception_score(logits)
-    features = torch.as_tensor(reference["features"])
-    precision, recall = precision_recall(features.to(stream.device), stream.features.to(stream.device), half=half)
-    against = f"{n} pictures against {real or 'the stored statistics'}"
-    metrics = {"fid": frechet_distance(reference["mu"], reference["sigma"], *stream.moments.mean_and_covariance(),
-                                       real, n),
-               "sfid": frechet_distance(reference["mu_s"], reference["sigma_s"],
-                                        *stream.spatial_moments.mean_and_covariance(), real, n),
-               "inception_score": score, "precision": precision, "recall": recall}
-    neighbours = f"{n} against {len(features)} pictures, k = 3, distances in {'fp16' if half else 'fp32'}"
-    return metrics, {"fid": against, "sfid": against, "precision": neighbours, "recall": neighbours,
-                     "inception_score": f"{blocks} blocks of up to 5,000, std {deviation:.2f}, {order}"}
+    half = args.adm_fp16 or args.protocol == "seed"
+    features = torch.as_tensor(reference["features"]).to(stream.device)
+    precision, recall = precision_recall(features, stream.features.to(stream.device), half=half)
+    mean, covariance = stream.moments.mean_and_covariance()
+    mean_s, covariance_s = stream.spatial_moments.mean_and_covariance()
+    fid = frechet_distance(reference["mu"], reference["sigma"], mean, covariance, real, n)
+    sfid = frechet_distance(reference["mu_s"], reference["sigma_s"], mean_s, covariance_s, real, n)
+    metrics = {"fid": fid, "sfid": sfid, "inception_score": score, "precision": precision, "recall": recall}
+    sets = f"{n} samples, {real or 'stored statistics of the'} reference{' pictures' if real else ''}"
+    balls = f"{n} samples, {len(features)} reference pictures, k = 3, {'fp16' if half else 'fp32'} distances"
+    return metrics, {"fid": sets, "sfid": sets, "precision": balls, "recall": balls,
+                     "inception_score": f"blocks of 5,000: {blocks}, std {deviation:.2f}, {order}"}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1143,7 +1196,7 @@ def generation_metrics(stream, reference, args):
 
 TABLES = {
     1: ("Configurations of visual tokenizers in the Open-MAGVIT2 series",
-        "Tokenizer | Training data | Codebook | Resolution | Temporal ratio | Spatial ratio | in this code", """
+        "Tokenizer | Training data | Codebook | Resolution | Temporal | Spatial ratio | in this code", """
         Open-MAGVIT2-I-In1k | ImageNet1k | 262144 | 256x256 | - | 16x16 | @in1k-256
         Open-MAGVIT2-I-In1k | ImageNet1k | 262144 | 128x128 | - | 8x8 | @in1k-128
         Open-MAGVIT2-I-PT | Image-text data | 16384 | 256x256 | - | 16x16 | @pt-256-2^14
@@ -1155,12 +1208,12 @@ TABLES = {
         Open-MAGVIT2-AR-L | 804M | 36 | 3 | 1280 | 20 | @AR-L
         Open-MAGVIT2-AR-XL | 1.5B | 48 | 4 | 1536 | 24 | @AR-XL"""),
     3: ("Model designs and reconstruction performance, ImageNet 128 x 128 val (rFID) and UCF-101 (rFVD)",
-        "Method | Tokens | Train resolution | LFQ | Large codebook | Up/down sampler | Deeper model | Adaptive GroupNorm"
-        " | rFID | rFVD | measured here: rFID", """
+        "Method | Tokens | Train resolution | LFQ | Large codebook | Up/down sampler | Deeper model | "
+        "Adaptive GroupNorm | rFID | rFVD | measured here: rFID", """
         Open-MAGVIT2 | 16x16 | 128x128 | yes | yes | yes | yes | yes | 1.18 | 16.0 | @128
         MAGVIT2 | 16x16 | 128x128 | yes | yes | yes | yes | yes | 1.15 | 8.6 | -"""),
-    4: ("Reconstruction performance of tokenizers on ImageNet 50k val and UCF-101 (+ trained on OpenImages, * 128 x 128 "
-        "model used at 256 x 256, ++ without token compression)",
+    4: ("Reconstruction performance of tokenizers on ImageNet 50k val and UCF-101 (+ trained on OpenImages, "
+        "* 128 x 128 model used at 256 x 256, ++ without token compression)",
         "Method | Token type | Tokens | Ratio | Train resolution | Codebook | rFI(V)D | PSNR | Usage"
         " | measured here: rFID / PSNR / usage", """
         VQGAN | 2D | 16x16 | 16 | 256x256 | 1024 | 7.94 | 19.4 | - | -
@@ -1184,8 +1237,9 @@ TABLES = {
         LARP-L-Long (video) | 1D | 1024 | - | 128x128 | 8192 | 20 | - | - | -
         SweetTokenizer++ (video) | 1D | 5120 | - | 256x256 | 10481+11139 | 18 | - | - | -
         Open-MAGVIT2-V-UCF (video) | 2D | 5x16x16 | 8 | 128x128 | 262144 | 16 | - | 100% | -"""),
-    5: ("Class-conditional generation on ImageNet 256 x 256 (* generated at 384 x 384, resized for evaluation)",
-        "Type | Model | Parameters | FID | IS | Precision | Recall | measured here: FID / IS / precision / recall", """
+    5: ("Class-conditional generation on ImageNet 256 x 256 (* generated at 384 x 384, then resized)",
+        "Type | Model | Parameters | FID | IS | Precision | Recall | "
+        "measured here: FID / IS / precision / recall", """
         Diffusion | ADM | 554M | 10.94 | 101.0 | 0.69 | 0.63 | -
         Diffusion | CDM | - | 4.88 | 158.7 | - | - | -
         Diffusion | LDM-4 | 400M | 3.60 | 247.7 | - | - | -
@@ -1210,24 +1264,25 @@ TABLES = {
         AR | Open-MAGVIT2-AR-B | 343M | 3.08 | 258.26 | 0.85 | 0.51 | @arB
         AR | Open-MAGVIT2-AR-L | 804M | 2.51 | 271.70 | 0.84 | 0.54 | @arL
         AR | Open-MAGVIT2-AR-XL | 1.5B | 2.33 | 271.77 | 0.84 | 0.54 | @arXL"""),
-    6: ("Zero-shot reconstruction on MS-COCO val2017 and ImageNet 50k val (+ LlamaGen starts from its ImageNet model)",
-        "Setting | Method | Quantizer | Data | Ratio | Codebook | COCO rFID | PSNR | SSIM | IN rFID | PSNR | SSIM"
-        " | measured here: rFID / PSNR / SSIM", """
-        256x256 | LlamaGen+ | VQ | 70M | 16 | 16384 | 8.40 | 20.28 | 0.55 | 2.47 | 20.65 | 0.54 | -
-        256x256 | Show-o | LFQ | 35M | 16 | 8192 | 9.26 | 20.90 | 0.59 | 3.50 | 21.34 | 0.59 | -
-        256x256 | Cosmos | FSQ | - | 16 | 64000 | 11.97 | 19.22 | 0.48 | 4.57 | 19.93 | 0.49 | -
-        256x256 | Open-MAGVIT2-I-PT | LFQ | 100M | 16 | 16384 | 7.93 | 22.21 | 0.62 | 2.55 | 22.21 | 0.62 | @14
-        256x256 | Open-MAGVIT2-I-PT | LFQ | 100M | 16 | 262144 | 6.76 | 22.31 | 0.65 | 1.67 | 22.70 | 0.64 | @18
-        original | Cosmos | FSQ | - | 16 | 64000 | 7.51 | 20.45 | 0.52 | 1.93 | 20.56 | 0.51 | -
-        original | Cosmos | FSQ | - | 16 | 64000 | 7.23 | 20.45 | 0.53 | 2.52 | 20.49 | 0.52 | -
-        original | Open-MAGVIT2-I-PT | LFQ | 100M | 16 | 16384 | 6.65 | 21.61 | 0.57 | 1.39 | 21.74 | 0.56 | @14original
-        original | Open-MAGVIT2-I-PT | LFQ | 100M | 16 | 262144 | 5.10 | 22.18 | 0.60 | 0.78 | 22.24 | 0.59 | @18original"""),
+    6: ("Zero-shot reconstruction on MS-COCO val2017 and ImageNet 50k val (+ started from an ImageNet model)",
+        "Size | Method | Quant. | Data | Ratio | Codebook | COCO rFID | PSNR | SSIM | IN rFID | PSNR | SSIM |"
+        " measured here: rFID / PSNR / SSIM", """
+        256 | LlamaGen+ | VQ | 70M | 16 | 16384 | 8.40 | 20.28 | 0.55 | 2.47 | 20.65 | 0.54 | -
+        256 | Show-o | LFQ | 35M | 16 | 8192 | 9.26 | 20.90 | 0.59 | 3.50 | 21.34 | 0.59 | -
+        256 | Cosmos | FSQ | - | 16 | 64000 | 11.97 | 19.22 | 0.48 | 4.57 | 19.93 | 0.49 | -
+        256 | Open-MAGVIT2-I-PT | LFQ | 100M | 16 | 16384 | 7.93 | 22.21 | 0.62 | 2.55 | 22.21 | 0.62 | @14
+        256 | Open-MAGVIT2-I-PT | LFQ | 100M | 16 | 262144 | 6.76 | 22.31 | 0.65 | 1.67 | 22.70 | 0.64 | @18
+        orig. | Cosmos | FSQ | - | 16 | 64000 | 7.51 | 20.45 | 0.52 | 1.93 | 20.56 | 0.51 | -
+        orig. | Cosmos | FSQ | - | 16 | 64000 | 7.23 | 20.45 | 0.53 | 2.52 | 20.49 | 0.52 | -
+        orig. | Open-MAGVIT2-I-PT | LFQ | 100M | 16 | 16384 | 6.65 | 21.61 | 0.57 | 1.39 | 21.74 | 0.56 | @14o
+        orig. | Open-MAGVIT2-I-PT | LFQ | 100M | 16 | 262144 | 5.10 | 22.18 | 0.60 | 0.78 | 22.24 | 0.59 | @18o
+        """),
 }
-TABLE_METRICS = {3: ("rfid",), 4: ("rfid", "psnr", "usage"), 5: ("fid", "inception_score", "precision", "recall"),
-                 6: ("rfid", "psnr", "ssim")}
-TABLE_NOTES = {4: "The authors' repository lists PSNR 21.90 and 26.19 for its released 16x and 8x checkpoints, where the "
-                  "paper has 22.64 and 27.02."}
-REPOSITORIES = {                # published file: its repository, and the preset that trains the same
+TABLE_METRICS = {3: ("rfid",), 4: ("rfid", "psnr", "usage"), 6: ("rfid", "psnr", "ssim"),
+                 5: ("fid", "inception_score", "precision", "recall")}
+TABLE_NOTES = {4: "The authors' repository lists PSNR 21.90 and 26.19 for its released 16x and 8x "
+                  "checkpoints, where the paper has 22.64 and 27.02."}
+PUBLISHED = {                   # file: its repository, and our preset that trains the same
     "imagenet_256_L.ckpt": ("Open-MAGVIT2-Tokenizer-256-resolution", "in1k-256"),
     "imagenet_128_L.ckpt": ("Open-MAGVIT2-Tokenizer-128-resolution", "in1k-128"),
     "pretrain256_262144.ckpt": ("Open-MAGVIT2-Tokenizer-262144-Pretrain", "pt-256-2^18"),
@@ -1236,14 +1291,16 @@ REPOSITORIES = {                # published file: its repository, and the preset
     "AR_256_L.ckpt": ("Open-MAGVIT2-AR-L-256-resolution", "AR-L"),
     "AR_256_XL.ckpt": ("Open-MAGVIT2-AR-XL-256-resolution", "AR-XL"),
 }
-RECIPES = {                     # recipe: the published file, data sets, picture size
-    "128": ("imagenet_128_L.ckpt", ("imagenet",), 128), "128at256": ("imagenet_128_L.ckpt", ("imagenet",), 256),
+RECIPES = {                     # recipe: published file, flags that name the data, picture size
+    "128": ("imagenet_128_L.ckpt", ("imagenet",), 128),
+    "128at256": ("imagenet_128_L.ckpt", ("imagenet",), 256),
     "256": ("imagenet_256_L.ckpt", ("imagenet",), 256),
     "14": ("pretrain256_16384.ckpt", ("coco", "imagenet"), 256),
     "18": ("pretrain256_262144.ckpt", ("coco", "imagenet"), 256),
-    "14original": ("pretrain256_16384.ckpt", ("coco", "imagenet"), "original"),
-    "18original": ("pretrain256_262144.ckpt", ("coco", "imagenet"), "original"),
-    "arB": ("AR_256_B.ckpt", ("reference",), 256), "arL": ("AR_256_L.ckpt", ("reference",), 256),
+    "14o": ("pretrain256_16384.ckpt", ("coco", "imagenet"), "original"),
+    "18o": ("pretrain256_262144.ckpt", ("coco", "imagenet"), "original"),
+    "arB": ("AR_256_B.ckpt", ("reference",), 256),
+    "arL": ("AR_256_L.ckpt", ("reference",), 256),
     "arXL": ("AR_256_XL.ckpt", ("reference",), 256),
 }
 
@@ -1256,68 +1313,65 @@ def configuration_cell(name):
     config = ar_model.PRESETS[name]
     with torch.device("meta"):                                         # shapes without memory
         parameters = sum(p.numel() for p in ar_model.ARModel(config).parameters())
-    return (f"{parameters / 1e6:.2f}M, {config.inter_blocks}, {config.intra_blocks}, {config.width}, {config.heads}")
+    shape = (config.inter_blocks, config.intra_blocks, config.width, config.heads)
+    return f"{parameters / 1e6:.2f}M, {', '.join(map(str, shape))}"
 
 
-def find_result(results, file, path, size, args):
-    """The newest stored result of this checkpoint (or of our own training of its preset), data, size and protocol."""
+def find_result(results, file, path, size, protocol):
+    """The newest result of this checkpoint (or of our training of its preset) with these data, size,
+    protocol."""
     def fits(result):
-        checkpoint = result.get("checkpoint") or result.get("sampling", {}).get("checkpoint", {})
-        named = checkpoint.get("name") in REPOSITORIES
-        trained_here = not named and checkpoint.get("preset") == REPOSITORIES[file][1]
-        measured_on = result["reference"] if result["command"] == "generation" else result["data"]["path"]
-        return ((checkpoint.get("name") == file or trained_here) and result["protocol"] == args.protocol
-                and measured_on is not None and os.path.abspath(measured_on) == os.path.abspath(path)
-                and (result["command"] == "generation" or result["data"]["size"] == size)
-                and RANDOM_LABEL not in result["networks"].values())
+        made = result.get("checkpoint") or result.get("sampling", {}).get("checkpoint", {})
+        ours = made.get("name") not in PUBLISHED and made.get("preset") == PUBLISHED[file][1]
+        measured_on = result.get("data") or result["reference"]
+        return ((ours or made.get("name") == file) and result["protocol"] == protocol
+                and measured_on["path"] and os.path.abspath(measured_on["path"]) == os.path.abspath(path)
+                and measured_on.get("size", size) == size and RANDOM_LABEL not in result["networks"].values())
     return max(filter(fits, results), key=lambda result: result["date"], default=None)
 
 
-def measuring_commands(file, path, size, args):
-    """The command that measures a row, as people would type it."""
+def measuring_command(file, path, size, args):
+    """The command that measures a row, as one would type it."""
     checkpoint = pathlib.Path(args.weights_dir).expanduser() / file
-    protocol = " --protocol seed" if args.protocol == "seed" else ""
+    protocol = "" if args.protocol == "clean" else f" --protocol {args.protocol}"
     if file.startswith("AR"):
         return (f"python sample.py --ckpt {checkpoint} --num-fid-samples 50000 && "
                 f"python evaluate.py generation --reference {path}{protocol}")
     size = "--original-resolution" if size == "original" else f"--image-size {size}"
-    return (f"python evaluate.py reconstruction --ckpt {checkpoint} --data-path {path} {size} --metrics rfid psnr ssim "
-            f"usage{protocol}")
+    return (f"python evaluate.py reconstruction --ckpt {checkpoint} --data-path {path} {size} "
+            f"--metrics rfid psnr ssim usage{protocol}")
 
 
 def measured_cell(number, recipe, results, args):
     """The cell of a row of ours, and the commands for what has not been measured yet."""
-    file, sets, size = RECIPES[recipe]
+    file, flags, size = RECIPES[recipe]
     cells, commands = [], []
-    for name in sets:
-        path = getattr(args, name)
-        result = find_result(results, file, path, size, args)
+    for flag in flags:
+        path = getattr(args, flag)
+        result = find_result(results, file, path, size, args.protocol)
         entries = result["metrics"] if result else {}
         if not all(metric in entries for metric in TABLE_METRICS[number]):
-            commands.append(measuring_commands(file, path, size, args))
-        if not result:
-            continue
-        values = [METRICS[metric][1].format(float(entries[metric]["value"])) if metric in entries else "-"
-                  for metric in TABLE_METRICS[number]]
-        cells.append(f"{name + ': ' if len(sets) > 1 else ''}{' / '.join(values)} ({result['n']} pictures, "
-                     f"{args.protocol})")
+            commands.append(measuring_command(file, path, size, args))
+        if result:
+            values = [METRICS[metric][1].format(float(entries[metric]["value"])) if metric in entries else "-"
+                      for metric in TABLE_METRICS[number]]
+            prefix = f"{flag} " if len(flags) > 1 else ""
+            cells.append(f"{prefix}{' / '.join(values)} ({result['n']} pictures, {args.protocol})")
     return "; ".join(cells) or "not yet", commands
 
 
 def table(args):
-    """`table N`: the paper's table with its published values, and what was measured here, or how to measure it."""
-    start(args)
+    """`table N`: the paper's table with its published values, and what was measured here, or how to measure
+    it."""
+    runtime.setup_process_group("cpu")
     title, header, text = TABLES[args.number]
-    results = []
-    for path in sorted(pathlib.Path(args.output).glob("*.json")):
-        result = json.loads(path.read_text())
-        results += [result] if "metrics" in result and "protocol" in result else []
     rows = [[cell.strip() for cell in line.split("|")] for line in text.strip().splitlines()]
     recipes = [row[-1].removeprefix("@") if row[-1].startswith("@") else None for row in rows]
     if args.download:
         for file in dict.fromkeys(RECIPES[recipe][0] for recipe in recipes if recipe in RECIPES):
-            url = f"https://huggingface.co/TencentARC/{REPOSITORIES[file][0]}/resolve/main/{file}"
+            url = f"https://huggingface.co/TencentARC/{PUBLISHED[file][0]}/resolve/main/{file}"
             runtime.print_main(f"checkpoint  {runtime.fetch(url, args.weights_dir)}")
+    results = [json.loads(path.read_text()) for path in pathlib.Path(args.output).glob("*.json")]
     commands = []
     for row, recipe in zip(rows, recipes):
         if recipe in RECIPES:
@@ -1330,21 +1384,17 @@ def table(args):
     if args.number in TABLE_NOTES:
         runtime.print_main(f"\n{TABLE_NOTES[args.number]}")
     if commands:
-        runtime.print_main("\nTo measure what is missing" + ("" if args.download else " (--download fetches the "
-                           "checkpoints)") + ":\n  " + "\n  ".join(commands))
+        hint = "" if args.download else " (--download fetches the checkpoints)"
+        runtime.print_main(f"\nTo measure what is missing{hint}:\n  " + "\n  ".join(commands))
 
 
 def everything(args):
-    """No command: judge whatever the earlier stages have left in runs/, without any download."""
+    """No command: judge what the earlier stages have left in runs/, as far as that needs no download."""
     reconstruction(args)
     if any(pathlib.Path("runs/samples").glob("**/*.npz")):
-        runtime.print_main("\nThere are samples in runs/samples too. FID, Inception Score, precision and recall need a "
-                           "download of 96 MB: python evaluate.py generation")
+        runtime.print_main("\nruns/samples holds generated pictures too. FID and the like need a download of "
+                           "96 MB: python evaluate.py generation")
 
-
-# ------------------------------------------------------------------------------------------------------------
-# 7. Flags
-# ------------------------------------------------------------------------------------------------------------
 
 class CommandParser(runtime.ArgumentParser):
     """The parser of one command, whose name argparse wants to choose."""
@@ -1354,73 +1404,84 @@ class CommandParser(runtime.ArgumentParser):
         self.prog = prog or self.prog
 
 
-def add_common_flags(parser, batch_size=16):
-    """Flags of every command that measures."""
-    parser.add_argument("--output", default=RESULTS, help="folder for the JSON, the grid and cached statistics")
-    parser.add_argument("--protocol", choices=("clean", "seed"), default="clean",
-                        help="clean, or exactly what the published numbers were made with")
-    parser.add_argument("--weights-dir", default=runtime.default_weights_dir(), help="where downloaded weights are kept")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
-    parser.add_argument("--allow-random-weights", action="store_true",
-                        help="seeded random weights in the metrics' networks; every number is marked not comparable")
-    parser.add_argument("--batch-size", type=runtime.positive_int, default=batch_size, help="pictures a batch and rank")
-    parser.add_argument("--feature-batch-size", type=runtime.positive_int,
-                        help="pictures an Inception batch; moves features by 1e-3 on a GPU (64 there, 8 on a CPU)")
-    parser.add_argument("--num-workers", type=runtime.non_negative_int, default=0, help="processes that read pictures")
+def add_common_flags(parser):
+    """Flags of every command that looks at pictures."""
+    group = parser.add_argument_group("computing")
+    group.add_argument("--weights-dir", default=runtime.default_weights_dir(), help="where downloads go")
+    group.add_argument("--allow-random-weights", action="store_true",
+                       help="seeded random weights in the metrics' networks; marks numbers as not comparable")
+    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
+    group.add_argument("--batch-size", type=runtime.positive_int, default=16, help="pictures a batch")
+    group.add_argument("--feature-batch-size", type=runtime.positive_int,
+                       help="pictures an Inception batch (64 on a GPU, 8 on a CPU)")
+    group.add_argument("--num-workers", type=runtime.non_negative_int, default=0, help="reading processes")
+    group.add_argument("--output", default="runs/evaluation", help="folder for JSON, grid and statistics")
 
 
-def add_data_flags(parser, split):
+def add_data_flags(parser, split, count):
     """Flags that choose real pictures."""
-    parser.add_argument("--data-path", help="folder of pictures or tar shards; the generated set if not given")
-    parser.add_argument("--split", choices=data.SPLITS, default=split, help="which part of the data set")
-    parser.add_argument("--max-images", type=runtime.positive_int, help="evenly spaced pictures only, not all")
+    group = parser.add_argument_group("real pictures")
+    group.add_argument("--data-path", help="folder or tar shards; the generated set if not given")
+    group.add_argument("--split", choices=data.SPLITS, default=split, help="part of the data set")
+    group.add_argument("--max-images", type=runtime.positive_int, help=f"how many, evenly spaced ({count})")
+    return group
+
+
+def add_protocol_flag(parser):
+    """The flag that decides how numbers are to be read."""
+    parser.add_argument("--protocol", choices=("clean", "seed"), default="clean",
+                        help="clean, or what the published numbers were made with, quirks included")
 
 
 def get_args(argv=None):
     """Parse the command line; no command at all means "judge what is in runs/"."""
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = runtime.ArgumentParser(__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=CommandParser, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=CommandParser)
 
     p = commands.add_parser("reconstruction", help="judge a tokenizer", description=reconstruction.__doc__)
-    p.add_argument("--ckpt", help="tokenizer checkpoint, ours or published; the newest of runs/tokenizer if not given")
-    p.add_argument("--raw-weights", action="store_true", help="the raw weights instead of their moving average (EMA)")
-    p.add_argument("--trust-checkpoint", action="store_true", help="unpickle foreign classes in the checkpoint too")
+    p.add_argument("--ckpt", help="tokenizer checkpoint, ours or published; the newest of runs/tokenizer")
+    p.add_argument("--raw-weights", action="store_true", help="the raw weights, not their average (EMA)")
+    p.add_argument("--trust-checkpoint", action="store_true", help="unpickle foreign classes in --ckpt")
     p.add_argument("--mixed-precision", choices=runtime.AUTOCAST_DTYPES, default="fp32",
-                   help="precision of the tokenizer; metrics are always fp32")
-    p.add_argument("--image-size", type=runtime.positive_int, help="side of the crops; the tokenizer's if not given")
-    p.add_argument("--original-resolution", action="store_true", help="pictures as they are, padded to whole tokens")
-    p.add_argument("--metrics", nargs="+", choices=(*LOCAL_METRICS, *NETWORK_METRICS, "all"), default=LOCAL_METRICS,
-                   help="what to measure; usage includes perplexity and bits per pixel")
-    add_data_flags(p, "val")
+                   help="precision of the tokenizer; that of the metrics is always fp32")
+    p.add_argument("--metrics", nargs="+", choices=(*LOCAL_METRICS, *NETWORK_METRICS, "all"),
+                   default=LOCAL_METRICS, help="what to measure; usage brings perplexity and bits per pixel")
+    add_protocol_flag(p)
+    group = add_data_flags(p, "val", "all")
+    group.add_argument("--image-size", type=runtime.positive_int, help="side of the crops; the tokenizer's")
+    group.add_argument("--original-resolution", action="store_true", help="no resizing; pads to whole tokens")
     add_common_flags(p)
 
     p = commands.add_parser("generation", help="judge generated pictures", description=generation.__doc__)
-    p.add_argument("--samples", help="npz with arr_0, or a folder of pictures; the newest npz of runs/samples if not given")
-    p.add_argument("--reference", help="npz of ADM or make-reference; statistics of --data-path if not given")
-    p.add_argument("--global-seed", type=runtime.non_negative_int, default=0, help="shuffles for the Inception Score")
-    p.add_argument("--adm-fp16", action="store_true", help="float16 distances for precision and recall, as ADM's; "
-                   "protocol seed implies it")
-    add_data_flags(p, "train")
+    p.add_argument("--samples", help="npz with arr_0, or folder; the newest npz of runs/samples if not given")
+    p.add_argument("--reference", help="npz, ADM's or of make-reference; made of --data-path if not given")
+    p.add_argument("--global-seed", type=runtime.non_negative_int, default=0, help="for shuffling")
+    p.add_argument("--adm-fp16", action="store_true",
+                   help="float16 distances for precision and recall, like ADM and protocol seed")
+    add_protocol_flag(p)
+    add_data_flags(p, "train", "as many as samples")
     add_common_flags(p)
 
-    p = commands.add_parser("make-reference", help="statistics of real pictures", description=make_reference.__doc__)
-    p.add_argument("--reference", help="npz file to write; named after its content, in --output, if not given")
-    p.add_argument("--image-size", type=runtime.positive_int, default=256, help="side of the crops")
-    add_data_flags(p, "train")
+    p = commands.add_parser("make-reference", help="real statistics", description=make_reference.__doc__)
+    p.add_argument("--reference", help="npz file to write; named after its content if not given")
+    add_data_flags(p, "train", "all").add_argument("--image-size", type=runtime.positive_int, default=256,
+                                                   help="side of the crops; that of the samples to compare")
     add_common_flags(p)
 
     p = commands.add_parser("table", help="one of the paper's tables", description=table.__doc__)
     p.add_argument("number", type=int, choices=TABLES, help="1 to 6")
     p.add_argument("--imagenet", default="data/imagenet", help="folder of ImageNet, with val/")
-    p.add_argument("--coco", default="data/coco/val2017", help="folder of the 5,000 pictures of MS-COCO val2017")
-    p.add_argument("--reference", default="VIRTUAL_imagenet256_labeled.npz", help="ADM's reference npz, for table 5")
-    p.add_argument("--download", action="store_true", help="fetch the published checkpoints of this table first")
-    add_common_flags(p)
+    p.add_argument("--coco", default="data/coco/val2017", help="folder of MS-COCO val2017")
+    p.add_argument("--reference", default="VIRTUAL_imagenet256_labeled.npz", help="ADM's npz, for table 5")
+    p.add_argument("--download", action="store_true", help="fetch the table's published checkpoints first")
+    p.add_argument("--weights-dir", default=runtime.default_weights_dir(), help="where downloads are kept")
+    p.add_argument("--output", default="runs/evaluation", help="folder with the JSON files of earlier runs")
+    add_protocol_flag(p)
 
     args = parser.parse_args(argv or ["reconstruction"])
     args.command = args.command if argv else "everything"
-    if args.command in ("reconstruction", "everything") and "all" in args.metrics:
+    if "all" in getattr(args, "metrics", ()):
         args.metrics = (*LOCAL_METRICS, *NETWORK_METRICS)
     return args
 

@@ -13,8 +13,11 @@ and
 """
 import argparse
 import collections
+import contextlib
+import errno
 import hashlib
 import json
+import math
 import os
 import pathlib
 import re
@@ -95,7 +98,12 @@ def run_script(main, get_args):
     args = get_args()
     try:
         main(args)
-    except UserError as error:
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError):             # a full disk, a folder that may not be written, ...
+            if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            where = error.filename or "while writing"
+            error = f"{error.strerror}: {where}; free some space or use another path"
         rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
         print(f"{rank}error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
@@ -213,8 +221,9 @@ class StopRequest:
 
     def __init__(self):
         self.signal = 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note)
+        self.before = {
+            number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)
+        }
 
     def _note(self, number, frame):
         self.signal = number
@@ -227,6 +236,11 @@ class StopRequest:
         if world_size() > 1:
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return int(flag)
+
+    def close(self):
+        """Give the signals back to whoever had them before."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -365,6 +379,128 @@ def restore_rng_state(states):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Pieces of a training loop that all trainers share
+# ------------------------------------------------------------------------------------------------------------
+
+def duration(text):
+    """argparse type: "5000" is steps, "270ep" is epochs; kept as text until the data set's size is known."""
+    if not re.fullmatch(r"\d+(\.\d+)?ep|\d+", text):
+        raise argparse.ArgumentTypeError(f"must be steps as in 5000 or epochs as in 2.5ep, not {text}")
+    return text
+
+
+def to_steps(text, steps_per_epoch):
+    """A `duration` in steps."""
+    return round(float(text[:-2]) * steps_per_epoch) if text.endswith("ep") else int(text)
+
+
+def resume_path(args):
+    """The checkpoint to continue, or None. Without --resume a folder that holds a run is left alone."""
+    existing = list_checkpoints(args.results_dir)
+    if args.resume == "latest":
+        if not existing:
+            print_main(f"--resume: no checkpoint in {args.results_dir} yet, starting from scratch")
+        return existing[-1] if existing else None
+    require(
+        args.resume or not existing,
+        f"{args.results_dir} already holds a run up to {existing[-1:]}; continue "
+        f"it with --resume, or choose another --results-dir",
+    )
+    return args.resume
+
+
+def micro_batch_size(args):
+    """Samples of one forward pass: --global-batch-size over ranks and --accumulation."""
+    passes = world_size() * args.accumulation
+    require(
+        args.global_batch_size % passes == 0,
+        f"--global-batch-size {args.global_batch_size} does not divide "
+        f"by {world_size()} ranks x --accumulation {args.accumulation}",
+    )
+    return args.global_batch_size // passes
+
+
+def last_sync(ddp, micro, args):
+    """Context for micro-batch `micro`: gradients are averaged over ranks only after the last one."""
+    return ddp.no_sync() if micro < args.accumulation - 1 else contextlib.nullcontext()
+
+
+def add(values, name, value, weight):
+    """values[name] += weight * value, without gradient and without waiting for the device."""
+    values[name] = values.get(name, 0.0) + weight * torch.as_tensor(value).detach().float()
+
+
+def apply_gradients(name, values, parameters, optimizer, scaler, max_norm=0.0):
+    """Clip (0: do not), check and apply the gradients of the network `name`. Returns (guilty, numbers).
+
+    values: scalars to report, name -> tensor. guilty: the first of them, or "grad_norm/`name`", that is not
+    finite on any rank, in which case no weight has changed; else None. numbers: all of them as floats.
+    Reading them is the step's one wait for the device.
+    """
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)
+    values = {**values, f"grad_norm/{name}": norm}
+    stacked = torch.stack([torch.as_tensor(value, device=norm.device).float() for value in values.values()])
+    numbers = dict(zip(values, stacked.tolist()))
+    bad = next((key for key, number in numbers.items() if not math.isfinite(number)), None)
+    if scaler.is_enabled() and bad == f"grad_norm/{name}" and scaler.get_scale() > 1:
+        del numbers[bad]  # fp16 is looking for its scale: `scaler.step` skips by itself
+        bad = None
+    guilty = first_of_any_rank(bad)
+    if guilty is None:
+        scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return guilty, numbers
+
+
+class Meters:
+    """Averages of named numbers between two log lines. `sums` belongs into a checkpoint, for each rank."""
+
+    def __init__(self):
+        self.sums = {}
+
+    def update(self, numbers):
+        """Count a dict of floats once more."""
+        for name, value in numbers.items():
+            total, count = self.sums.get(name, (0.0, 0))
+            self.sums[name] = (total + value, count + 1)
+
+    def pop(self):
+        """The averages over steps and ranks, in a dict; starts afresh. A collective."""
+        everyone, self.sums = gather_objects(self.sums), {}
+        return {
+            name: sum(s[name][0] / s[name][1] for s in everyone if name in s)
+            / sum(name in s for s in everyone)
+            for name in everyone[0]
+        }
+
+
+def skip_or_stop(step, guilty, in_a_row, results_dir):
+    """Report a step skipped because `guilty` was not finite; raise `UserError` after ten in a row."""
+    print_main(f"step {step}: {guilty} is not finite, step skipped ({in_a_row} in a row)")
+    require(
+        in_a_row < 10,
+        f"{guilty} was not finite in 10 steps in a row; the checkpoints in {results_dir} are "
+        f"sound; try a smaller --lr, or --mixed-precision bf16 or fp32",
+    )
+
+
+@contextlib.contextmanager
+@torch.no_grad()
+def averaged_weights(model, averages):
+    """Within the context `model` has the weights `averages` (by name); then, bit for bit, its own again."""
+    raw = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for name, p in model.named_parameters():
+        p.copy_(averages[name])
+    try:
+        yield
+    finally:
+        for name, p in model.named_parameters():
+            p.copy_(raw[name])
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Logs
 # ------------------------------------------------------------------------------------------------------------
 
@@ -486,9 +622,9 @@ def fetch(url, weights_dir, sha256=None, flag="--weights-dir"):
     path = pathlib.Path(weights_dir).expanduser() / url.rsplit("/", 1)[1]
     for turn in (0, 1):                                      # rank 0 downloads, then the others find the file
         if (rank() == 0) == (turn == 0) and not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
             print(f"downloading {url} to {path}", file=sys.stderr, flush=True)
             try:
+                path.parent.mkdir(parents=True, exist_ok=True)
                 torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256, progress=is_main())
             except (urllib.error.URLError, OSError, RuntimeError) as error:
                 raise UserError(

@@ -19,7 +19,6 @@ discriminators, losses, recipes, flags, the loop. Axis letters as in tokenizer.p
 picture, h w code map, K bits.
 """
 import argparse
-import contextlib
 import dataclasses
 import math
 import re
@@ -295,18 +294,6 @@ RECIPES = {                                                            # what ge
 }
 
 
-def duration(text):
-    """argparse type: "5000" is steps, "270ep" is epochs; kept as text until the data set's size is known."""
-    if not re.fullmatch(r"\d+(\.\d+)?ep|\d+", text):
-        raise ValueError(text)
-    return text
-
-
-def to_steps(text, steps_per_epoch):
-    """A `duration` in steps."""
-    return round(float(text[:-2]) * steps_per_epoch) if text.endswith("ep") else int(text)
-
-
 def learning_rate_factor(step, length, schedule, warmup=0, milestones=(), final=0.0):
     """What the peak learning rate is multiplied with in `step` (from 0) of `length` steps.
 
@@ -400,7 +387,9 @@ def add_training_flags(parser):
     )
 
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--length", type=duration, help="training length: steps, or epochs as in 270ep")
+    group.add_argument(
+        "--length", type=runtime.duration, help="training length: steps, or epochs as in 270ep"
+    )
     group.add_argument(
         "--global-batch-size", type=runtime.positive_int, help="samples a step, over all ranks"
     )
@@ -409,9 +398,14 @@ def add_training_flags(parser):
     group.add_argument("--lr", type=weight, help="peak learning rate of both Adam optimizers")
     group.add_argument("--lr-schedule", choices=("constant", "milestones", "cosine", "linear"),
                        help="shape of the learning rate after the warm-up")
-    group.add_argument("--warmup", type=duration, help="linear warm-up from 0: steps, or epochs as in 2ep")
     group.add_argument(
-        "--milestones", type=duration, nargs="*", help="where the rate drops to a tenth: steps or epochs"
+        "--warmup", type=runtime.duration, help="linear warm-up from 0: steps, or epochs as in 2ep"
+    )
+    group.add_argument(
+        "--milestones",
+        type=runtime.duration,
+        nargs="*",
+        help="where the rate drops to a tenth: steps or epochs",
     )
     group.add_argument(
         "--final-lr", type=runtime.probability, help="end of cosine and linear, as a part of the peak"
@@ -522,6 +516,9 @@ def main(args):
     config = config_from_args(args)
     model = tok.Tokenizer(config)
     discriminator = DISCRIMINATORS[args.discriminator]() if args.gan_weight > 0 else None
+    runtime.require(discriminator is None or args.discriminator == "blurpool" or config.resolution >= 24,
+                    f"--image-size {config.resolution} is too small for PatchGAN, which needs 24 pixels; use "
+                    f"--discriminator blurpool or --gan-weight 0")
     dataset = data.build_dataset(args.data_path, "train", config.resolution, args.crop, args.flip)
     held_out = data.build_dataset(args.data_path, "val", config.resolution, "center")
     fixed = next(iter(data.eval_loader(held_out, args.grid_size, rank=0, world_size=1)))[0]
@@ -544,98 +541,79 @@ def train(args, device, config, model, discriminator, dataset, preview):
     """The loop of stage I, for pictures and (from video.py) clips.
 
     model: maps a batch (B, 3, ...) to (reconstruction, z, q, ids). discriminator: None trains without a GAN.
-    dataset: see data.py. preview(step, logger): draws something fixed with the weights' averages in place.
+    dataset: see data.py. preview(step, logger): draws something fixed; here it sees the averaged weights.
     """
     world, rank = runtime.world_size(), runtime.rank()
     gan = discriminator is not None
-    micro_batch = args.global_batch_size // (world * args.accumulation)
-    runtime.require(micro_batch * world * args.accumulation == args.global_batch_size,
-                    f"--global-batch-size {args.global_batch_size} does not divide by {world} ranks x "
-                    f"--accumulation {args.accumulation}")
+    micro_batch = runtime.micro_batch_size(args)
     steps_per_epoch = len(dataset) // args.global_batch_size
     runtime.require(
         steps_per_epoch > 0,
-        f"--global-batch-size {args.global_batch_size} is larger than the data set "
-        f"({len(dataset)} samples in {dataset.name})",
+        f"--global-batch-size {args.global_batch_size} is larger than the data "
+        f"set ({len(dataset)} samples in {dataset.name})",
     )
-    length, warmup = (to_steps(d, steps_per_epoch) for d in (args.length, args.warmup))
-    milestones = [to_steps(d, steps_per_epoch) for d in args.milestones]
-    runtime.require(
-        args.gan_start >= args.disc_start,
-        "--gan-start must not come before --disc-start: the generator "
-        "would listen to an untrained discriminator",
-    )
+    runtime.require(args.gan_start >= args.disc_start, "--gan-start must not come before --disc-start: the "
+                                                       "generator would listen to an untrained discriminator")
     runtime.require(args.tau > 0, "--tau must be positive")
-
+    length, warmup, *milestones = (runtime.to_steps(d, steps_per_epoch)
+                                   for d in (args.length, args.warmup, *args.milestones))
+    resume_from = runtime.resume_path(args)
     print_plan(args, config, model, discriminator, dataset, length, micro_batch, device)
     if args.dry_run:
         return
-    perceptual = None
-    if args.perceptual_weight > 0:
-        try:
-            perceptual = load_lpips("vgg", args.weights_dir, args.lpips_checkpoint).to(device)
-        except runtime.UserError as error:
-            raise runtime.UserError(
-                f"the perceptual loss cannot be had: {error}; --lpips-checkpoint takes it out of a "
-                f"published tokenizer; --perceptual-weight 0 trains without it"
-            ) from None
 
     # ---- modules ----
+    perceptual = load_perceptual(args).to(device) if args.perceptual_weight > 0 else None
     layout = torch.preserve_format
     if args.channels_last:
         layout = (
-            torch.channels_last_3d if config.strides and len(config.strides[0]) == 3 else torch.channels_last
+            torch.channels_last_3d if isinstance(model.decoder.conv_out, nn.Conv3d) else torch.channels_last
         )
-    modules = [m for m in (model, discriminator, perceptual) if m is not None]
-    for module in modules:
-        module.to(
-            device=device,
-            memory_format=torch.channels_last if module is perceptual and args.channels_last else layout,
-        )
+    for module in filter(None, (model, discriminator)):
+        module.to(device=device, memory_format=layout)
     model.encoder.checkpointing = model.decoder.checkpointing = args.activation_checkpointing
     if args.compile:
         # Separate graphs with fixed shapes; quantiser and entropy stay outside, they are small and need fp32.
-        for module in (model.encoder, model.decoder, *modules[1:]):
+        for module in filter(None, (model.encoder, model.decoder, discriminator, perceptual)):
             module.compile(dynamic=False)
         if args.adaptive_gan_weight:
-            torch._functorch.config.donated_buffer = False                 # its gradients need the graph kept
+            torch._functorch.config.donated_buffer = False             # its gradients need the graph kept
     ddp_model = runtime.distributed(model, device)
     ddp_discriminator = runtime.distributed(discriminator, device) if gan else None
 
     # ---- everything that the loop changes, and that a checkpoint must therefore hold ----
-    adam = dict(lr=args.lr, betas=(args.beta1, args.beta2), fused=device.type == "cuda")
-    parameters = {
-        "generator": list(model.parameters()),
-        "discriminator": list(discriminator.parameters() if gan else ()),
-    }
-    optimizers = {name: torch.optim.Adam(p, **adam) for name, p in parameters.items() if p}
-    scalers = {
-        name: torch.amp.GradScaler(device.type, enabled=args.mixed_precision == "fp16") for name in optimizers
-    }
+    def adam(network):
+        return torch.optim.Adam(network.parameters(), args.lr, (args.beta1, args.beta2),
+                                fused=device.type == "cuda")
+    optimizer, disc_optimizer = adam(model), adam(discriminator) if gan else None
+    scaler, disc_scaler = (
+        torch.amp.GradScaler(device.type, enabled=args.mixed_precision == "fp16") for _ in "gd"
+    )
     averages = {name: p.detach().clone() for name, p in averaged_parameters(model, discriminator)}
-    lecam = torch.zeros(2, device=device)  # moving averages of real and fake logits
+    lecam = torch.zeros(2, device=device)  # averages of real and fake logits
     usage = torch.zeros(
         2, config.vocabulary, dtype=torch.long, device=device
-    )  # this half window, the one before
-    meters, skipped, in_a_row, step = {}, 0, 0, 0
+    )  # counts: this half window, the last
+    meters, skipped, in_a_row, step = runtime.Meters(), 0, 0, 0
 
-    resume_from = resume_path(args)
     if resume_from:
         saved = runtime.load_checkpoint(resume_from, args.trust_checkpoint)
         check_resumable(saved, args, config, dataset, resume_from)
         step, skipped, in_a_row = saved["step"], saved["skipped"], saved["in_a_row"]
         runtime.load_state_strictly(model, saved["model"], resume_from)
+        optimizer.load_state_dict(saved["optimizer"])
+        scaler.load_state_dict(saved["scaler"])
         if gan:
             runtime.load_state_strictly(discriminator, saved["discriminator"], resume_from)
-        for name in optimizers:
-            optimizers[name].load_state_dict(saved["optimizers"][name])
-            scalers[name].load_state_dict(saved["scalers"][name])
+            disc_optimizer.load_state_dict(saved["disc_optimizer"])
+            disc_scaler.load_state_dict(saved["disc_scaler"])
         for name, average in averages.items():
             average.copy_({**saved["ema"], **saved["discriminator_ema"]}[name])
         lecam = saved["lecam"].to(device)
         if rank == 0:
-            usage.copy_(saved["usage"])                                    # it is a sum over ranks
-        meters = saved["meters"][rank] if len(saved["meters"]) == world else {}
+            usage.copy_(saved["usage"])                                # a sum over ranks
+        if len(saved["meters"]) == world:
+            meters.sums = saved["meters"][rank]
         runtime.restore_rng_state(saved["rng"])
         runtime.print_main(f"resumed {resume_from} at step {step}")
         del saved
@@ -646,102 +624,80 @@ def train(args, device, config, model, discriminator, dataset, preview):
     stop, window_start = runtime.StopRequest(), (time.perf_counter(), step)
 
     while step < length:
-        factor = learning_rate_factor(step, length, args.lr_schedule, warmup, milestones, args.final_lr)
-        for optimizer in optimizers.values():
-            optimizer.param_groups[0]["lr"] = args.lr * factor
-        train_disc, use_gan = gan and step >= args.disc_start, gan and step >= args.gan_start
+        lr = args.lr * learning_rate_factor(step, length, args.lr_schedule, warmup, milestones, args.final_lr)
+        for group in optimizer.param_groups + (disc_optimizer.param_groups if gan else []):
+            group["lr"] = lr
 
         # ---- generator: encoder and decoder ----
-        pairs, values = [], {}                                            # (real, fake) for the discriminator
-        for parameter in parameters["discriminator"]:
-            parameter.requires_grad_(False)                                # no gradients that nobody will use
+        if gan:
+            discriminator.requires_grad_(False)                        # no gradients that nobody will use
+        pairs, values = [], {}                                         # (real, fake) for the discriminator
         for micro in range(args.accumulation):
             x = data.to_float(next(loader)[0].to(device, non_blocking=True)).contiguous(memory_format=layout)
-            with last_sync(ddp_model, micro, args), runtime.autocast(device, args.mixed_precision):
-                outputs = ddp_model(x)
+            with runtime.last_sync(ddp_model, micro, args), runtime.autocast(device, args.mixed_precision):
+                outputs = ddp_model(x)                                 # reconstruction, z, q, ids
                 terms = generator_terms(args, x, outputs, perceptual, step)
-                if use_gan:
-                    weight = args.gan_weight
-                    terms["gan"] = non_saturating_loss(discriminator(outputs[0])), weight
+                if gan and step >= args.gan_start:
+                    gan_loss, weight = non_saturating_loss(discriminator(outputs[0])), args.gan_weight
                     if args.adaptive_gan_weight:
                         pixels = sum(terms[name][0] * terms[name][1] for name in ("l1", "l2", "perceptual"))
-                        weight *= adaptive_gan_weight(pixels, terms["gan"][0], model.decoder.conv_out.weight)
-                        terms["gan"] = terms["gan"][0], weight
+                        weight = weight * adaptive_gan_weight(pixels, gan_loss, model.decoder.conv_out.weight)
+                    terms["gan"] = gan_loss, weight
                 loss = sum(term * weight for term, weight in terms.values())
-                scalers["generator"].scale(loss / args.accumulation).backward()
+                scaler.scale(loss / args.accumulation).backward()
             pairs.append((x, outputs[0].detach()))
             usage[0] += torch.bincount(outputs[3].flatten(), minlength=config.vocabulary)
             for name, (term, weight) in terms.items():
-                add(values, f"loss/{name}", term, 1 / args.accumulation)
-                if name not in ("token_entropy", "codebook_entropy"):
-                    add(values, f"scaled/{name}", term * weight, 1 / args.accumulation)
-        guilty, numbers = finish_step("generator", values, optimizers, scalers, parameters, args)
+                runtime.add(values, f"loss/{name}", term, 1 / args.accumulation)
+                runtime.add(values, f"scaled/{name}", term * weight, 1 / args.accumulation)
+        guilty, numbers = runtime.apply_gradients(
+            "generator", values, list(model.parameters()), optimizer, scaler, args.max_grad_norm
+        )
 
         # ---- discriminator, on the same reconstructions ----
-        if train_disc and not guilty:
+        if gan and step >= args.disc_start and not guilty:
+            discriminator.requires_grad_(True)
+            lecam_weight = args.lecam_weight if step >= args.lecam_start else 0.0
             values = {}
-            for parameter in parameters["discriminator"]:
-                parameter.requires_grad_(True)
             for micro, (real, fake) in enumerate(pairs):
-                with (
-                    last_sync(ddp_discriminator, micro, args),
-                    runtime.autocast(device, args.mixed_precision),
-                ):
+                with (runtime.last_sync(ddp_discriminator, micro, args),
+                      runtime.autocast(device, args.mixed_precision)):
                     real_logits, fake_logits = ddp_discriminator(real), ddp_discriminator(fake)
                     lecam = update_lecam(lecam, real_logits.detach(), fake_logits.detach())
                     hinge = hinge_loss(real_logits, fake_logits)
                     regulariser = lecam_loss(lecam, real_logits, fake_logits)
-                    lecam_weight = args.lecam_weight if step >= args.lecam_start else 0.0
                     loss = hinge + lecam_weight * regulariser
-                    scalers["discriminator"].scale(loss / args.accumulation).backward()
-                for name, value in (
-                    ("loss/discriminator", hinge),
-                    ("loss/lecam", regulariser),
-                    ("scaled/discriminator", hinge),
-                    ("scaled/lecam", lecam_weight * regulariser),
-                    ("D(real)", real_logits.mean()),
-                    ("D(fake)", fake_logits.mean()),
-                ):
-                    add(values, name, value, 1 / args.accumulation)
-            guilty, more = finish_step("discriminator", values, optimizers, scalers, parameters, args)
+                    disc_scaler.scale(loss / args.accumulation).backward()
+                for name, value in (("loss/discriminator", hinge), ("scaled/discriminator", hinge),
+                                    ("loss/lecam", regulariser), ("scaled/lecam", lecam_weight * regulariser),
+                                    ("D(real)", real_logits.mean()), ("D(fake)", fake_logits.mean())):
+                    runtime.add(values, name, value, 1 / args.accumulation)
+            guilty, more = runtime.apply_gradients("discriminator", values, list(discriminator.parameters()),
+                                                   disc_optimizer, disc_scaler, args.max_grad_norm)
             numbers.update(more)
 
-        # ---- a step that is not finite changes nothing, and ten in a row end the training ----
+        # ---- averages and counters; a step that was not finite has changed nothing ----
         step += 1
         if guilty:
             skipped, in_a_row = skipped + 1, in_a_row + 1
-            runtime.print_main(f"step {step}: {guilty} is not finite, step skipped ({in_a_row} in a row)")
-            runtime.require(
-                in_a_row < 10,
-                f"{guilty} was not finite in 10 steps in a row; the last checkpoint is in "
-                f"{args.results_dir}; try a smaller --lr, or --mixed-precision bf16 or fp32",
-            )
+            runtime.skip_or_stop(step, guilty, in_a_row, args.results_dir)
         else:
             in_a_row = 0
+            meters.update(numbers)
             decay = min(args.ema_decay, step / (step + 9)) if args.ema_warmup else args.ema_decay
-            torch._foreach_lerp_(
-                list(averages.values()),
-                [p.detach() for _, p in averaged_parameters(model, discriminator)],
-                1 - decay,
-            )
-            for name, value in numbers.items():
-                total, count = meters.get(name, (0.0, 0))
-                meters[name] = (total + value, count + 1)
+            parameters = [p.detach() for _, p in averaged_parameters(model, discriminator)]
+            torch._foreach_lerp_(list(averages.values()), parameters, 1 - decay)
         if step % max(1, args.usage_window // 2) == 0:
             usage = torch.stack([torch.zeros_like(usage[0]), usage[0]])
 
         # ---- logs, pictures, checkpoints ----
-        signal = stop.agreed()
-        if step % args.log_every == 0 or step == length:
-            elapsed, since = time.perf_counter() - window_start[0], step - window_start[1]
-            log = {
-                **mean_over_ranks(meters),
-                **codebook_report(runtime.all_reduce_sum(usage).sum(0), config, args),
-                "lr": args.lr * factor,
-                "skipped_steps": skipped,
-                "images/s": args.global_batch_size * since / elapsed,
-            }
-            add_entropy_bits(log, config, args, outputs[3].numel() * world)
+        signal, last = stop.agreed(), step == length
+        if step % args.log_every == 0 or last:
+            seconds, steps = time.perf_counter() - window_start[0], step - window_start[1]
+            window_start = time.perf_counter(), step
+            log = {**meters.pop(), **codebook_report(runtime.all_reduce_sum(usage).sum(0), config), "lr": lr,
+                   "skipped_steps": skipped, "images/s": args.global_batch_size * steps / seconds}
+            add_entropy_bits(log, config, outputs[3].numel() * world)
             logger.log(
                 step,
                 log,
@@ -759,12 +715,10 @@ def train(args, device, config, model, discriminator, dataset, preview):
                     "images/s",
                 ),
             )
-            meters, window_start = {}, (time.perf_counter(), step)
-        if step % args.grid_every == 0 or step == length:
-            with averaged_weights(model, averages):
+        if step % args.grid_every == 0 or last:
+            with runtime.averaged_weights(model, averages):
                 preview(step, logger)
-        if step % args.checkpoint_every == 0 or step == length or signal:
-            usage_sum = runtime.all_reduce_sum(usage).cpu()
+        if step % args.checkpoint_every == 0 or last or signal:
             state = {
                 "format": tok.FORMAT,
                 "preset": args.preset,
@@ -772,16 +726,18 @@ def train(args, device, config, model, discriminator, dataset, preview):
                 "step": step,
                 "model": model.state_dict(),
                 "ema": {name: averages[name] for name, _ in model.named_parameters()},
+                "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(),
                 "discriminator": discriminator.state_dict() if gan else {},
                 "discriminator_ema": {n: a for n, a in averages.items() if n.startswith("discriminator.")},
-                "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
-                "scalers": {name: scaler.state_dict() for name, scaler in scalers.items()},
-                "lecam": lecam.cpu(),
-                "usage": usage_sum,
-                "meters": runtime.gather_objects(meters),
-                "rng": runtime.rng_states(),
+                "disc_optimizer": disc_optimizer.state_dict() if gan else {},
+                "disc_scaler": disc_scaler.state_dict(),
+                "lecam": lecam,
+                "usage": runtime.all_reduce_sum(usage),
+                "meters": runtime.gather_objects(meters.sums),
                 "skipped": skipped,
                 "in_a_row": in_a_row,
+                "rng": runtime.rng_states(),
                 "dataset": {"name": dataset.name, "length": len(dataset)},
                 "args": vars(args),
             }
@@ -792,8 +748,21 @@ def train(args, device, config, model, discriminator, dataset, preview):
         if signal:
             runtime.print_main(f"stopped by signal {signal} after step {step}; --resume continues from here")
             break
+    stop.close()
     logger.close()
     runtime.print_main(f"tokenizer at step {step}: {runtime.checkpoint_path(args.results_dir, step)}")
+
+
+def load_perceptual(args):
+    """LPIPS for the objective. Raises `UserError` that names every way out where its weights cannot be
+    had."""
+    try:
+        return load_lpips("vgg", args.weights_dir, args.lpips_checkpoint)
+    except runtime.UserError as error:
+        raise runtime.UserError(
+            f"no perceptual loss: {error}; or take it out of a published tokenizer with "
+            f"--lpips-checkpoint, or train without it with --perceptual-weight 0"
+        ) from None
 
 
 def print_plan(args, config, model, discriminator, dataset, length, micro_batch, device):
@@ -816,25 +785,9 @@ def print_plan(args, config, model, discriminator, dataset, length, micro_batch,
         runtime.print_main(f"{name:<8} {value}")
 
 
-def resume_path(args):
-    """The checkpoint to continue, or None. Without --resume, a folder that already holds a run is left
-    untouched."""
-    existing = runtime.list_checkpoints(args.results_dir)
-    if args.resume == "latest":
-        if not existing:
-            runtime.print_main(f"--resume: no checkpoint in {args.results_dir} yet, starting from scratch")
-        return existing[-1] if existing else None
-    runtime.require(
-        args.resume or not existing,
-        f"{args.results_dir} already holds a run ({existing[-1:]}); continue it "
-        f"with --resume, or choose another --results-dir",
-    )
-    return args.resume
-
-
 def check_resumable(saved, args, config, dataset, source):
     """Raise `UserError` unless the checkpoint `saved` belongs to this model, data and order of samples."""
-    runtime.require(saved.get("format") == tok.FORMAT and "optimizers" in saved,
+    runtime.require(saved.get("format") == tok.FORMAT and "optimizer" in saved,
                     f"--resume {source}: not a training checkpoint of this script")
     runtime.check_same(saved["config"], tok.config_to_dict(config), f"--resume {source}: the model")
     runtime.check_same(saved["dataset"], {"name": dataset.name, "length": len(dataset)},
@@ -853,65 +806,7 @@ def averaged_parameters(model, discriminator):
         yield from ((f"discriminator.{name}", p) for name, p in discriminator.named_parameters())
 
 
-@contextlib.contextmanager
-@torch.no_grad()
-def averaged_weights(model, averages):
-    """Within the context `model` has its averaged weights; afterwards, bit for bit, those it is training."""
-    raw = {name: p.detach().clone() for name, p in model.named_parameters()}
-    for name, p in model.named_parameters():
-        p.copy_(averages[name])
-    try:
-        yield
-    finally:
-        for name, p in model.named_parameters():
-            p.copy_(raw[name])
-
-
-def last_sync(ddp, micro, args):
-    """Context for micro-batch `micro`: gradients are averaged over ranks only after the last one."""
-    return ddp.no_sync() if micro < args.accumulation - 1 else contextlib.nullcontext()
-
-
-def add(values, name, value, weight):
-    """values[name] += weight * value, without gradient and without waiting for the device."""
-    values[name] = values.get(name, 0.0) + weight * torch.as_tensor(value).detach().float()
-
-
-def finish_step(name, values, optimizers, scalers, parameters, args):
-    """Clip, check and apply the gradients of network `name`. Returns (guilty, numbers).
-
-    guilty: the first value that is not finite on any rank, in which case no weight has changed; else None.
-    numbers: `values` as floats, and the gradient norm. Reading them is the step's one wait for the device.
-    """
-    optimizer, scaler = optimizers[name], scalers[name]
-    scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(parameters[name], args.max_grad_norm or math.inf)
-    values[f"grad_norm/{name}"] = norm.float()
-    numbers = dict(
-        zip(values, torch.stack([torch.as_tensor(v).to(norm.device) for v in values.values()]).tolist())
-    )
-    bad = next((key for key, number in numbers.items() if not math.isfinite(number)), None)
-    if scaler.is_enabled() and bad == f"grad_norm/{name}" and scaler.get_scale() > 1:
-        bad = None                                 # fp16 looking for its scale: `scaler.step` skips by itself
-        numbers.pop(f"grad_norm/{name}")
-    guilty = runtime.first_of_any_rank(bad)
-    if guilty is None:
-        scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    return guilty, numbers
-
-
-def mean_over_ranks(meters):
-    """Averages since the last log line, over steps and ranks."""
-    everyone = runtime.gather_objects(meters)
-    return {
-        name: sum(m[name][0] / m[name][1] for m in everyone if name in m) / sum(name in m for m in everyone)
-        for name in everyone[0]
-    }
-
-
-def codebook_report(counts, config, args):
+def codebook_report(counts, config):
     """How evenly the codes are used: `counts` (vocabulary,) to a dict for the log.
 
     usage: part of all codes seen in the window; perplexity: the number of equally used codes of the same
@@ -923,9 +818,8 @@ def codebook_report(counts, config, args):
     report = {"usage": (counts > 0).double().mean().item(), "perplexity": (-(p * p.log()).sum()).exp().item()}
     if config.quantizer == "lfq":
         ids = counts.nonzero().squeeze(1)
-        balance = (tok.ids_to_bits(ids, config.bits).double() * (counts[ids].double() / total)[:, None]).sum(
-            0
-        )
+        share = counts[ids].double() / total
+        balance = (tok.ids_to_bits(ids, config.bits).double() * share[:, None]).sum(0)
         report["bit_balance"] = [round(b, 4) for b in balance.tolist()]
         dead = [k for k, b in enumerate(report["bit_balance"]) if not 0.01 <= b <= 0.99]
         report["dead_bits"] = len(dead)
@@ -937,7 +831,7 @@ def codebook_report(counts, config, args):
     return report
 
 
-def add_entropy_bits(log, config, args, tokens):
+def add_entropy_bits(log, config, tokens):
     """Add both entropies in bits beside their bounds: no token can have more than K bits, nor can the
     codebook, which is also bound by log2 of the number of `tokens` in the batch plus the mean entropy of one
     token."""

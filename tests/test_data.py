@@ -1,12 +1,12 @@
-"""data.py: published pixels, order and crops that no worker or rank changes, broken files, the generated set."""
+"""data.py: pixels as published, an order that no worker or rank changes, broken files, the generated set."""
 import io
 import itertools
 import os
 import signal
+import struct
 import subprocess
 import sys
 import tarfile
-import time
 import zlib
 
 import numpy as np
@@ -89,7 +89,7 @@ def test_preprocess_gives_the_pixels_of_torchvision_resize_and_center_crop(width
 
 
 def test_center_crop_rounds_halves_to_even():
-    for height, top in ((67, 2), (69, 2), (65, 0), (71, 4)):       # spare 3, 5, 1, 7: round(1.5) = round(2.5) = 2
+    for height, top in ((67, 2), (69, 2), (65, 0), (71, 4)):           # spare 3, 5, 1, 7: round(2.5) = 2
         image = noise_image(64, height)
         expected = np.asarray(image)[top:top + 64].transpose(2, 0, 1)
         assert np.array_equal(data.preprocess(image, 64), expected)
@@ -181,7 +181,7 @@ def test_split_folders_are_picked_and_share_their_class_names(tmp_path):
     train, val = (data.build_dataset(tmp_path, split, 16) for split in ("train", "val"))
     assert train.classes == val.classes == ["ants", "bees", "cows", "dogs"]
     assert [val.label(i) for i in range(2)] == [2, 3] and val.files == ["cows/4.png", "dogs/5.png"]
-    assert data.build_dataset(tmp_path, "test", 16).files == val.files       # val stands in for a missing test
+    assert data.build_dataset(tmp_path, "test", 16).files == val.files      # val stands in for a missing test
     assert data.build_dataset(tmp_path / "val", "train", 16).classes == ["cows", "dogs"]
 
 
@@ -237,7 +237,7 @@ def test_braces_expand_as_in_bash(pattern, expected):
     assert data.expand_braces(pattern) == expected
 
 
-@pytest.mark.parametrize("pattern", ["a-{000-127}.tar", "a-{0..}.tar", "a-{0..2.tar", "a0..2}.tar", "a-{x}.tar"])
+@pytest.mark.parametrize("pattern", ["a-{000-127}.tar", "a-{0..}.tar", "a-{0.tar", "a-0}.tar", "a-{x}.tar"])
 def test_wrong_braces_are_named(pattern):
     with pytest.raises(UserError, match="brace|neither a range"):
         data.build_dataset(pattern, "train", 16)
@@ -330,7 +330,9 @@ def test_every_kind_of_broken_image_is_reported_once_with_its_path(tmp_path, cap
 def test_images_that_would_decode_to_nonsense_or_fill_the_memory_count_as_broken(tmp_path, capfd):
     Image.fromarray(np.full((20, 20), 40000, np.uint16)).save(tmp_path / "a-16-bit.png")
     Image.new("L", (1, 60000)).save(tmp_path / "b-thin.png")
-    Image.new("1", (30000, 30000)).save(tmp_path / "c-bomb.png")
+    header = b"IHDR" + struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)    # 30 GB once decoded
+    png = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    (tmp_path / "c-bomb.png").write_bytes(png + encoded()[33:])
     dataset = data.build_dataset(tmp_path, "train", 256)
     assert [dataset[i] for i in range(3)] == [None] * 3
     report = capfd.readouterr().err
@@ -339,7 +341,7 @@ def test_images_that_would_decode_to_nonsense_or_fill_the_memory_count_as_broken
 
 def test_transparency_and_palettes_become_rgb_as_pil_converts_them(tmp_path):
     pixels = np.zeros((16, 16, 4), np.uint8)
-    pixels[..., 0] = 200                                           # red below a wholly transparent alpha channel
+    pixels[..., 0] = 200                                           # red, hidden by its alpha of 0
     Image.fromarray(pixels).save(tmp_path / "a.png")
     noise_image(16, 16).convert("P").save(tmp_path / "b.png")
     noise_image(16, 16).convert("L").save(tmp_path / "c.png")
@@ -385,7 +387,7 @@ def folder_with_two_broken(tmp_path_factory):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_train_loader_replaces_a_broken_image_by_the_next_readable_one(folder_with_two_broken, capfd, num_workers):
+def test_train_loader_replaces_broken_images_by_the_next_readable(folder_with_two_broken, capfd, num_workers):
     dataset = data.build_dataset(folder_with_two_broken, "train", 16, crop="random")
     whole = data.build_dataset(folder_with_two_broken, "train", 16, crop="random")
     batches = take(data.train_loader(dataset, 30, seed=1, num_workers=num_workers), 20)          # two epochs
@@ -458,7 +460,8 @@ def test_the_global_batch_does_not_depend_on_ranks_accumulation_or_workers(pictu
                       steps * accumulation) for rank in range(world_size)]
         shares = [ranks[rank][micro] for micro in range(steps * accumulation) for rank in range(world_size)]
         count = world_size * accumulation
-        joined = [tuple(map(torch.cat, zip(*shares[first:first + count]))) for first in range(0, len(shares), count)]
+        parts = [shares[first:first + count] for first in range(0, len(shares), count)]
+        joined = [tuple(map(torch.cat, zip(*part))) for part in parts]
         assert same_batches(joined, reference), (world_size, accumulation, num_workers)
 
 
@@ -492,7 +495,7 @@ def test_crops_change_with_seed_and_epoch_and_nothing_else(pictures):
         assert items == seeds(seed, epoch, 25)                     # another batch size, the same crops
         crops[seed, epoch] = torch.stack([dataset[index, items[index]][0] for index in range(50)])
     different = [(crops[0, 0] != crops[other]).flatten(1).any(1).float().mean() for other in ((0, 1), (1, 0))]
-    assert min(different) > 0.8
+    assert min(different) > 0.6                                    # 3 positions and 2 mirrors: 5/6 by chance
     torch.manual_seed(1)
     before = dataset[7][0]
     torch.manual_seed(2)
@@ -544,8 +547,8 @@ def test_ctrl_c_reaches_the_trainer_but_not_its_workers(tmp_path):
             next(loader)
         print("saved", flush=True)
     """
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               text=True, env=environment(), cwd=tmp_path, start_new_session=True)
+    process = subprocess.Popen([sys.executable, "-c", program], text=True, env=environment(), cwd=tmp_path,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
     assert process.stdout.readline() == "ready\n"
     os.killpg(process.pid, signal.SIGINT)
     output, errors = process.communicate(timeout=60)
@@ -571,10 +574,8 @@ def test_a_picture_drawn_alone_equals_the_one_in_a_batch(variety, size):
 
 def test_pictures_are_the_same_on_every_machine_and_release():
     drawn = {variety: data.Generated("train", 32, variety).draw(np.arange(50)) for variety in data.VARIETIES}
-    assert {variety: zlib.crc32(images.tobytes()) for variety, images in drawn.items()} == CHECKSUMS
-
-
-CHECKSUMS = {"full": 0, "plain": 0}
+    checksums = {variety: zlib.crc32(images.tobytes()) for variety, images in drawn.items()}
+    assert checksums == {"full": 436570980, "plain": 1891327997}
 
 
 def test_train_and_val_and_seeds_share_no_picture():
@@ -588,7 +589,7 @@ def test_train_and_val_and_seeds_share_no_picture():
 
 def test_names_lengths_and_labels_of_the_generated_sets():
     train, val = data.build_dataset(None, "train", 32), data.build_dataset("generated-plain", "val", 32)
-    assert (len(train), train.name) == (20_000, "generated") and (len(val), val.name) == (1_000, "generated-plain")
+    assert (len(train), train.name, len(val), val.name) == (20_000, "generated", 1_000, "generated-plain")
     names = "ball ring triangle square star heart moon cross flower arrow"
     assert train.classes == val.classes == names.split()
     assert np.bincount([val.label(i) for i in range(1000)]).tolist() == [100] * 10
@@ -684,9 +685,11 @@ def test_script_shows_sets_of_one_image_of_many_classes_and_without_classes(tmp_
     (("--image-size", "0"), "argument --image-size"),
     (("--output", "/dev/null/grid.png"), "--output /dev/null/grid.png cannot be written"),
 ])
-def test_script_mistakes_exit_with_status_2_and_one_line(tmp_path, flags, problem):
-    result = run_script("data.py", *flags, cwd=tmp_path, check=False)
-    assert result.returncode == 2 and problem in result.stderr and result.stderr.count("\n") == 1
+def test_script_mistakes_exit_with_status_2_and_one_line(capsys, flags, problem):
+    with pytest.raises(SystemExit) as end:
+        runtime.run_script(data.main, lambda: data.get_args(flags))
+    errors = capsys.readouterr().err
+    assert end.value.code == 2 and problem in errors and errors.count("\n") == 1
 
 
 @needs_real_data
