@@ -263,8 +263,9 @@ PRESETS = {
     "AR-L": ARConfig(width=1280, heads=20, inter_blocks=36, intra_blocks=3),
     "AR-XL": ARConfig(width=1536, heads=24, inter_blocks=48, intra_blocks=4),
     # Minutes on a laptop: a run this short never sees an image often enough to need dropout of activations.
-    "toy": ARConfig(width=128, heads=4, inter_blocks=4, intra_blocks=1, bits=(5, 5), grid=(8, 8), num_classes=10,
-                    ffn_multiple=32, token_dropout=0.0, attention_dropout=0.0, ffn_dropout=0.0),
+    "toy": ARConfig(width=128, heads=4, inter_blocks=4, intra_blocks=1, bits=(5, 5), grid=(8, 8),
+                    num_classes=10, ffn_multiple=32,
+                    token_dropout=0.0, attention_dropout=0.0, ffn_dropout=0.0),
 }
 
 # How the rows of table 5 were sampled and, as "looking" (any model of M = 2), what suits pictures to look at.
@@ -339,8 +340,13 @@ class ARModel(nn.Module):
             x = torch.stack([x, *embeddings[:-1]], dim=2)                                 # (B, N, M, D)
         for block in self.intra_blocks:
             x = self.run(block, x, self.rope[:M])                                         # (B, N, M, D)
-        logits = [head(h) for head, h in zip(self.heads, self.norm(x).unbind(2))]         # M x (B, N, V)
+        logits = [self.predict(m, h) for m, h in enumerate(self.norm(x).unbind(2))]       # M x (B, N, V)
         return loss(logits, subtokens) if return_loss else logits
+
+    def predict(self, m, h):
+        """Logits (..., V) of sub-token m (from 0), float32, from the normalised h (..., D)."""
+        head = self.heads[m]
+        return head(h.to(head.weight.dtype)).float()
 
     def inter_step(self, x, cache, position, length, masked=False):
         """The context of one sequence position: x (R, D), the class or the token before, -> C_t (R, D).
@@ -358,7 +364,7 @@ class ARModel(nn.Module):
         return x
 
     def intra_step(self, m, x, history):
-        """Logits (R, V) of sub-token m (from 0), float32, and the history for the step after.
+        """Logits (R, V) of sub-token m (from 0) and the history for the step after.
 
         x (R, D): the context C_t for m = 0 (with separate heads always), else the embedding of the sub-token
         before. history: keys and values of every intra block as step m - 1 returned them, None for m = 0.
@@ -367,8 +373,7 @@ class ARModel(nn.Module):
         for block, (keys, values) in zip(self.intra_blocks, history):
             x, keys, values = block.step(x, self.rope[m], keys, values)                   # (R, D)
             grown.append((keys, values))
-        head = self.heads[m]
-        return head(self.norm(x).to(head.weight.dtype)).float(), grown
+        return self.predict(m, self.norm(x)), grown
 
 
 def loss(logits, subtokens):
@@ -377,7 +382,7 @@ def loss(logits, subtokens):
     Takes what `ARModel.forward` returns and takes. Returns the sum, a scalar, and its M terms (M,) without
     gradient, in nats a token.
     """
-    terms = [F.cross_entropy(z.flatten(0, 1).float(), ids.flatten()) for z, ids in zip(logits, subtokens)]
+    terms = [F.cross_entropy(z.flatten(0, 1), ids.flatten()) for z, ids in zip(logits, subtokens)]
     return sum(terms), torch.stack(terms).detach()
 
 

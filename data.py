@@ -76,14 +76,15 @@ def mirror(pixels, generator):
     return pixels.flip(-1) if torch.rand((), generator=generator) < 0.5 else pixels
 
 
-def preprocess(image, size, crop="center", generator=None, flip=False):
+def preprocess(image, size, crop="center", generator=None, flip=False, resize=None):
     """PIL RGB image of any size to a uint8 tensor (3, S, S), S = `size`: resize the shorter side, then crop.
 
     `crop` is "center" (evaluation) or "random" (training). The published models were trained without `flip`.
-    Crop and flip are drawn from `generator`, a torch.Generator. Small images are enlarged.
+    Crop and flip are drawn from `generator`, a torch.Generator. Small images are enlarged. `resize` is the
+    shorter side before the crop where that is larger than `size`, for small crops of large pictures.
     """
     assert crop in CROPS and (generator is not None or (crop == "center" and not flip))
-    image = resize_shorter_side(image, size)
+    image = resize_shorter_side(image, resize or size)
     spare_x, spare_y = image.width - size, image.height - size
     if crop == "random":
         left = int(torch.randint(spare_x + 1, (), generator=generator))
@@ -151,10 +152,11 @@ class Images(Dataset):
     order, [] without labels.
     """
 
-    def __init__(self, name, classes, length, image_size, crop, flip, seed):
+    def __init__(self, name, classes, length, image_size, crop, flip, seed, resize=None):
         require(crop in CROPS, f"the crop {crop!r} is unknown; choose one of {', '.join(CROPS)}")
         self.name, self.classes = name, classes
         self.image_size, self.crop, self.flip, self.seed = image_size, crop, flip, seed
+        self.resize = resize                              # shorter side before the crop; None: image_size
         self.broken = torch.zeros(length, dtype=torch.bool).share_memory_()
 
     def __len__(self):
@@ -181,8 +183,10 @@ class Images(Dataset):
             return None
         try:
             generator = seeded_generator(seed)
-            image = preprocess(self.load(index), self.image_size, self.crop, generator, self.flip)
-        except Exception as error:                        # decoders raise almost anything on damaged bytes
+            image = preprocess(
+                self.load(index), self.image_size, self.crop, generator, self.flip, self.resize
+            )
+        except Exception as error:  # decoders raise almost anything on damaged bytes
             self.report_broken(index, error)
             return None
         return image, self.label(index), index
@@ -234,7 +238,7 @@ class ImageFolder(Images):
     are possible.
     """
 
-    def __init__(self, folder, image_size, crop="center", flip=False, seed=0, classes=None):
+    def __init__(self, folder, image_size, crop="center", flip=False, seed=0, classes=None, resize=None):
         self.folder, found = pathlib.Path(folder), []                    # found: paths, each a tuple of parts
         for directory, subfolders, files in os.walk(self.folder, followlinks=True):
             subfolders[:] = [name for name in subfolders if not name.startswith(".")]
@@ -252,7 +256,7 @@ class ImageFolder(Images):
         number = {name: i for i, name in enumerate(names)}
         self.files = ["/".join(parts) for parts in sorted(found)]
         self.labels = [0 if flat else number[file.split("/")[0]] for file in self.files]
-        super().__init__(str(folder), names, len(found), image_size, crop, flip, seed)
+        super().__init__(str(folder), names, len(found), image_size, crop, flip, seed, resize)
 
     def path(self, index):
         """Where image `index` lies."""
@@ -280,7 +284,7 @@ class TarShards(Images):
     truncated shard, and where only some images have a class.
     """
 
-    def __init__(self, pattern, image_size, crop="center", flip=False, seed=0):
+    def __init__(self, pattern, image_size, crop="center", flip=False, seed=0, resize=None):
         self.shards = expand_braces(str(pattern))
         missing = [shard for shard in self.shards if not os.path.isfile(shard)]
         require(not missing, f"--data-path {pattern}: {len(missing)} of {len(self.shards)} shards missing "
@@ -298,7 +302,7 @@ class TarShards(Images):
                             f".cls member, such as {self.path(labels.index(None))}; label all images or none")
         self.labels = [0] * len(labels) if unlabelled else labels
         names = [] if unlabelled else [str(i) for i in range(max(labels) + 1)]
-        super().__init__(str(pattern), names, len(labels), image_size, crop, flip, seed)
+        super().__init__(str(pattern), names, len(labels), image_size, crop, flip, seed, resize)
 
     def path(self, index):
         """The shard of image `index` and its name there."""
@@ -646,7 +650,7 @@ def soft_noise(nodes, size):
 # From a path to batches: which data set, in which order, to which rank
 # ------------------------------------------------------------------------------------------------------------
 
-def build_dataset(data_path, split, image_size, crop="center", flip=False, length=None, seed=0):
+def build_dataset(data_path, split, image_size, crop="center", flip=False, length=None, seed=0, resize=None):
     """The data set behind `--data-path`, ready for `train_loader` and `eval_loader`.
 
     * None or "generated": the generated set, "generated-plain" its easier variety; `length` pictures (None:
@@ -654,9 +658,12 @@ def build_dataset(data_path, split, image_size, crop="center", flip=False, lengt
     * a folder: if it has subfolders train/ and val/ (or test/), `split` picks one; else it is used as it is.
     * 'shards-{000..127}.tar': tar files; `split` has no meaning, give each split its own pattern.
 
-    `seed` selects the generated pictures, and the crops of items that are asked for without a seed. Raises
-    `UserError` for a path that is missing, empty or ambiguous.
+    `resize` makes small crops of large pictures: the shorter side before the crop (None: `image_size`, as
+    published). `seed` selects the generated pictures, and the crops of items that are asked for without a
+    seed. Raises `UserError` for a path that is missing, empty or ambiguous.
     """
+    require(resize is None or resize >= image_size,
+            f"--resize {resize} is smaller than --image-size {image_size}: the crop would not fit")
     require(split in SPLITS, f"the split {split!r} is unknown; choose one of {', '.join(SPLITS)}")
     path = "generated" if data_path is None else os.path.expanduser(str(data_path))
     if path in ("generated", "generated-plain"):
@@ -664,9 +671,9 @@ def build_dataset(data_path, split, image_size, crop="center", flip=False, lengt
     require(length is None, f"--data-path {path}: only the generated sets can be given a number of images")
     if os.path.isdir(path):
         folder, classes = choose_split(pathlib.Path(path), split)
-        return ImageFolder(folder, image_size, crop, flip, seed, classes)
+        return ImageFolder(folder, image_size, crop, flip, seed, classes, resize)
     if path.endswith(".tar") or "{" in path:
-        return TarShards(path, image_size, crop, flip, seed)
+        return TarShards(path, image_size, crop, flip, seed, resize)
     require(os.path.exists(path), f"--data-path {path} does not exist; check the path")
     raise UserError(f"--data-path {path} is a single file; give a folder of images, or tar files such as "
                     f"'shards-{{000..127}}.tar'")
@@ -804,6 +811,9 @@ def get_args(argv=None):
                        "'shards-{000..127}.tar', or the built-in sets generated and generated-plain")
     group.add_argument("--split", choices=SPLITS, default="train", help="which part of the data")
     group.add_argument("--image-size", type=runtime.positive_int, default=64, help="side of the square crop")
+    group.add_argument(
+        "--resize", type=runtime.positive_int, help="shorter side before the crop (--image-size)"
+    )
     group.add_argument("--crop", choices=CROPS, default="center", help="where the crop is taken")
     group.add_argument("--flip", action="store_true", help="mirror every second image at random")
     group.add_argument("--global-seed", type=int, default=0, help="seed of pictures, crops and flips")
@@ -833,7 +843,7 @@ def choose_for_grid(dataset, rows, columns=10):
 def main(args):
     """Write the grid and print what the data set holds."""
     dataset = build_dataset(args.data_path, args.split, args.image_size, args.crop, args.flip,
-                            seed=args.global_seed)
+                            seed=args.global_seed, resize=args.resize)
     chosen, columns = choose_for_grid(dataset, args.rows)
     start = time.perf_counter()
     shown = [item for item in dataset.__getitems__(chosen) if item]

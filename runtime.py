@@ -51,11 +51,11 @@ def require(condition, message):
 class ArgumentParser(argparse.ArgumentParser):
     """argparse with defaults shown in --help, no abbreviated flags, and one-line errors of exit status 2."""
 
-    def __init__(self, description):
+    def __init__(self, description, **options):
         # The first paragraph of a script's docstring is its description; the commands below it would be
         # re-wrapped.
         super().__init__(description=description.split("\n\n")[0], allow_abbrev=False,
-                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                         formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options)
 
     def error(self, message):
         self.exit(2, f"error: {message} (see --help)\n")

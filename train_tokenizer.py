@@ -466,31 +466,25 @@ def add_training_flags(parser):
 
 
 def get_args(argv=None):
-    """Parse the command line. The preset chooses the defaults of the flags that its recipe and its model
-    fix."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", choices=tok.PRESETS, default="toy", help="model and recipe")
+    """Parse the command line. The preset chooses the defaults of what its recipe and its model fix."""
+    first = runtime.ArgumentParser("", add_help=False)
+    first.add_argument("--preset", choices=tok.PRESETS, default="toy")
     preset = first.parse_known_args(argv)[0].preset
 
     parser = runtime.ArgumentParser(__doc__)
     group = parser.add_argument_group("data and preset")
     group.add_argument(
-        "--preset", choices=tok.PRESETS, default="toy", help="model and recipe: the other defaults"
+        "--preset", choices=tok.PRESETS, default="toy", help="model and recipe: other defaults"
     )
-    group.add_argument("--data-path", help="folder of pictures, or tar shards as in 'shards-{000..127}.tar'; "
-                                           "not given: generated pictures")
-    group.add_argument(
-        "--image-size", dest="resolution", type=runtime.positive_int, help="side of the square crops"
-    )
-    group.add_argument(
-        "--crop", choices=("random", "center"), default="random", help="crop of training pictures"
-    )
-    group.add_argument(
-        "--flip", action="store_true", help="mirror half of the training pictures (published: no)"
-    )
-    group.add_argument(
-        "--results-dir", default="runs/tokenizer", help="checkpoints, logs and pictures go here"
-    )
+    group.add_argument("--data-path", help="folder of pictures, tar shards as in 'shards-{000..127}.tar', or "
+                                           "generated-plain; not given: generated pictures")
+    group.add_argument("--val-data-path", help="held-out pictures for the grid, if --data-path has no val/")
+    group.add_argument("--image-size", dest="resolution", type=runtime.positive_int, help="side of the crops")
+    group.add_argument("--resize", type=runtime.positive_int,
+                       help="shorter side before the crop, for small crops of large pictures (--image-size)")
+    group.add_argument("--crop", choices=("random", "center"), default="random", help="training crops")
+    group.add_argument("--flip", action="store_true", help="mirror half of the pictures (published: no)")
+    group.add_argument("--results-dir", default="runs/tokenizer", help="for checkpoints, logs and pictures")
     group.add_argument("--discriminator", choices=DISCRIMINATORS, help="PatchGAN, or the anti-aliased one")
     add_model_flags(parser)
     add_training_flags(parser)
@@ -519,8 +513,10 @@ def main(args):
     runtime.require(discriminator is None or args.discriminator == "blurpool" or config.resolution >= 24,
                     f"--image-size {config.resolution} is too small for PatchGAN, which needs 24 pixels; use "
                     f"--discriminator blurpool or --gan-weight 0")
-    dataset = data.build_dataset(args.data_path, "train", config.resolution, args.crop, args.flip)
-    held_out = data.build_dataset(args.data_path, "val", config.resolution, "center")
+    dataset = data.build_dataset(args.data_path, "train", config.resolution, args.crop, args.flip,
+                                 resize=args.resize)
+    held_out = data.build_dataset(args.val_data_path or args.data_path, "val", config.resolution, "center",
+                                  resize=args.resize)
     fixed = next(iter(data.eval_loader(held_out, args.grid_size, rank=0, world_size=1)))[0]
 
     def preview(step, logger):

@@ -1,8 +1,8 @@
-"""A plain cached sampler, to compare `ar_model.Sampler` with: same model, same greedy tokens, none of the tricks.
+"""A plain cached sampler, to compare `ar_model.Sampler` with: same model, same greedy tokens, no tricks.
 
-It is what one writes first: key and value caches of the full length for the blocks between tokens and, allocated
-anew for every token, for those within one; each step attends over all slots under a mask; every intra step computes
-q, k and v; w1 and w3 are two products. Takes the parameters of an `ARModel` that was not prepared for sampling.
+It is what one writes first: key and value caches of the full length for the blocks between tokens and,
+allocated anew for every token, for those within one; each step attends over all slots under a mask; every
+intra step computes q, k and v; w1 and w3 are two products. Takes an `ARModel` not prepared for sampling.
 """
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,8 @@ def rotary_table(config):
 
 def rms_norm(x, norm):
     """RMSNorm written out."""
-    return (x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-5)).type_as(x) * norm.weight
+    scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-5)
+    return (x.float() * scale).type_as(x) * norm.weight
 
 
 def turn(x, rotary):
@@ -32,7 +33,8 @@ def turn(x, rotary):
 def plain_block(block, x, rotary, cache, slot):
     """x (R, 1, D) -> (R, 1, D), through `slot` of cache (2, R, H, slots, d)."""
     keys, values = cache
-    q, k, v = block.attention.wqkv(rms_norm(x, block.attention_norm)).unflatten(-1, (3, block.heads, -1)).unbind(2)
+    qkv = block.attention.wqkv(rms_norm(x, block.attention_norm))
+    q, k, v = qkv.unflatten(-1, (3, block.heads, -1)).unbind(2)
     keys[:, :, slot], values[:, :, slot] = turn(k, rotary)[:, 0], v[:, 0]
     mask = (torch.arange(keys.shape[2]) <= slot)[None]
     attended = F.scaled_dot_product_attention(turn(q, rotary).transpose(1, 2), keys, values, attn_mask=mask)
@@ -43,7 +45,7 @@ def plain_block(block, x, rotary, cache, slot):
 
 @torch.no_grad()
 def plain_sample(model, labels, scales, tokens=None):
-    """Greedy sub-tokens, a list of M (B, N), guided by `scales` (M values); `tokens` stops after that many."""
+    """Greedy sub-tokens, a list of M (B, N), guided by `scales` (M values), up to `tokens`."""
     config, rows = model.config, 2 * len(labels)
     rotary, dtype = rotary_table(config), model.class_embedding.weight.dtype
 

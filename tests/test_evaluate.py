@@ -1,0 +1,426 @@
+"""evaluate.py as people use it: its commands on tiny data, on one and on several ranks, with right and wrong input."""
+import json
+import pathlib
+import shlex
+import urllib.error
+
+import numpy as np
+import pytest
+import torch
+from helpers import environment, run_script
+from PIL import Image
+
+import evaluate
+import runtime
+import tokenizer
+
+REAL = pathlib.Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "photos256"
+
+
+def call(*flags):
+    """Run evaluate.py with these flags in this process."""
+    evaluate.main(evaluate.get_args([str(flag) for flag in flags]))
+
+
+def results(folder="runs/evaluation"):
+    """The JSON files in `folder`, oldest first."""
+    paths = sorted(pathlib.Path(folder).glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
+    return [json.loads(path.read_text()) for path in paths]
+
+
+def values(result):
+    """{metric: value} of one JSON."""
+    return {name: entry["value"] for name, entry in result["metrics"].items()}
+
+
+def write_samples(path, count=8, size=32, seed=0, **arrays):
+    """An npz file in ADM's format with random pictures."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+    np.savez(path, **(arrays or {"arr_0": pixels}))
+    return pixels
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A small untrained tokenizer of stride 4 for pictures of 16 x 16, as train_tokenizer.py would save it."""
+    torch.manual_seed(0)
+    config = tokenizer.TokenizerConfig(resolution=16, channels=32, channel_multipliers=(1, 1), blocks=1,
+                                       mid_blocks=0, patch=2, bits=6)
+    model = tokenizer.Tokenizer(config)
+    path = tmp_path_factory.mktemp("run") / "runs" / "tokenizer" / "step-00000003.pt"
+    runtime.save_checkpoint(path, {"format": tokenizer.FORMAT, "config": tokenizer.config_to_dict(config),
+                                   "model": model.state_dict(), "ema": None, "step": 3})
+    return path
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """An empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+# ------------------------------------------------------------------------------------------------------------
+# reconstruction
+# ------------------------------------------------------------------------------------------------------------
+
+def test_without_flags_it_judges_what_training_left_and_says_what_it_left_out(checkpoint, monkeypatch, capsys):
+    monkeypatch.chdir(checkpoint.parents[2])
+    evaluate.main(evaluate.get_args([]))
+    printed = capsys.readouterr().out
+    result, = results()
+    assert values(result).keys() == {"psnr", "ssim", "usage", "perplexity", "bits_per_pixel"}
+    assert "left out    rfid, lpips-vgg, lpips-alex" in printed and "--metrics all" in printed
+    assert result["n"] == 1000 and result["data"]["name"] == "generated" and result["protocol"] == "clean"
+    assert result["checkpoint"]["sha256"] == runtime.sha256_of(checkpoint)
+    assert (result["checkpoint"]["weights"], result["checkpoint"]["step"]) == ("raw", 3)
+    assert result["metrics"]["bits_per_pixel"]["value"] == pytest.approx(6 / 16)
+    assert {"seconds", "date", "arguments", "versions", "precision", "resize_rule", "skipped"} <= result.keys()
+    picture = Image.open(next(pathlib.Path("runs/evaluation").glob("*.png")))
+    assert picture.size[0] > 3.5 * picture.size[1]                     # eight columns, two rows
+
+
+def test_one_two_and_three_ranks_measure_the_same_to_1e_9(checkpoint, place):
+    write_samples("samples.npz", 5, seed=1)
+    write_samples("reference.npz", 7, seed=2)
+    (place / "job.py").write_text(
+        "import os, sys, torch.multiprocessing as mp, evaluate\n"
+        "def job(rank, ranks, port):\n"
+        "    os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR='127.0.0.1', MASTER_PORT=port)\n"
+        "    common = f'--allow-random-weights --feature-batch-size 2 --batch-size 3 --output out{ranks} '\n"
+        f"    first = 'reconstruction --ckpt {checkpoint} --image-size 32 --max-images 5 '\n"
+        "    evaluate.main(evaluate.get_args((first + '--metrics psnr ssim usage rfid lpips-alex ' + common).split()))\n"
+        "    second = 'generation --samples samples.npz --reference reference.npz '\n"
+        "    evaluate.main(evaluate.get_args((second + common).split()))\n"
+        "if __name__ == '__main__':\n"
+        "    mp.spawn(job, (int(sys.argv[1]), sys.argv[2]), nprocs=int(sys.argv[1]))\n")
+    import socket
+    import subprocess
+    import sys
+    for ranks in (1, 2, 3):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        done = subprocess.run([sys.executable, "job.py", str(ranks), port], capture_output=True, text=True,
+                              env=environment(), timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+    alone, two, three = [results(f"out{ranks}") for ranks in (1, 2, 3)]
+    assert len(alone) == 2 and values(alone[0])["rfid"] > 0 and values(alone[1])["fid"] > 0
+    for run in (two, three):
+        for expected, got in zip(alone, run):
+            assert values(got) == {name: pytest.approx(value, rel=1e-9, abs=1e-9)
+                                   for name, value in values(expected).items()}
+            assert got["n"] == 5
+
+
+def test_rfid_and_lpips_of_random_weights_are_marked_on_screen_and_in_the_json(checkpoint, place, capsys):
+    call("reconstruction", "--ckpt", checkpoint, "--image-size", 32, "--max-images", 2, "--allow-random-weights",
+         "--metrics", "psnr", "rfid", "lpips-alex", "--feature-batch-size", 2)
+    printed = capsys.readouterr().out
+    result, = results()
+    for name in ("rfid", "lpips-alex"):
+        assert result["metrics"][name]["label"] == "NOT COMPARABLE (random weights)"
+        line, = [line for line in printed.splitlines() if line.startswith(evaluate.METRICS[name][0])]
+        assert line.endswith("NOT COMPARABLE (random weights)")
+    assert "label" not in result["metrics"]["psnr"]                    # no network has looked at it
+    assert "rFID of 2 pictures is biased upwards" in printed
+
+
+def test_the_originals_statistics_are_reused_and_give_the_same_rfid(checkpoint, place, monkeypatch):
+    flags = ("reconstruction", "--ckpt", checkpoint, "--max-images", 2, "--allow-random-weights", "--metrics", "rfid",
+             "--feature-batch-size", 2)
+    call(*flags)
+    forwards = []
+    forward = evaluate.FIDInception.forward
+    monkeypatch.setattr(evaluate.FIDInception, "forward", lambda self, x: forwards.append(len(x)) or forward(self, x))
+    before, = results()
+    call(*flags)
+    after, = results()                                                 # the same run has the same file
+    assert forwards == [2] and values(after) == values(before)
+    assert len(list(pathlib.Path("runs/evaluation/references").glob("*.npz"))) == 1
+
+
+def test_the_protocols_give_different_numbers_and_different_files(checkpoint, place):
+    for protocol in ("clean", "seed"):
+        call("reconstruction", "--ckpt", checkpoint, "--max-images", 9, "--protocol", protocol)
+    clean, seed = results()
+    assert (clean["protocol"], seed["protocol"]) == ("clean", "seed")
+    assert 0 < abs(values(clean)["psnr"] - values(seed)["psnr"]) < 0.2
+    assert "truncated" in seed["metrics"]["psnr"]["measured_on"]
+
+
+class Identity(torch.nn.Module):
+    """A tokenizer that gives back what it gets, to test what surrounds it."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = tokenizer.TokenizerConfig(bits=4)
+        self.parameter = torch.nn.Parameter(torch.zeros(()))
+        self.seen = []
+
+    def encode(self, images):
+        """Remember the padded pictures; one token each 16 x 16 pixels."""
+        self.seen.append(images)
+        return torch.zeros(len(images), images.shape[2] // 16, images.shape[3] // 16, dtype=torch.long)
+
+    def decode(self, ids):
+        """The pictures that were encoded last."""
+        return self.seen[-1]
+
+
+@pytest.mark.parametrize("protocol", ["clean", "seed"])
+def test_original_resolution_pads_with_grey_to_whole_tokens_and_crops_back(protocol, place):
+    generator = torch.Generator().manual_seed(0)
+    images = [torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=generator)
+              for height, width in ((40, 33), (32, 48), (17, 21))]
+    loader = [(image[None], torch.zeros(1), torch.tensor([i])) for i, image in enumerate(images)]
+    args = evaluate.get_args(["reconstruction", "--original-resolution", "--protocol", protocol])
+    model = Identity()
+    measured, counts, pixels, grid = evaluate.measure_reconstruction(model, loader, {}, None, args, {1})
+    assert [tuple(x.shape[2:]) for x in model.seen] == [(48, 48), (32, 48), (32, 32)]
+    assert model.seen[0][..., :4, :].abs().max() == 0 and model.seen[0][..., 44:, :].abs().max() == 0
+    assert model.seen[0][..., :, :7].abs().max() == 0 and model.seen[0][..., :, 40:].abs().max() == 0   # 15 = 7 + 8
+    assert torch.isinf(measured["psnr"]).all() and measured["ssim"].tolist() == [1, 1, 1]
+    assert counts.sum() == 3 * 3 + 2 * 3 + 2 * 2 and pixels == 40 * 33 + 32 * 48 + 17 * 21
+    assert list(grid) == [1]
+
+
+def test_infinite_psnr_is_written_as_valid_json(place):
+    args = evaluate.get_args(["reconstruction"])
+    evaluate.report("x", {"psnr": float("inf")}, {"psnr": "itself"}, {}, {"n": 1}, 0, args)
+    text = next(pathlib.Path("runs/evaluation").glob("*.json")).read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["metrics"]["psnr"]["value"] == "inf"
+
+
+def test_a_broken_picture_is_skipped_and_counted(checkpoint, place):
+    folder = place / "pictures"
+    folder.mkdir()
+    for i in range(119):
+        Image.fromarray(np.full((16, 16, 3), i, np.uint8)).save(folder / f"{i:03}.png")
+    (folder / "050-broken.png").write_bytes(b"no picture")
+    call("reconstruction", "--ckpt", checkpoint, "--data-path", folder)
+    result, = results()
+    assert (result["n"], result["skipped"]) == (119, 1)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (("--ckpt", "nowhere.pt"), ["nowhere.pt", "does not exist"]),
+    (("--data-path", "nowhere"), ["--data-path", "nowhere"]),
+    (("--image-size", "18"), ["18 x 18", "multiples of 4"]),
+    (("--metrics", "lpips-alex", "--allow-random-weights", "--max-images", "2"), ["LPIPS", "32 x 32"]),
+    (("--metrics", "rfid", "--max-images", "1"), ["--metrics rfid", "two pictures"]),
+])
+def test_a_wrong_flag_of_reconstruction_gets_an_error_that_names_it(checkpoint, place, flags, words):
+    with pytest.raises(runtime.UserError) as error:
+        call("reconstruction", *(() if "--ckpt" in flags else ("--ckpt", checkpoint)), *flags)
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+
+
+def test_no_checkpoint_at_all_is_one_line_and_exit_status_2(place):
+    done = run_script("evaluate.py", check=False, cwd=place)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "runs/tokenizer" in done.stderr
+
+
+def test_weights_that_are_not_the_published_ones_are_refused(checkpoint, place):
+    name = evaluate.INCEPTION_FILE[0].rsplit("/", 1)[1]
+    (place / name).write_bytes(b"something else")
+    with pytest.raises(runtime.UserError, match="not the published file"):
+        call("reconstruction", "--ckpt", checkpoint, "--metrics", "rfid", "--max-images", 2, "--weights-dir", place)
+    assert not results()
+
+
+def test_without_a_connection_it_says_where_to_put_the_weights(checkpoint, place, monkeypatch):
+    def offline(*args, **kwargs):
+        raise urllib.error.URLError("no network")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    with pytest.raises(runtime.UserError, match="pt_inception-2015-12-05-6726825d.pth.*--weights-dir"):
+        call("reconstruction", "--ckpt", checkpoint, "--metrics", "rfid", "--max-images", 2, "--weights-dir", place)
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="needs real photographs beside the repository")
+def test_real_photographs_at_their_own_size(checkpoint, place):
+    call("reconstruction", "--ckpt", checkpoint, "--data-path", REAL, "--original-resolution", "--max-images", 3)
+    result, = results()
+    assert result["n"] == 3 and 0 < values(result)["psnr"] < 50 and result["data"]["size"] == "original"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# generation and make-reference
+# ------------------------------------------------------------------------------------------------------------
+
+RANDOM = ("--allow-random-weights", "--feature-batch-size", "4")
+
+
+def test_samples_compared_with_themselves_have_fid_0_and_precision_and_recall_1(place, capsys):
+    write_samples("same.npz", 6)
+    call("generation", "--samples", "same.npz", "--reference", "same.npz", *RANDOM)
+    measured = values(results()[0])
+    assert abs(measured["fid"]) < 1e-9 and abs(measured["sfid"]) < 1e-9
+    assert measured["precision"] == measured["recall"] == 1 and measured["inception_score"] >= 1
+    assert all(entry["label"] == "NOT COMPARABLE (random weights)" for entry in results()[0]["metrics"].values())
+    printed = capsys.readouterr().out
+    assert "of 50,000 samples, these are of 6" in printed and "biased upwards" in printed
+
+
+def test_another_number_of_reference_pictures_is_warned_about(place, capsys):
+    write_samples("samples.npz", 4)
+    write_samples("reference.npz", 5, seed=1)
+    call("generation", "--samples", "samples.npz", "--reference", "reference.npz", *RANDOM)
+    assert "4 samples are compared with 5 reference pictures" in capsys.readouterr().out
+
+
+def test_a_reference_is_made_once_read_back_and_has_the_format_of_adm(place, capsys):
+    flags = ("make-reference", "--image-size", 32, "--max-images", 5, "--split", "val", *RANDOM)
+    call(*flags)
+    path, = pathlib.Path("runs/evaluation/references").glob("*.npz")
+    written = path.stat().st_mtime_ns
+    call(*flags)
+    assert "(cached)" in capsys.readouterr().out and path.stat().st_mtime_ns == written
+    with np.load(path) as file:
+        shapes = {name: (file[name].shape, str(file[name].dtype)) for name in file.files}
+    assert shapes["arr_0"] == ((5, 32, 32, 3), "uint8")
+    assert shapes["mu"] == ((2048,), "float64") and shapes["sigma"] == ((2048, 2048), "float64")
+    assert shapes["mu_s"] == ((2023,), "float64") and shapes["sigma_s"] == ((2023, 2023), "float64")
+    # The same pictures as samples: at distance 0 from the statistics, and from those made of arr_0.
+    np.savez("samples.npz", np.load(path)["arr_0"])
+    np.savez("plain.npz", np.load(path)["arr_0"])
+    for reference in (path, "plain.npz"):
+        call("generation", "--samples", "samples.npz", "--reference", reference, *RANDOM)
+        assert abs(values(results()[-1])["fid"]) < 1e-9
+    call("make-reference", "--image-size", 32, "--max-images", 4, "--split", "val", *RANDOM)
+    assert len(list(path.parent.glob("reference-*.npz"))) == 2         # another number of pictures, another file
+
+
+def test_without_reference_samples_are_compared_with_as_many_pictures_of_the_data_set(place):
+    pathlib.Path("runs/samples").mkdir(parents=True)
+    write_samples("runs/samples/newest.npz", 5)
+    pathlib.Path("runs/samples/newest.json").write_text('{"cfg_scale": [4, 4]}')
+    call("generation", *RANDOM)
+    result, = results()
+    assert result["reference"]["n"] == result["n"] == 5 and result["sampling"] == {"cfg_scale": [4, 4]}
+    assert values(result)["fid"] > 1                                   # noise is not like drawn shapes
+
+
+def test_a_folder_and_an_npz_of_the_same_pictures_give_the_same_numbers(place):
+    pixels = write_samples("samples.npz", 4)
+    write_samples("reference.npz", 4, seed=1)
+    pathlib.Path("folder").mkdir()
+    for i, image in enumerate(pixels):
+        Image.fromarray(image).save(f"folder/{i}.png")
+    for samples in ("samples.npz", "folder"):
+        call("generation", "--samples", samples, "--reference", "reference.npz", *RANDOM)
+    assert values(results()[0]) == values(results()[1])
+
+
+def test_samples_round_trip_through_npz_mapped_or_compressed(place):
+    pixels = write_samples("plain.npz", 4)
+    np.savez_compressed("packed.npz", arr_0=pixels)
+    for path, mapped in (("plain.npz", True), ("packed.npz", False)):
+        samples = evaluate.SampleArray(path)
+        assert isinstance(samples.images, np.memmap) == mapped and (len(samples), samples.size) == (4, (32, 32))
+        image, _, index = samples[2]
+        assert index == 2 and np.array_equal(image.permute(1, 2, 0).numpy(), pixels[2])
+
+
+def broken_files(place):
+    """name -> what is wrong with it."""
+    good = np.zeros((4, 32, 32, 3), np.uint8)
+    np.savez("float.npz", good.astype(np.float32))
+    np.savez("channels-first.npz", good.transpose(0, 3, 1, 2))
+    np.savez("grey.npz", good[..., 0])
+    np.savez("other-name.npz", images=good)
+    np.savez("few.npz", good[:3])
+    np.savez("good.npz", good)
+    np.savez("large.npz", np.zeros((4, 64, 64, 3), np.uint8))
+    np.savez("statistics.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    pathlib.Path("cut.npz").write_bytes(pathlib.Path("good.npz").read_bytes()[:-200])
+    pathlib.Path("mixed").mkdir()
+    for size in (8, 9):
+        Image.new("RGB", (size, 8)).save(f"mixed/{size}.png")
+
+
+@pytest.mark.parametrize("samples, reference, words", [
+    ("float.npz", "good.npz", ["float32", "uint8"]),
+    ("channels-first.npz", "good.npz", ["(N, H, W, 3)", "transpose"]),
+    ("grey.npz", "good.npz", ["[4, 32, 32]", "(N, H, W, 3)"]),
+    ("other-name.npz", "good.npz", ["arr_0", "images"]),
+    ("few.npz", "good.npz", ["3 pictures", "four or more"]),
+    ("cut.npz", "good.npz", ["cut.npz", "truncated"]),
+    ("mixed", "good.npz", ["mixes sizes", "(8, 8)", "(8, 9)"]),
+    ("nowhere.npz", "good.npz", ["nowhere.npz", "does not exist"]),
+    ("good.npz", "nowhere.npz", ["--reference nowhere.npz", "make-reference"]),
+    ("good.npz", "large.npz", ["(64, 64)", "(32, 32)"]),
+    ("good.npz", "few.npz", ["3 pictures", "four or more"]),
+    ("good.npz", "statistics.npz", ["mu, sigma", "arr_0", "resize rule"]),
+    ("good.npz", "cut.npz", ["--reference cut.npz", "truncated"]),
+])
+def test_wrong_samples_and_references_get_errors_that_name_them(place, samples, reference, words):
+    broken_files(place)
+    with pytest.raises(runtime.UserError) as error:
+        call("generation", "--samples", samples, "--reference", reference, *RANDOM)
+    assert all(word in str(error.value) for word in words), str(error.value)
+    assert "\n" not in str(error.value) and not results()
+
+
+def test_a_reference_of_other_weights_or_settings_is_refused(place, monkeypatch):
+    call("make-reference", "--image-size", 32, "--max-images", 4, "--reference", "own.npz", *RANDOM)
+    with pytest.raises(runtime.UserError, match="own.npz exists already.*n: 4 there, 5 here"):
+        call("make-reference", "--image-size", 32, "--max-images", 5, "--reference", "own.npz", *RANDOM)
+    write_samples("samples.npz", 4)
+    monkeypatch.setattr(evaluate, "RANDOM_LABEL", "other weights")
+    with pytest.raises(runtime.UserError, match="other Inception weights"):
+        call("generation", "--samples", "samples.npz", "--reference", "own.npz", *RANDOM)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# table
+# ------------------------------------------------------------------------------------------------------------
+
+def fake_result(**changes):
+    """A stored result of the published 256 x 256 tokenizer on ImageNet, as `reconstruction` writes it."""
+    result = {"command": "reconstruction", "n": 50_000, "protocol": "clean", "date": "2025-01-01",
+              "data": {"path": "data/imagenet", "size": 256}, "networks": {"rfid": "6726825d"},
+              "checkpoint": {"name": "imagenet_256_L.ckpt", "preset": "in1k-256"},
+              "metrics": {"rfid": {"value": 1.234}, "psnr": {"value": 22.01}, "usage": {"value": 1.0}}}
+    return {**result, **changes}
+
+
+@pytest.mark.parametrize("number, rows, some", [
+    (1, 5, ["262144 codes, 256x256, 16x", "16384 codes, 256x256, 16x"]), (2, 3, ["343.57M, 24, 2, 1024, 16", "1486.68M"]),
+    (3, 2, ["1.18", "8.6"]), (4, 21, ["22.64", "27.02", "0.59", "162"]), (5, 24, ["258.26", "18.65", "323.7"]),
+    (6, 9, ["6.76", "0.78", "11.97"])])
+def test_every_table_has_all_its_rows_and_says_how_to_measure_ours(place, capsys, number, rows, some):
+    call("table", number)
+    printed = capsys.readouterr().out
+    lines = printed.split("\n\n")[1].splitlines()
+    assert len(lines) == rows + 2 and all(value in printed for value in some)
+    assert len({len(row.split("|")) for row in evaluate.TABLES[number][2].strip().splitlines()}
+               | {len(evaluate.TABLES[number][1].split("|"))}) == 1    # no cell is missing
+    commands = [line.strip() for line in printed.splitlines() if line.startswith("  python")]
+    assert len(commands) == {1: 0, 2: 0, 3: 1, 4: 2, 5: 3, 6: 8}[number]
+    for command in commands:                                           # the parser accepts what the table prints
+        script, *flags = shlex.split(command.split("&&")[-1])[1:]
+        assert script == "evaluate.py" and evaluate.get_args(flags).command in ("reconstruction", "generation")
+
+
+@pytest.mark.parametrize("changes, shown", [
+    ({}, True), ({"protocol": "seed"}, False), ({"networks": {"rfid": evaluate.RANDOM_LABEL}}, False),
+    ({"data": {"path": "data/imagenet", "size": 128}}, False), ({"data": {"path": None, "size": 256}}, False),
+    ({"checkpoint": {"name": "step-00001000.pt", "preset": "in1k-256"}}, True),
+    ({"checkpoint": {"name": "step-00001000.pt", "preset": "in1k-128"}}, False),
+    ({"checkpoint": {"name": "pretrain256_262144.ckpt", "preset": "in1k-256"}}, False)])
+def test_a_table_shows_only_results_of_the_same_checkpoint_data_size_and_protocol(place, capsys, changes, shown):
+    runtime.write_json("runs/evaluation/one.json", fake_result(**changes))
+    call("table", 4)
+    printed = capsys.readouterr().out
+    assert ("1.234 / 22.01 / 100.00% (50000 pictures, clean)" in printed) == shown
+    assert ("imagenet_256_L.ckpt --data-path data/imagenet --image-size 256" in printed) != shown
+
+
+def test_download_fetches_the_published_checkpoints_of_the_table(place, monkeypatch, capsys):
+    fetched = []
+    monkeypatch.setattr(torch.hub, "download_url_to_file",
+                        lambda url, path, **kwargs: fetched.append(url) or pathlib.Path(path).write_bytes(b""))
+    call("table", 4, "--download", "--weights-dir", place)
+    assert fetched == [f"https://huggingface.co/TencentARC/Open-MAGVIT2-Tokenizer-{size}-resolution/resolve/main/"
+                       f"imagenet_{size}_L.ckpt" for size in (256, 128)]
