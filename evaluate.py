@@ -38,6 +38,7 @@ import time
 import zipfile
 
 import numpy as np
+import scipy.linalg
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -455,19 +456,21 @@ def frechet_distance(mean1, covariance1, mean2, covariance2, n1=None, n2=None):
     so compare equal N only. And the reference counts: reconstructions of ImageNet val against val, not train
     (LlamaGen's tokenizer: 2.19 against val, 4.28 against train); generated pictures against train.
 
-    (S1 S2)^(1/2) has the eigenvalues of (S1^(1/2) S2 S1^(1/2))^(1/2), which is symmetric: real by
-    construction, without the complex residues of a general matrix square root. A covariance of n vectors has
-    rank n - 1 at most. The other eigenvalues are rounding errors, and must go before their square root makes
-    1e-8 out of 1e-16.
+    With S1 = R R^T, (S1 S2)^(1/2) has the eigenvalues of (R^T S2 R)^(1/2), which is symmetric: real by
+    construction, without the complex residues of a general matrix square root. R comes from a pivoted
+    Cholesky decomposition. A covariance of n vectors has rank n - 1 at most; all further eigenvalues are
+    rounding errors, and must go before their square root makes 1e-8 out of 1e-16.
     """
     require(mean1.shape == mean2.shape and covariance1.shape == covariance2.shape == mean1.shape * 2,
             f"statistics of {mean1.shape[0]} and {mean2.shape[0]} features cannot be compared")
     ranks = [len(mean1) if n is None else min(len(mean1), n - 1) for n in (n1, n2)]
     first, second = (covariance1, covariance2) if ranks[0] <= ranks[1] else (covariance2, covariance1)
-    values, vectors = np.linalg.eigh(first)                            # ascending
-    require(values[0] > -1e-6 * max(values[-1], 1), "a covariance has negative eigenvalues: it is damaged")
-    root = vectors[:, -min(ranks):] * np.sqrt(values[-min(ranks):].clip(0))       # (D, rank): S = root root^T
-    trace = np.sqrt(np.linalg.eigvalsh(root.T @ second @ root).clip(0)).sum()
+    factor, pivots, rank, _ = scipy.linalg.lapack.dpstrf(first, lower=1)
+    rank = min(rank, *ranks)
+    root = np.zeros((len(mean1), rank))
+    root[pivots - 1] = np.tril(factor)[:, :rank]                       # (D, rank): first = root root^T
+    require(np.isclose(np.square(root).sum(), np.trace(first)), "a covariance has negative eigenvalues")
+    trace = np.sqrt(np.linalg.eigvalsh(root.T @ second @ root).clip(0)).sum() if rank else 0.0
     return float(((mean1 - mean2) ** 2).sum() + np.trace(covariance1) + np.trace(covariance2) - 2 * trace)
 
 
@@ -1069,8 +1072,8 @@ def read_reference(path, network, source, size, args):
                 f"({settings['inception'][:16]}, now {source[:16]}); make it again")
         made_of = (settings["image_size"],) * 2
     else:
-        require("arr_0" in names, f"--reference {path} holds {', '.join(names)} but no pictures (arr_0), so it "
-                f"is not ADM's: statistics alone do not tell by which network and resize rule they were made")
+        require("arr_0" in names, f"--reference {path} holds {', '.join(names)} but no pictures (arr_0), so "
+                f"it is not ADM's: statistics do not tell by which network and resize rule they were made")
         pictures = SampleArray(path)
         made_of = pictures.size
     require(made_of == size, f"--reference {path} is of pictures of {made_of}, the samples have {size}; "
@@ -1079,7 +1082,7 @@ def read_reference(path, network, source, size, args):
         return stored
     key = {"npz": on_main(runtime.sha256_of, path), "image_size": size[0], "inception": source,
            "resize_rule": "tf1", "feature_batch_size": args.feature_batch_size,
-           "device": network.fc.weight.device.type}
+           "device": next(network.parameters()).device.type}
     cache = pathlib.Path(args.output) / "references" / f"npz-{short_hash(key)}.npz"
     everything = list(range(len(pictures)))
     computed = compute_reference(pictures, everything, key, network, cache, args, keep_images=False)
@@ -1272,10 +1275,10 @@ TABLES = {
         256 | Cosmos | FSQ | - | 16 | 64000 | 11.97 | 19.22 | 0.48 | 4.57 | 19.93 | 0.49 | -
         256 | Open-MAGVIT2-I-PT | LFQ | 100M | 16 | 16384 | 7.93 | 22.21 | 0.62 | 2.55 | 22.21 | 0.62 | @14
         256 | Open-MAGVIT2-I-PT | LFQ | 100M | 16 | 262144 | 6.76 | 22.31 | 0.65 | 1.67 | 22.70 | 0.64 | @18
-        orig. | Cosmos | FSQ | - | 16 | 64000 | 7.51 | 20.45 | 0.52 | 1.93 | 20.56 | 0.51 | -
-        orig. | Cosmos | FSQ | - | 16 | 64000 | 7.23 | 20.45 | 0.53 | 2.52 | 20.49 | 0.52 | -
-        orig. | Open-MAGVIT2-I-PT | LFQ | 100M | 16 | 16384 | 6.65 | 21.61 | 0.57 | 1.39 | 21.74 | 0.56 | @14o
-        orig. | Open-MAGVIT2-I-PT | LFQ | 100M | 16 | 262144 | 5.10 | 22.18 | 0.60 | 0.78 | 22.24 | 0.59 | @18o
+        orig | Cosmos | FSQ | - | 16 | 64000 | 7.51 | 20.45 | 0.52 | 1.93 | 20.56 | 0.51 | -
+        orig | Cosmos | FSQ | - | 16 | 64000 | 7.23 | 20.45 | 0.53 | 2.52 | 20.49 | 0.52 | -
+        orig | Open-MAGVIT2-I-PT | LFQ | 100M | 16 | 16384 | 6.65 | 21.61 | 0.57 | 1.39 | 21.74 | 0.56 | @14o
+        orig | Open-MAGVIT2-I-PT | LFQ | 100M | 16 | 262144 | 5.10 | 22.18 | 0.60 | 0.78 | 22.24 | 0.59 | @18o
         """),
 }
 TABLE_METRICS = {3: ("rfid",), 4: ("rfid", "psnr", "usage"), 6: ("rfid", "psnr", "ssim"),

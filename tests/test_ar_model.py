@@ -453,7 +453,7 @@ def test_a_step_reads_no_value_back_to_the_host(device):
 
 def test_compiled_blocks_draw_the_same_tokens_with_one_graph_for_all_layers():
     config = small_config(inter_blocks=3, bits=(2, 3, 4))
-    model, labels = ar_model.prepare_for_sampling(build(config)), torch.tensor([0, 3])
+    model, labels = build(config), torch.tensor([0, 3])
     expected = sample(model, labels, range(2), cfg_scale=2.0)
     torch._dynamo.reset()
     graphs = []
@@ -502,6 +502,23 @@ def test_preparing_for_bfloat16_keeps_rotary_table_and_logits_in_float32():
         assert (ours - theirs).abs().mean() < 0.05 * theirs.abs().mean()
         assert ours.unique().numel() > 0.9 * theirs.unique().numel()    # bfloat16 logits would tie often
     assert sample(model, labels, range(2), cfg_scale=2.0)[0].shape == (2, config.tokens)
+
+
+def test_preparing_keeps_all_weights_and_leaves_layers_as_they_are_where_they_cannot_be_packed(monkeypatch):
+    config = small_config()
+    model, labels = build(config), torch.tensor([0, 3])
+    expected = sample(model, labels, range(2), temperature=0)
+    size = sum(p.numel() for p in model.parameters())
+    assert sum(p.numel() for p in ar_model.prepare_for_sampling(model).parameters()) == size
+
+    def fail(self, linear):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(ar_model.PackedLinear, "__init__", fail)
+    plain = ar_model.prepare_for_sampling(build(config))
+    assert isinstance(plain.heads[0], torch.nn.Linear) and plain.inter_blocks[0].feed_forward.w1 is None
+    for prepared in (model, plain):
+        assert equal(sample(prepared, labels, range(2), temperature=0), expected)
 
 
 def test_an_unconditional_model_samples_but_cannot_be_guided():
