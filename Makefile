@@ -12,6 +12,9 @@ RUN := OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python
 demo: $(VENV)/installed
 	$(RUN) train_tokenizer.py --resume
 	$(RUN) evaluate.py reconstruction
+	$(RUN) train_ar.py --resume
+	$(RUN) sample.py
+	@echo; echo "Look at runs/evaluation/*.png (reconstructions) and runs/samples/*.png (generated pictures)."
 
 test: $(VENV)/tested
 	$(RUN) -m pytest

@@ -726,7 +726,7 @@ def load_ar(path, trust=False, ema=True):
     checkpoints say of the tokenizer of their tokens, None for a published file, which contains it
     (`first_stage_model.*`). Strict: raises `UserError` listing missing, unexpected and misshapen names.
     """
-    stored = runtime.load_checkpoint(path, trust)
+    stored = runtime.load_checkpoint(path, trust, mmap=True)
     published = "format" not in stored and "state_dict" in stored
     runtime.require(published or stored.get("format") == FORMAT, f"{path} is no checkpoint of an AR model"
                     + (f" but of {stored['format']}" if "format" in stored else ""))

@@ -1,5 +1,4 @@
-"""Every metric of the paper, and every table of it: how faithful is a tokenizer, how good are generated
-pictures?
+"""Every metric and every table of the paper: how faithful is a tokenizer, how good are generated pictures?
 
 A number without its protocol is no result. Most disputes over "your FID" are about the resize rule, the
 reference set, the rounding or the number of pictures, so all of these are printed beside each number and
@@ -18,6 +17,7 @@ IS, precision and recall); 4. the loops that measure; 5. the paper's tables; 6. 
     python evaluate.py reconstruction --ckpt pretrain256_262144.ckpt --data-path coco --original-resolution
     python evaluate.py make-reference --data-path imagenet --split train --image-size 256
     python evaluate.py generation --samples samples.npz --reference VIRTUAL_imagenet256_labeled.npz
+    python evaluate.py generation --ckpt AR_256_B.ckpt --reference VIRTUAL_imagenet256_labeled.npz
     python evaluate.py table 4 --imagenet imagenet --download
 
 Any of them under torchrun (`torchrun --nproc-per-node 8 evaluate.py ...`) shards the pictures over the ranks,
@@ -30,6 +30,7 @@ Axis letters: B pictures of a batch, N of a set, H W their size, h w that of the
 import datetime
 import hashlib
 import json
+import math
 import os
 import pathlib
 import struct
@@ -50,6 +51,7 @@ from tqdm import tqdm
 import ar_model
 import data
 import runtime
+import sample
 import tokenizer
 import train_tokenizer
 from runtime import require
@@ -73,8 +75,10 @@ def to_pixels(images, protocol):
 
 
 def unit_range(images):
-    """uint8 to float32 k / 255 in [0, 1]. The divisor is a tensor because a GPU would turn a plain number
-    into a multiplication by its inverse, off by one bit."""
+    """uint8 to float32 k / 255 in [0, 1].
+
+    The divisor is a tensor: a GPU would turn a plain number into a product with its inverse, one bit off.
+    """
     return images.float() / torch.full((), 255.0, device=images.device)
 
 
@@ -107,8 +111,7 @@ def psnr(reference, images, protocol="clean"):
 
 
 def window_sums(x, dim):
-    """Sums over windows of 7 along `dim`, which shrinks by 6. As 4 + 2 + 1, that takes four additions, not
-    six."""
+    """Sums over windows of 7 along `dim`, which shrinks by 6. As 4 + 2 + 1 they take four additions."""
     n = x.shape[dim]
     twos = x.narrow(dim, 0, n - 1) + x.narrow(dim, 1, n - 1)
     fours = twos.narrow(dim, 0, n - 3) + twos.narrow(dim, 2, n - 3)
@@ -116,8 +119,7 @@ def window_sums(x, dim):
 
 
 def ssim(reference, images, protocol="clean"):
-    """Structural similarity (Wang et al., 2004) of uint8 pictures (B, 3, H, W) to `reference`: (B,), float64,
-    <= 1.
+    """Structural similarity (Wang et al., 2004) of uint8 pictures (B, 3, H, W) to `reference`: (B,), float64.
 
     scikit-image's version, as in the paper: uniform 7 x 7 windows, unbiased variances, colour channels one by
     one.
@@ -134,8 +136,7 @@ def ssim(reference, images, protocol="clean"):
 
 
 def ssim_exact(x, y):
-    """SSIM of uint8 (B, 3, H, W): (B,). Window sums are integers, so var = E[x^2] - E[x]^2 does not
-    cancel."""
+    """SSIM of uint8 (B, 3, H, W): (B,). In integers, E[x^2] - E[x]^2 loses no digits."""
     x, y = x.int(), y.int()
     sums = torch.stack((x, y, x * x + y * y, x * y))                   # (4, B, 3, H, W)
     sum_x, sum_y, sum_squares, sum_xy = window_sums(window_sums(sums, -1), -2)     # (B, 3, H - 6, W - 6) each
@@ -148,8 +149,7 @@ def ssim_exact(x, y):
 
 
 def ssim_float32(x, y):
-    """SSIM of uint8 (B, 3, H, W) with the roundings of scikit-image on float32 pictures, bit for bit:
-    (B,)."""
+    """SSIM of uint8 (B, 3, H, W): (B,), with scikit-image's roundings of float32 pictures, bit for bit."""
     def box_mean(image):                                               # scipy adds in float64, keeps float32
         for dim in (-2, -1):
             image = (window_sums(image.double(), dim) / 7).float()
@@ -167,16 +167,13 @@ def ssim_float32(x, y):
 
 
 def codebook_metrics(counts, bits, pixels):
-    """How well the codes are used. counts (V,): how often each code occurred; `pixels`: how many they stand
-    for.
+    """How well the codes are used. counts (V,): how often each occurred; pixels: how many they stand for.
 
-    usage: the part of the codebook that occurred at all. Sees dead codes; a code used once counts as much as
-    one used a million times. Trap: it grows with the number of pictures; 2^18 codes need the 50,000 of
-    ImageNet val to reach 100 %, a subset cannot.
-    perplexity: 2^entropy of the code frequencies, the size of the evenly used codebook that would carry as
-    much.
-    bits per pixel: what storing the ids takes. (Coding them with their frequencies would take
-    log2(perplexity) bits.)
+    usage: the part of the codebook that occurred at all. Sees dead codes, but a code used once counts as much
+    as one used a million times. Trap: it grows with the number of pictures. 2^18 codes need all 50,000 of
+    ImageNet val to reach 100 %.
+    perplexity: 2^entropy of the code frequencies: the evenly used codebook of this size would carry as much.
+    bits per pixel: what storing ids takes. (Coded by frequency, an id takes log2(perplexity) bits.)
     """
     counts = counts.double()
     p = counts[counts > 0] / counts.sum()
@@ -185,8 +182,7 @@ def codebook_metrics(counts, bits, pixels):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 2. Networks: "similar" as a classifier sees it. Always fp32 without TF32 or autocast, in eval mode, verified
-# weights
+# 2. Networks: "similar" as a classifier sees it. Verified weights, eval mode, fp32 without TF32 or autocast
 # ------------------------------------------------------------------------------------------------------------
 
 INCEPTION_FILE = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -255,8 +251,7 @@ class FIDInception(torchvision.models.Inception3):
         return torch.cat([*branches, block.branch_pool(pooled)], 1), branches[0]
 
     def forward(self, x):
-        """x (B, 3, 299, 299) in [-1, 1] to features (B, 2048), spatial features (B, 2023), logits (B,
-        1008)."""
+        """x (B, 3, 299, 299) in [-1, 1] to features (B, 2048), spatial ones (B, 2023), logits (B, 1008)."""
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))             # (B, 64, 147, 147)
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(self.maxpool1(x)))                  # (B, 192, 71, 71)
         x = self.maxpool2(x)                                                          # (B, 192, 35, 35)
@@ -278,8 +273,7 @@ class FIDInception(torchvision.models.Inception3):
 
 
 def same_pad(x, kernel, stride):
-    """Zero padding of TensorFlow's SAME for (B, C, T, H, W): the odd pixel goes behind, which padding=k//2
-    cannot."""
+    """TensorFlow's SAME padding of (B, C, T, H, W) by zeros: the odd one goes behind, unlike padding=k//2."""
     pads = []
     for size, k, s in zip(reversed(x.shape[2:]), reversed(kernel), reversed(stride)):
         total = max(k - s if size % s == 0 else k - size % s, 0)
@@ -302,8 +296,7 @@ class Unit3D(nn.Module):
 
 
 def max_pool(x, kernel, stride):
-    """SAME max-pooling. Padding with 0 is as good as with -inf, because everything here comes out of a
-    ReLU."""
+    """SAME max-pooling. Padding with 0 is as good as with -inf: everything here comes out of a ReLU."""
     return F.max_pool3d(same_pad(x, kernel, stride), kernel, stride)
 
 
@@ -364,15 +357,13 @@ class I3D(nn.Module):
 
 
 def i3d_input(clips):
-    """uint8 clips (B, T, 3, H, W) to (B, 3, T, 224, 224) in [-1, 1]: bilinear, not antialiased, aspect
-    ignored."""
+    """uint8 clips (B, T, 3, H, W) to (B, 3, T, 224, 224) in [-1, 1]: bilinear, not antialiased."""
     frames = F.interpolate(clips.flatten(0, 1).float(), (224, 224), mode="bilinear", align_corners=False)
     return (2 * frames / 255 - 1).unflatten(0, clips.shape[:2]).transpose(1, 2)
 
 
 def randomise(network, seed=0):
-    """Fill `network` with seeded random weights that keep activations at a useful scale; for trying things
-    out."""
+    """Fill `network` with seeded random weights that keep activations at a useful scale."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in network.named_parameters():
         if name.startswith("heads."):                                  # LPIPS's channel weights: not negative
@@ -444,8 +435,7 @@ class Moments:
 
 
 def frechet_distance(mean1, covariance1, mean2, covariance2, n1=None, n2=None):
-    """Squared Frechet (2-Wasserstein) distance of two Gaussians: |m1 - m2|^2 + Tr S1 + Tr S2 - 2 Tr (S1
-    S2)^(1/2).
+    """Squared Frechet distance of two Gaussians: |m1 - m2|^2 + Tr S1 + Tr S2 - 2 Tr (S1 S2)^(1/2).
 
     FID with Inception's features, sFID with its spatial ones, FVD with I3D's logits. numpy float64; n1, n2:
     of how many vectors the covariances are, where known.
@@ -492,8 +482,7 @@ def frechet_distance_float32(x, y):
 
 
 def inception_score(logits, split_size=5000):
-    """Inception Score of logits (N, 1008) in file order: mean and std over blocks of `split_size`, number of
-    blocks.
+    """Inception Score of logits (N, 1008): mean and std over consecutive blocks, and the number of blocks.
 
     exp of the mean KL(p(class | picture) || p(class)) in a block.
     Sees: sharp predictions (recognisable) that differ from picture to picture (diverse). Misses: the real
@@ -525,8 +514,7 @@ def squared_distances(u, v, half=False):
 
 
 def precision_recall(reference, samples, k=3, half=False, rows=2048):
-    """Improved precision and recall (Kynkaanniemi et al., 2019) of features: reference (N, D), samples (M,
-    D).
+    """Improved precision and recall (Kynkaanniemi et al., 2019) of features (N, D) and (M, D).
 
     Each set is taken as the union of balls around its points, reaching to the k-th neighbour. Precision: how
     many samples lie in the reference's union (fidelity). Recall: how many reference pictures lie in the
@@ -560,8 +548,7 @@ KEPT_IMAGES = 10_000            # pictures of a reference for precision and reca
 
 
 def gather_rows(rows, indices):
-    """The `rows` (n, ...) of all ranks on rank 0, sorted by `indices` (n,): (N, ...) on the CPU. Elsewhere
-    None.
+    """The `rows` (n, ...) of all ranks, sorted by `indices` (n,): (N, ...) on rank 0's CPU, elsewhere None.
 
     Sorting by the pictures' numbers is what makes every result independent of the number of ranks.
     """
@@ -633,8 +620,7 @@ class FeatureStream:
 
 
 def evenly_spaced(count, length):
-    """`count` indices spread over 0 .. length - 1 (None: all): a subset of a sorted set that has every
-    class."""
+    """`count` indices spread over 0 .. length - 1 (None: all), so that a sorted set keeps every class."""
     count = min(count or length, length)
     return [i * length // count for i in range(count)]
 
@@ -676,8 +662,7 @@ class SampleArray(data.Images):
 
 
 def map_npz(path, key):
-    """Array `key` of an npz file: a memory map where it is stored uncompressed, as np.savez does, else
-    read."""
+    """Array `key` of an npz file: a memory map if it is stored uncompressed, as np.savez does, else read."""
     require(pathlib.Path(path).is_file(), f"{path} does not exist; check the path")
     try:
         with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
@@ -698,8 +683,7 @@ def map_npz(path, key):
 
 
 def open_samples(path):
-    """Generated pictures in an npz file, or in a folder of equally sized ones: (data set, what to read it
-    by).
+    """Generated pictures in an npz file or a folder of equally sized ones: (data set, what to read it by).
 
     Raises `UserError` for a wrong format, or for sizes that differ. The data set's `size` is (H, W).
     """
@@ -716,8 +700,7 @@ def open_samples(path):
 
 
 def loader_of(dataset, indices, args, title, source=None):
-    """This rank's share of `dataset[indices]` in batches, never padded or repeated; a progress bar on rank
-    0."""
+    """This rank's share of `dataset[indices]` in batches, unpadded, unrepeated; a progress bar on rank 0."""
     mine = indices[runtime.rank()::runtime.world_size()]
     requests = [mine[i:i + args.batch_size] for i in range(0, len(mine), args.batch_size)]
     batches = data.batches(dataset, source or dataset, requests, args.num_workers)
@@ -790,7 +773,7 @@ def measure_reconstruction(model, loader, networks, rfid, args, examples):
                 f"{list(images.shape[2:])}; leave it out of --metrics")
         x, inside = data.to_float(images), ...                                    # (B, 3, H, W)
         if args.original_resolution:                                   # officially 16 whatever the stride is
-            x, inside = pad_to_multiple(x, max(16, stride) if seed else stride)
+            x, inside = pad_to_multiple(x, math.lcm(16, stride) if seed else stride)
         with torch.no_grad(), runtime.autocast(device, args.mixed_precision):
             ids = model.encode(x)                                                 # (B, h, w)
             y = model.decode(ids)[inside].float()                                 # (B, 3, H, W)
@@ -818,8 +801,7 @@ def measure_reconstruction(model, loader, networks, rfid, args, examples):
 
 
 def average(values, batch=None):
-    """Mean of values (N,). `batch`: the mean of the means of batches, a short last one included, as
-    officially."""
+    """Mean of values (N,); with `batch`, the mean of the means of batches, the last of which may be short."""
     if batch and len(values) % batch:
         whole = len(values) // batch * batch
         values = torch.cat([values[:whole].view(-1, batch).mean(1), values[whole:].mean()[None]])
@@ -827,10 +809,13 @@ def average(values, batch=None):
 
 
 def fingerprint(dataset, indices):
-    """A sha256 over what decides the pixels of `dataset[indices]`: names, sizes and dates of the files, the
-    preprocessing, and 16 of the pictures (which notices, for instance, a new version of the generated
-    set)."""
-    digest = hashlib.sha256(json.dumps([dataset.image_size, dataset.crop, len(dataset), indices]).encode())
+    """A sha256 of what decides the pixels of `dataset[indices]`.
+
+    That is: names, sizes and dates of the files, the preprocessing, and, to notice a new version of the
+    generated set, 16 of the pictures themselves.
+    """
+    settings = [dataset.image_size, dataset.resize, dataset.crop, len(dataset), indices]
+    digest = hashlib.sha256(json.dumps(settings).encode())
     for index in indices:
         path = dataset.path(index)
         file = path if os.path.exists(path) else path.rpartition(":")[0]         # shard.tar:member of a shard
@@ -843,8 +828,7 @@ def fingerprint(dataset, indices):
 
 
 def compute_reference(dataset, indices, key, network, path, args, keep_images=True):
-    """ADM's statistics of `dataset[indices]`, with the resize rule of its family: a dict on rank 0. A
-    collective.
+    """ADM's statistics of `dataset[indices]`, with the resize rule of its family, on rank 0. A collective.
 
     key: everything that the numbers depend on. It is stored in the file `path`; if that file exists, it is
     used. The arrays: mu, sigma (2048), mu_s, sigma_s (2023), n, `features` of up to 10,000 pictures, and
@@ -895,6 +879,9 @@ METRICS = {                     # key in the JSON files: (name, format)
     "usage": ("codebook usage", "{:.2%}"), "perplexity": ("perplexity", "{:.1f}"),
     "bits_per_pixel": ("bits per pixel", "{:.4f}"),
 }
+# Flags of `generation` that only make sense where it draws the pictures itself.
+DRAWING = ("ckpt", "num_samples", "tokenizer", "raw_weights", "trust_checkpoint", "cfg_scale",
+           "temperature", "top_k", "top_p", "rounding", "compile")
 LOCAL_METRICS, NETWORK_METRICS = ("psnr", "ssim", "usage"), ("rfid", "lpips-vgg", "lpips-alex")
 
 
@@ -968,7 +955,11 @@ def reconstruction(args):
     checkpoint = args.ckpt or runtime.latest_checkpoint("runs/tokenizer", "tokenizer checkpoint")
     model, info = tokenizer.load_tokenizer(checkpoint, not args.raw_weights, args.trust_checkpoint)
     model = model.to(device)
-    dataset = data.build_dataset(args.data_path, args.split, args.image_size or model.config.resolution)
+    if args.data_path is None:                     # held-out pictures of what the tokenizer was trained on
+        args.data_path = info["val_data_path"] or info["data_path"]
+        args.resize = args.resize or info["resize"]
+    dataset = data.build_dataset(args.data_path, args.split, args.image_size or model.config.resolution,
+                                 resize=args.resize)
     indices = evenly_spaced(args.max_images, len(dataset))
     require(len(indices) >= 2 or "rfid" not in args.metrics, "--metrics rfid needs two pictures or more")
     args.batch_size = 1 if args.original_resolution else args.batch_size
@@ -992,7 +983,7 @@ def reconstruction(args):
     settings = {"command": "reconstruction", "n": len(indices), "protocol": args.protocol,
                 "resize_rule": rule,
                 "data": {"path": args.data_path, "name": dataset.name, "split": args.split, "size": size,
-                         "fingerprint": on_main(fingerprint, dataset, indices)},
+                         "resize": args.resize, "fingerprint": on_main(fingerprint, dataset, indices)},
                 "checkpoint": {"path": str(checkpoint), "name": pathlib.Path(checkpoint).name, **info},
                 "precision": {"tokenizer": args.mixed_precision, "metrics": "fp32", "statistics": "fp64"},
                 "networks": sources, "random_weights_seed": 0 if args.allow_random_weights else None,
@@ -1094,9 +1085,8 @@ def read_reference(path, network, source, size, args):
 
 
 def reference_of_data(args, image_size, count, network, source, device, path=None):
-    """Statistics of `count` pictures of --data-path, cached under a key of everything that matters: a
-    dict."""
-    dataset = data.build_dataset(args.data_path, args.split, image_size)
+    """Statistics of `count` pictures of --data-path, cached under a key of everything that matters."""
+    dataset = data.build_dataset(args.data_path, args.split, image_size, resize=args.resize)
     indices = evenly_spaced(count, len(dataset))
     key = {"name": dataset.name, "split": args.split, "image_size": image_size, "n": len(indices),
            "preprocessing": "shorter side by PIL's antialiased bilinear resize, centre crop",
@@ -1117,20 +1107,72 @@ def make_reference(args):
 
 
 def newest_samples(folder="runs/samples"):
-    """The newest npz file in `folder`. Raises `UserError` where there is none."""
-    paths = sorted(pathlib.Path(folder).glob("**/*.npz"), key=lambda path: path.stat().st_mtime)
-    require(paths, f"no samples (*.npz) in {folder}; make some with sample.py, or give --samples")
-    return paths[-1]
+    """The newest npz file in `folder`, None where there is none."""
+    paths = pathlib.Path(folder).glob("**/*.npz")
+    return max(paths, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def stored_samples(path, args):
+    """Pictures in a file or folder: (their number, (H, W), batches (images, indices) of this rank, record).
+
+    record: what the JSON says about them, with what sample.py has written beside its file. A collective.
+    """
+    samples, source = open_samples(path)
+    n = len(samples)
+    digest = runtime.sha256_of if pathlib.Path(path).is_file() else lambda _: fingerprint(samples, range(n))
+    record = {"samples": {"path": str(path), "size": list(samples.size), "sha256": on_main(digest, path)}}
+    made_by = pathlib.Path(path).with_suffix(".json")
+    if made_by.is_file():
+        record["sampling"] = json.loads(made_by.read_text())
+    batches = ((images, indices) for images, _, indices in
+               loader_of(samples, list(range(n)), args, "samples", source))
+    return n, samples.size, batches, record
+
+
+def drawn_samples(path, args, device):
+    """The pictures that sample.py would write to an npz, drawn from checkpoint `path` and never stored.
+
+    Returns the same as `stored_samples`. Numbers, seeds, defaults and batches are those of sample.py, every
+    rank draws every R-th batch, and so the set depends neither on the ranks nor on --batch-size. (On a GPU a
+    pixel may differ from sample.py's by a level, because convolutions here do without TF32.)
+    """
+    model, decoder, info = sample.load(path, args.tokenizer, args.raw_weights, args.trust_checkpoint)
+    published = info["source"] == "published"
+    n = args.num_fid_samples = args.num_samples or (50_000 if published else 5_000)
+    settings, size = sample.settings_from_args(args, model, info), min(args.sampling_batch_size, n)
+    how = {**settings, "rounding": args.rounding or ("truncate" if published else "round"),
+           "batch_size": size, "mixed_precision": args.mixed_precision, "compile": args.compile}
+    record = {"command": "sample", "n": n, **how, "global_seed": args.global_seed, "device": device.type,
+              "torch": torch.__version__, "tokenizer": info["tokenizer"],
+              "checkpoint": {key: info[key] for key in info if key not in ("tokenizer", "classes")}}
+    runtime.print_main(f"drawing     {', '.join(f'{name} {value}' for name, value in how.items())}")
+    dtype = runtime.AUTOCAST_DTYPES[args.mixed_precision] or torch.float32
+    ar_model.prepare_for_sampling(model.to(device), dtype)
+    parts = [list(range(first, min(first + size, n))) for first in range(0, n, size)]
+    parts = parts[runtime.rank()::runtime.world_size()]
+    numbers, classes = [number for part in parts for number in part], max(1, len(info["classes"]))
+    images = sample.generate(model, decoder.to(device), [number % classes for number in numbers],
+                             [(args.global_seed, number) for number in numbers], **how)
+    bar = tqdm(images, "drawing", len(parts), unit="batch", disable=None if runtime.is_main() else True)
+    sides = [side * decoder.config.downsampling for side in model.config.grid]
+    record = {"samples": {"path": str(path), "size": sides, "sha256": info["sha256"]}, "sampling": record}
+    return n, tuple(sides), ((batch, torch.tensor(part)) for batch, part in zip(bar, parts)), record
 
 
 def generation(args):
-    """`generation`: do generated pictures look like real ones, and like all of them (table 5, ADM's
-    protocol)."""
+    """`generation`: do generated pictures look like real ones, and like all of them (table 5)."""
     began, device = time.time(), start(args)
-    path = args.samples or newest_samples()
-    samples, source_of_samples = open_samples(path)
-    n, size = len(samples), samples.size
-    require(n > 3, f"{path} holds {n} pictures; generation metrics need four or more")
+    given = [f"--{name.replace('_', '-')}" for name in DRAWING if getattr(args, name)]
+    path = args.samples or (None if given else on_main(newest_samples))      # None: there is nothing drawn
+    if path is None:
+        path = args.ckpt or runtime.latest_checkpoint("runs/ar", "samples (*.npz) in runs/samples and no AR "
+                                                                 "model")
+        n, size, batches, made = drawn_samples(path, args, device)
+    else:
+        require(not given, f"--samples {path} is drawn already; --ckpt and the flags on how to draw (here "
+                f"{', '.join(given)}) do not go with it")
+        n, size, batches, made = stored_samples(path, args)
+    require(n > 3, f"{path}: {n} pictures; generation metrics need four or more")
     require(args.reference or size[0] == size[1], f"{path} holds pictures of {size[0]} x {size[1]}, those of "
             f"--data-path are cropped to squares; give an npz with --reference")
     network, source = load_network("inception", args, device)
@@ -1141,32 +1183,25 @@ def generation(args):
     else:                                                              # as many real pictures as samples
         reference = reference_of_data(args, size[0], args.max_images or n, network, source, device)
     stream = FeatureStream(network, "tf1", args.feature_batch_size, torch.ones(n, dtype=torch.bool))
-    for images, _, indices in loader_of(samples, list(range(n)), args, "samples", source_of_samples):
+    for images, indices in batches:
         stream.add(images.to(device), indices)
     stream.finish()
-    samples.raise_if_broken(all_ranks=True)
     require(stream.moments.n == n, f"{n - stream.moments.n} pictures of {path} are broken; make them again")
     if not runtime.is_main():
         return
-    digest = runtime.sha256_of(path) if pathlib.Path(path).is_file() else fingerprint(samples, list(range(n)))
-    settings = {"command": "generation", "n": n, "protocol": args.protocol, "resize_rule": "tf1",
-                "samples": {"path": str(path), "size": list(size), "sha256": digest},
+    settings = {"command": "generation", "n": n, "protocol": args.protocol, "resize_rule": "tf1", **made,
                 "reference": {"path": args.reference or args.data_path, "n": int(reference.get("n", 0))},
                 "networks": {"inception": source}, "precision": {"metrics": "fp32", "statistics": "fp64"},
                 "random_weights_seed": 0 if args.allow_random_weights else None,
                 "global_seed": args.global_seed,
                 "device": device.type, "feature_batch_size": args.feature_batch_size}
-    made_by = pathlib.Path(path).with_suffix(".json")                  # what sample.py says about its file
-    if made_by.is_file():
-        settings["sampling"] = json.loads(made_by.read_text())
     metrics, notes = generation_metrics(stream, reference, args)
     labels = dict.fromkeys(metrics, RANDOM_LABEL) if source == RANDOM_LABEL else {}
     report(f"generation-{stem_of(path)}", metrics, notes, labels, settings, began, args)
 
 
 def generation_metrics(stream, reference, args):
-    """FID, sFID, Inception Score, precision and recall, and notes on each, out of the features of both
-    sets."""
+    """FID, sFID, Inception Score, precision, recall, and notes on each, from the features of both sets."""
     n, real = stream.moments.n, int(reference["n"]) if "n" in reference else None
     warn_if_few(min(n, real or n), 2048, "FID")
     if n != 50_000:
@@ -1321,13 +1356,12 @@ def configuration_cell(name):
 
 
 def find_result(results, file, path, size, protocol):
-    """The newest result of this checkpoint (or of our training of its preset) with these data, size,
-    protocol."""
+    """The newest result of this checkpoint, or of our training of its preset, on these data at this size."""
     def fits(result):
         made = result.get("checkpoint") or result.get("sampling", {}).get("checkpoint", {})
         ours = made.get("name") not in PUBLISHED and made.get("preset") == PUBLISHED[file][1]
-        measured_on = result.get("data") or result["reference"]
-        return ((ours or made.get("name") == file) and result["protocol"] == protocol
+        measured_on = result.get("data") or result.get("reference")
+        return ((ours or made.get("name") == file) and result.get("protocol") == protocol
                 and measured_on["path"] and os.path.abspath(measured_on["path"]) == os.path.abspath(path)
                 and measured_on.get("size", size) == size and RANDOM_LABEL not in result["networks"].values())
     return max(filter(fits, results), key=lambda result: result["date"], default=None)
@@ -1364,8 +1398,7 @@ def measured_cell(number, recipe, results, args):
 
 
 def table(args):
-    """`table N`: the paper's table with its published values, and what was measured here, or how to measure
-    it."""
+    """`table N`: the paper's table, and beside our rows what was measured here, or how to measure it."""
     runtime.setup_process_group("cpu")
     title, header, text = TABLES[args.number]
     rows = [[cell.strip() for cell in line.split("|")] for line in text.strip().splitlines()]
@@ -1399,14 +1432,6 @@ def everything(args):
                            "96 MB: python evaluate.py generation")
 
 
-class CommandParser(runtime.ArgumentParser):
-    """The parser of one command, whose name argparse wants to choose."""
-
-    def __init__(self, description, prog=None, **settings):
-        super().__init__(description)
-        self.prog = prog or self.prog
-
-
 def add_common_flags(parser):
     """Flags of every command that looks at pictures."""
     group = parser.add_argument_group("computing")
@@ -1421,12 +1446,14 @@ def add_common_flags(parser):
     group.add_argument("--output", default="runs/evaluation", help="folder for JSON, grid and statistics")
 
 
-def add_data_flags(parser, split, count):
-    """Flags that choose real pictures."""
+def add_data_flags(parser, split, path, count):
+    """Flags that choose real pictures. path, count: what they are if the flag is not given, in words."""
     group = parser.add_argument_group("real pictures")
-    group.add_argument("--data-path", help="folder or tar shards; the generated set if not given")
+    group.add_argument("--data-path", help=f"folder, tar shards, generated or generated-plain ({path})")
     group.add_argument("--split", choices=data.SPLITS, default=split, help="part of the data set")
     group.add_argument("--max-images", type=runtime.positive_int, help=f"how many, evenly spaced ({count})")
+    group.add_argument("--resize", type=runtime.positive_int,
+                       help="shorter side before the crop, for small crops of large pictures")
     return group
 
 
@@ -1440,7 +1467,7 @@ def get_args(argv=None):
     """Parse the command line; no command at all means "judge what is in runs/"."""
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = runtime.ArgumentParser(__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=CommandParser)
+    commands = parser.add_subparsers(dest="command", required=True)
 
     p = commands.add_parser("reconstruction", help="judge a tokenizer", description=reconstruction.__doc__)
     p.add_argument("--ckpt", help="tokenizer checkpoint, ours or published; the newest of runs/tokenizer")
@@ -1451,25 +1478,45 @@ def get_args(argv=None):
     p.add_argument("--metrics", nargs="+", choices=(*LOCAL_METRICS, *NETWORK_METRICS, "all"),
                    default=LOCAL_METRICS, help="what to measure; usage brings perplexity and bits per pixel")
     add_protocol_flag(p)
-    group = add_data_flags(p, "val", "all")
-    group.add_argument("--image-size", type=runtime.positive_int, help="side of the crops; the tokenizer's")
+    group = add_data_flags(p, "val", "that of --ckpt, if it is ours, else generated", "all")
+    group.add_argument("--image-size", type=runtime.positive_int, help="side of the crops (the tokenizer's)")
     group.add_argument("--original-resolution", action="store_true", help="no resizing; pads to whole tokens")
     add_common_flags(p)
 
     p = commands.add_parser("generation", help="judge generated pictures", description=generation.__doc__)
-    p.add_argument("--samples", help="npz with arr_0, or folder; the newest npz of runs/samples if not given")
+    p.add_argument("--samples", help="npz with arr_0, or folder; not given: drawn from --ckpt, or else the "
+                                     "newest npz of runs/samples, or else drawn from the newest of runs/ar")
     p.add_argument("--reference", help="npz, ADM's or of make-reference; made of --data-path if not given")
-    p.add_argument("--global-seed", type=runtime.non_negative_int, default=0, help="for shuffling")
+    p.add_argument("--global-seed", type=runtime.non_negative_int, default=0,
+                   help="for drawing and for shuffling")
     p.add_argument("--adm-fp16", action="store_true",
                    help="float16 distances for precision and recall, like ADM and protocol seed")
     add_protocol_flag(p)
-    add_data_flags(p, "train", "as many as samples")
+    group = p.add_argument_group("drawing from a checkpoint (sample.py explains these flags)")
+    group.add_argument("--ckpt", help="AR checkpoint, ours or published, to draw from instead of --samples")
+    group.add_argument("--num-samples", type=runtime.positive_int,
+                       help="how many (50,000 of a published checkpoint, 5,000 of ours)")
+    group.add_argument("--tokenizer", help="tokenizer checkpoint, for an AR file that contains none")
+    group.add_argument("--raw-weights", action="store_true", help="use no averaged weights, even if stored")
+    group.add_argument("--trust-checkpoint", action="store_true", help="unpickle classes (can run code)")
+    for flag, kind, text in (("--cfg-scale", float, "guidance (1: none)"),
+                             ("--temperature", float, "divides the logits (0: greedy)"),
+                             ("--top-k", int, "draw among the k likeliest entries (0: all)"),
+                             ("--top-p", float, "draw among the likeliest that reach p (1: all)")):
+        group.add_argument(flag, type=sample.numbers(kind), help=f"{text}; sample.py's defaults")
+    group.add_argument("--rounding", choices=("truncate", "round"), help="to uint8; sample.py's default")
+    group.add_argument("--sampling-batch-size", type=runtime.positive_int, default=64,
+                       help="pictures drawn at once on a rank, what sample.py calls --batch-size")
+    group.add_argument("--mixed-precision", choices=runtime.AUTOCAST_DTYPES, default="fp32",
+                       help="precision of drawing; that of the metrics is always fp32")
+    group.add_argument("--compile", action="store_true", help="compiled blocks in CUDA graphs (GPU only)")
+    add_data_flags(p, "train", "generated", "as many as samples")
     add_common_flags(p)
 
     p = commands.add_parser("make-reference", help="real statistics", description=make_reference.__doc__)
     p.add_argument("--reference", help="npz file to write; named after its content if not given")
-    add_data_flags(p, "train", "all").add_argument("--image-size", type=runtime.positive_int, default=256,
-                                                   help="side of the crops; that of the samples to compare")
+    group = add_data_flags(p, "train", "generated", "all")
+    group.add_argument("--image-size", type=runtime.positive_int, default=256, help="side of the crops")
     add_common_flags(p)
 
     p = commands.add_parser("table", help="one of the paper's tables", description=table.__doc__)

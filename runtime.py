@@ -25,6 +25,7 @@ import signal
 import sys
 import time
 import urllib.error
+import zipfile
 
 import numpy as np
 import torch
@@ -281,8 +282,11 @@ HARMLESS = [argparse.Namespace, collections.defaultdict, collections.Counter, di
             pathlib.PosixPath, pathlib.PurePosixPath]
 
 
-def load_checkpoint(path, trust=False):
+def load_checkpoint(path, trust=False, mmap=False):
     """Read a checkpoint file into CPU memory without running anything that is stored in it.
+
+    mmap: read each tensor from disk when it is first used, so that optimizer states cost neither time nor
+    memory where only the weights are wanted.
 
     Raises `UserError` for a missing or truncated file, and for a file that needs classes outside of PyTorch;
     those are unpickled only with `trust=True` (flag --trust-checkpoint), because unpickling can run any code
@@ -291,11 +295,12 @@ def load_checkpoint(path, trust=False):
     path = pathlib.Path(path)
     require(path.exists(), f"checkpoint {path} does not exist; check the path")
     require(path.is_file(), f"checkpoint {path} is a folder; name the .pt or .ckpt file inside it")
+    options = dict(map_location="cpu", mmap=mmap and zipfile.is_zipfile(path))     # old files are no zip
     try:
         if trust:
-            return torch.load(path, map_location="cpu", weights_only=False)
+            return torch.load(path, weights_only=False, **options)
         with torch.serialization.safe_globals(HARMLESS):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            checkpoint = torch.load(path, weights_only=True, **options)
     except UserError:
         raise
     except Exception as error:

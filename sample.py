@@ -90,7 +90,7 @@ def load(ckpt, tokenizer=None, raw_weights=False, trust=False):
     model, info = ar_model.load_ar(ckpt, trust, ema=not raw_weights)
     ours, origin, classes = info["source"] == "ours", info["tokenizer"], None
     if ours:
-        stored = runtime.load_checkpoint(ckpt, trust)
+        stored = runtime.load_checkpoint(ckpt, trust, mmap=True)
         classes, info["preset"], first_stage = (stored[key] for key in ("classes", "preset", "first_stage"))
     if tokenizer:
         decoder, its = tok.load_tokenizer(tokenizer, not raw_weights, trust)
@@ -202,7 +202,7 @@ def write_npz(path, shape, arrays):
 # 3. Flags
 # ------------------------------------------------------------------------------------------------------------
 
-# For a set where nothing is published, so for our own models: mild guidance, from which every model gains.
+# Where nothing is published: mild guidance, from which every model gains.
 OWN_SETTINGS = {"cfg_scale": 2.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 # Of ImageNet: golden retriever, otter, panda, geyser, balloon, macaw, valley, arctic fox.
 WELL_KNOWN = (207, 360, 388, 974, 417, 88, 979, 279)
@@ -240,8 +240,8 @@ def get_args(argv=None):
                        help="another seed, other pictures")
 
     group = parser.add_argument_group(
-        "how to draw: one value, or one for each sub-token as in 1.9,2.0. Defaults: for a grid what the "
-        "authors use to show pictures; for an npz table 5's settings of a published preset, else guidance 2")
+        "how to draw: one value, or one for each sub-token as in 1.9,2.0. Defaults: for AR-B, L and XL those "
+        "of table 5 for an npz, and what the authors show pictures with for a grid; else guidance 2")
     group.add_argument("--cfg-scale", type=numbers(float), help="classifier-free guidance (1: none)")
     group.add_argument("--temperature", type=numbers(float), help="divides the logits (0: greedy)")
     group.add_argument("--top-k", type=numbers(int), help="draw among the k likeliest entries (0: all)")
@@ -265,10 +265,9 @@ def settings_from_args(args, model, info):
 
     Raises `UserError` for values that mean nothing, or for another number of them.
     """
-    if args.num_fid_samples:
-        settings = dict(ar_model.SAMPLING.get(info["preset"], OWN_SETTINGS))
-    else:                                                 # one value of each pair, so that it fits any M
-        settings = {name: pair[0] for name, pair in ar_model.SAMPLING["looking"].items()}
+    settings = dict(ar_model.SAMPLING.get(info["preset"], OWN_SETTINGS))
+    if info["preset"] in ar_model.SAMPLING and not args.num_fid_samples:
+        settings = {name: pair[0] for name, pair in ar_model.SAMPLING["looking"].items()}    # fits any M
     if model.config.num_classes == 0:
         settings["cfg_scale"] = 1.0                       # there is nothing to guide towards
     settings.update({name: getattr(args, name) for name in settings if getattr(args, name) is not None})

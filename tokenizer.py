@@ -269,6 +269,9 @@ class NearestUpsample(nn.Module):
         return self.conv1(F.interpolate(x, scale_factor=tuple(map(float, self.block)), mode="nearest"))
 
 
+UPSAMPLERS = {"depth-to-space": Upsample, "nearest": NearestUpsample}
+
+
 # ------------------------------------------------------------------------------------------------------------
 # 3. The model
 # ------------------------------------------------------------------------------------------------------------
@@ -330,6 +333,11 @@ class TokenizerConfig:
         """The factor between neighbouring levels along each axis, shallowest first."""
         return [(2, 2)] * (len(self.channel_multipliers) - 1)
 
+    @property
+    def folds(self):
+        """How many samples along each axis `patch` folds into channels."""
+        return self.patch, self.patch
+
 
 PRESETS = {
     "in1k-256": TokenizerConfig(),
@@ -346,10 +354,10 @@ PRESETS = {
 class Encoder(nn.Module):
     """Pictures to z, K channels for each token, not yet quantised."""
 
-    def __init__(self, config, conv=nn.Conv2d):
+    def __init__(self, config, conv=nn.Conv2d, pool=nn.AvgPool2d):
         super().__init__()
         self.checkpointing = False
-        self.patch = (config.patch,) * len(config.strides[0] if config.strides else (1, 1))
+        self.patch = config.folds
         widths = [config.channels * m for m in config.channel_multipliers]
         self.conv_in = conv(3 * math.prod(self.patch), config.channels, 3, padding=1, bias=False)
         self.down = nn.ModuleList()
@@ -365,7 +373,7 @@ class Encoder(nn.Module):
                 if config.downsampler == "strided":
                     level.downsample = conv(width, width, 3, stride=stride, padding=1)
                 else:
-                    level.downsample = nn.AvgPool2d(stride)
+                    level.downsample = pool(stride)
             self.down.append(level)
         self.mid_block = nn.ModuleList(ResBlock(width, width, conv) for _ in range(config.mid_blocks))
         self.norm_out = group_norm(width)
@@ -387,10 +395,10 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Codes q to pictures. Levels are stored shallowest first, as in the encoder, and run deepest first."""
 
-    def __init__(self, config, conv=nn.Conv2d, upsample=Upsample):
+    def __init__(self, config, conv=nn.Conv2d, upsamplers=UPSAMPLERS):
         super().__init__()
         self.checkpointing = False
-        self.patch = (config.patch,) * len(config.strides[0] if config.strides else (1, 1))
+        self.patch = config.folds
         widths = [config.channels * m for m in config.channel_multipliers]
         width = widths[-1]
         self.conv_in = conv(config.code_channels, width, 3, padding=1)
@@ -405,8 +413,7 @@ class Decoder(nn.Module):
                 level.block.append(ResBlock(width, widths[i], conv))
                 width = widths[i]
             if i > 0:
-                upsampler = upsample if config.upsampler == "depth-to-space" else NearestUpsample
-                level.upsample = upsampler(width, config.strides[i - 1], conv)
+                level.upsample = upsamplers[config.upsampler](width, config.strides[i - 1], conv)
             levels.insert(0, level)
         self.up = nn.ModuleList(levels)
         self.adaptive = nn.ModuleList(norms)                              # empty with adaptive_norm off
@@ -436,14 +443,22 @@ def run_block(block, x, checkpointing):
     return block(x)
 
 
-class Tokenizer(nn.Module):
-    """Encoder, quantiser and decoder (figure 2, stage I)."""
+FORMAT = "open-magvit2-tokenizer"                                         # marks our own checkpoint files
 
-    def __init__(self, config):
+
+class Tokenizer(nn.Module):
+    """Encoder, quantiser and decoder (figure 2, stage I). video.py gives it an encoder and decoder of
+    clips."""
+
+    format = FORMAT
+    unit = "images"                          # what a batch consists of
+    code_map = "(B, h, w)"                   # the shape of its ids
+
+    def __init__(self, config, encoder=None, decoder=None):
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        self.encoder = encoder or Encoder(config)
+        self.decoder = decoder or Decoder(config)
         self.quantizer = LFQ(config.bits) if config.quantizer == "lfq" else VQ(config.codebook_size,
                                                                                config.codebook_channels)
 
@@ -484,8 +499,10 @@ class Tokenizer(nn.Module):
     @torch.no_grad()
     def decode(self, ids):
         """Token ids (B, h, w) to pictures (B, 3, H, W), in about [-1, 1], not clamped."""
-        runtime.require(ids.dim() == 3 and ids.shape[1] * ids.shape[2] > 1,
-                        f"token ids must be (B, h, w) with at least two tokens, not {list(ids.shape)}")
+        runtime.require(
+            ids.dim() == 1 + len(self.config.folds) and math.prod(ids.shape[1:]) > 1,
+            f"token ids must be {self.code_map} with at least two tokens, not {list(ids.shape)}",
+        )
         runtime.require(
             0 <= int(ids.min()) and int(ids.max()) < self.config.vocabulary,
             f"token ids must lie in 0 .. {self.config.vocabulary - 1}, but reach from {int(ids.min())} "
@@ -497,8 +514,6 @@ class Tokenizer(nn.Module):
 # ------------------------------------------------------------------------------------------------------------
 # 4. Loading
 # ------------------------------------------------------------------------------------------------------------
-
-FORMAT = "open-magvit2-tokenizer"                                         # marks our own checkpoint files
 
 # The discriminators in published files: PatchGAN, and the blur-pool one of pretrain256_16384.ckpt. They are
 # not needed here, but a strict loader must know them to tell a damaged file from a whole one.
@@ -583,9 +598,9 @@ def published_averages(groups, source):
     return {name: groups["ema"][name.replace(".", "")] for name in groups["model"]}
 
 
-def preset_name(config):
+def preset_name(config, presets=PRESETS):
     """The preset that has this config, or "custom". Presets of equal shape go by the first one's name."""
-    return next((name for name, preset in PRESETS.items() if preset == config), "custom")
+    return next((name for name, preset in presets.items() if preset == config), "custom")
 
 
 def load_tokenizer(path, ema=True, trust=False):
@@ -595,10 +610,11 @@ def load_tokenizer(path, ema=True, trust=False):
     ema: take the averaged weights where the file has them (published results are with EMA), else the raw
     ones. trust: unpickle foreign classes too (see `runtime.load_checkpoint`).
     Returns (Tokenizer in eval mode on the CPU, info), where info says "preset", "weights" ("EMA" or "raw"),
-    "step", "source" ("ours" or "published") and the "sha256" of the file. Strict: raises `UserError` listing
+    "step", "source" ("ours" or "published"), the "sha256" of the file, and what it was trained on, if ours
+    ("data_path", "val_data_path", "resize"). Strict: raises `UserError` listing
     missing and unexpected names.
     """
-    stored = runtime.load_checkpoint(path, trust)
+    stored = runtime.load_checkpoint(path, trust, mmap=True)
     if stored.get("format") == FORMAT:
         config, source, step = config_from_dict(stored["config"], path), "ours", stored["step"]
         raw, averages = stored["model"], stored["ema"] if ema else {}
@@ -619,13 +635,9 @@ def load_tokenizer(path, ema=True, trust=False):
         averages = published_averages(groups, path)
     if averages:
         runtime.load_state_strictly(model, {**raw, **averages}, f"the EMA weights in {path}")
-    info = {
-        "preset": preset_name(config),
-        "weights": "EMA" if averages else "raw",
-        "step": step,
-        "source": source,
-        "sha256": runtime.sha256_of(path),
-    }
+    info = {"preset": preset_name(config), "weights": "EMA" if averages else "raw", "step": step,
+            "source": source, "sha256": runtime.sha256_of(path),
+            **{name: stored.get("args", {}).get(name) for name in ("data_path", "val_data_path", "resize")}}
     return model.eval(), info
 
 
@@ -636,12 +648,12 @@ def config_to_dict(config):
     }
 
 
-def config_from_dict(values, source):
+def config_from_dict(values, source, kind=TokenizerConfig):
     """The inverse of `config_to_dict`. Raises `UserError` for fields of another version of this project."""
-    known = TokenizerConfig.__dataclass_fields__.keys()
+    known = kind.__dataclass_fields__.keys()
     runtime.require(
         values.keys() == known,
         f"{source} was written by another version of this project: its config "
         f"differs in {sorted(values.keys() ^ known)}",
     )
-    return TokenizerConfig(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+    return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})

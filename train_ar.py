@@ -26,6 +26,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import shutil
 import time
 
@@ -273,8 +274,8 @@ def flops_per_image(config):
     return 6 * N * (runs * block + sum(D * 2 ** bits for bits in config.bits) + attention)
 
 
-# Peak bf16 FLOP/s (V100: fp16) of the data sheets, without sparsity; the first name that is part of the
-# device's counts. One large matrix product alone reaches 70 to 80 % of them (an H200: 780 T).
+# Peak bf16 FLOP/s (V100: fp16) of the data sheets, without sparsity; the first whose words are in the name of
+# the device counts. One large matrix product alone reaches 70 to 80 % of them (an H200: 780 T).
 PEAK_FLOPS = (("B200", 2250e12), ("GH200", 989e12), ("H200", 989e12), ("H100 PCIe", 756e12),
               ("H100 NVL", 835e12), ("H100", 989e12), ("H800", 989e12), ("H20", 148e12), ("A100", 312e12),
               ("A800", 312e12), ("L40S", 362e12), ("L40", 181e12), ("L4", 121e12), ("A40", 150e12),
@@ -290,7 +291,7 @@ def speed_report(config, images_per_second, device):
     tflops = flops_per_image(config) * images_per_second / runtime.world_size() / 1e12
     report = {"images/s": images_per_second, "tokens/s": images_per_second * config.tokens, "tflops": tflops}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    peak = next((peak for part, peak in PEAK_FLOPS if part in name), None)
+    peak = next((peak for words, peak in PEAK_FLOPS if re.search(rf"\b{words}\b", name)), None)
     return {**report, "mfu": tflops * 1e12 / peak} if peak else report
 
 
@@ -305,8 +306,8 @@ RECIPES = {                                                              # what 
     "AR-L": PUBLISHED,
     "AR-XL": dict(PUBLISHED, lr=2.4e-4, length="350ep", warmup="7ep"),
     # Minutes on two cores: a large learning rate that decays to 0.
-    "toy": dict(PUBLISHED, lr=2e-3, length="1000", warmup="50", lr_per_epoch=False, final_lr=0.0,
-                global_batch_size=64),
+    "toy": dict(PUBLISHED, lr=3e-3, length="1500", warmup="50", lr_per_epoch=False, final_lr=0.0,
+                global_batch_size=32),
 }
 MODEL_FLAGS = ("width", "heads", "inter_blocks", "intra_blocks", "ffn_multiple", "separate_heads",
                "token_dropout", "attention_dropout", "ffn_dropout", "label_dropout")      # of ARConfig
@@ -315,7 +316,7 @@ MODEL_FLAGS = ("width", "heads", "inter_blocks", "intra_blocks", "ffn_multiple",
 def get_args(argv=None):
     """Parse the command line. The preset chooses the defaults of what its recipe and its model fix."""
     first = runtime.ArgumentParser("", add_help=False)
-    first.add_argument("--preset", choices=ar_model.PRESETS, default="toy")
+    first.add_argument("--preset", choices=ar_model.PRESETS, default="toy", help="see below")
     preset = first.parse_known_args(argv)[0].preset
 
     parser = runtime.ArgumentParser(__doc__)
@@ -443,11 +444,9 @@ def main(args):
     args.tokenizer = str(args.tokenizer or runtime.latest_checkpoint("runs/tokenizer", "tokenizer"))
     tokenizer, info = tok.load_tokenizer(args.tokenizer, not args.raw_weights, args.trust_checkpoint)
     made_with = {"path": args.tokenizer, **{key: info[key] for key in ("sha256", "weights", "preset")}}
-    if args.data_path is None and info["source"] == "ours":
-        stage1 = runtime.load_checkpoint(args.tokenizer, args.trust_checkpoint)["args"]
-        args.data_path = stage1.get("data_path")
-        args.val_data_path = args.val_data_path or stage1.get("val_data_path")
-        args.resize = args.resize or (None if args.ten_crop else stage1.get("resize"))
+    if args.data_path is None:
+        args.data_path, args.val_data_path = info["data_path"], args.val_data_path or info["val_data_path"]
+        args.resize = args.resize or (None if args.ten_crop else info["resize"])
     args.image_size = args.image_size or tokenizer.config.resolution
     for one, other in (("online", "ten_crop"), ("online", "tokens"), ("ten_crop", "resize")):
         runtime.require(not (getattr(args, one) and getattr(args, other)),
@@ -536,7 +535,7 @@ def train(args, device, config, tokenizer, dataset, held_out, steps_per_epoch, o
         runtime.print_main(f"resumed {resume_from} at step {step}")
         del saved
 
-    workers = args.num_workers if args.online else 0                     # stored codes take 10 us each
+    workers = args.num_workers if args.online else 0                     # stored codes take microseconds
     loader = iter(data.train_loader(dataset, args.global_batch_size, args.global_seed, step, rank, world,
                                     args.accumulation, workers))
     logger = runtime.Logger(args.results_dir, length, step)
@@ -554,7 +553,7 @@ def train(args, device, config, tokenizer, dataset, held_out, steps_per_epoch, o
             with runtime.last_sync(ddp_model, micro, args), runtime.autocast(device, args.mixed_precision):
                 loss, terms = ddp_model(subtokens, labels, return_loss=True)              # scalar, (M,)
                 scaler.scale(loss / args.accumulation).backward()
-            for name, value in (("loss", loss), *((f"loss/{m + 1}", terms[m]) for m in range(M))):
+            for name, value in (*((f"loss/{m + 1}", terms[m]) for m in range(M)), ("loss", loss)):
                 runtime.add(values, name, value, 1 / args.accumulation)
         guilty, numbers = runtime.apply_gradients("model", values, list(model.parameters()), optimizer,
                                                   scaler, args.max_grad_norm)
@@ -705,7 +704,8 @@ def check_resumable(saved, args, config, origin, source):
                     f"{ours['sha256'][:12]}); give that one, or choose another --results-dir")
     runtime.check_same(saved["dataset"], origin["dataset"], f"--resume {source}: the data set",
                        ignore=("name",))
-    fixed = ("global_batch_size", "global_seed", "mixed_precision", "online", "ten_crop", "flip")
+    fixed = ("global_batch_size", "global_seed", "mixed_precision", "online", "ten_crop", "flip",
+             "weight_decay", "beta1", "beta2")                           # the last ones are the optimizer's
     runtime.check_same({name: saved["args"].get(name) for name in fixed},
                        {name: getattr(args, name) for name in fixed},
                        f"--resume {source}: a flag that must stay as it was")

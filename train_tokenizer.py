@@ -99,7 +99,7 @@ def load_lpips(net="vgg", weights_dir=None, path=None):
     """
     model = LPIPS(net)
     if path:
-        stored = runtime.load_checkpoint(path).get("state_dict", {})
+        stored = runtime.load_checkpoint(path, mmap=True).get("state_dict", {})
         prefix = "loss.perceptual_loss."
         state = {}
         for name, tensor in stored.items():
@@ -288,9 +288,11 @@ RECIPES = {                                                            # what ge
                         final_lr=0.01, discriminator="blurpool"),
     # Two minutes on two cores, found by trying: a large learning rate that decays to 0, squared error instead
     # of LPIPS, a soft and light entropy term, no GAN. With --entropy-weight 0 the codebook collapses: try it.
-    "toy": dict(PUBLISHED, length="2000", milestones=[], lr_schedule="linear", warmup="50", lr=4e-3,
-                global_batch_size=32, l2_weight=4.0, perceptual_weight=0.0, gan_weight=0.0, lecam_weight=0.0,
-                entropy_weight=0.02, commitment_weight=0.03, tau=0.1, ema_warmup=True),
+    # The plainer generated pictures leave enough of the minutes for stage II to learn its shapes.
+    "toy": dict(PUBLISHED, data_path="generated-plain", length="2000", global_batch_size=32, lr=4e-3,
+                lr_schedule="linear", warmup="50", milestones=[], ema_warmup=True, l2_weight=4.0, tau=0.1,
+                perceptual_weight=0.0, gan_weight=0.0, lecam_weight=0.0, entropy_weight=0.02,
+                commitment_weight=0.03),
 }
 
 
@@ -468,7 +470,7 @@ def add_training_flags(parser):
 def get_args(argv=None):
     """Parse the command line. The preset chooses the defaults of what its recipe and its model fix."""
     first = runtime.ArgumentParser("", add_help=False)
-    first.add_argument("--preset", choices=tok.PRESETS, default="toy")
+    first.add_argument("--preset", choices=tok.PRESETS, default="toy", help="see below")
     preset = first.parse_known_args(argv)[0].preset
 
     parser = runtime.ArgumentParser(__doc__)
@@ -476,8 +478,9 @@ def get_args(argv=None):
     group.add_argument(
         "--preset", choices=tok.PRESETS, default="toy", help="model and recipe: other defaults"
     )
-    group.add_argument("--data-path", help="folder of pictures, tar shards as in 'shards-{000..127}.tar', or "
-                                           "generated-plain; not given: generated pictures")
+    group.add_argument("--data-path", default="generated",
+                       help="folder of pictures, tar shards as in 'shards-{000..127}.tar', or a built-in set: "
+                            "generated, generated-plain")
     group.add_argument("--val-data-path", help="held-out pictures for the grid, if --data-path has no val/")
     group.add_argument("--image-size", dest="resolution", type=runtime.positive_int, help="side of the crops")
     group.add_argument("--resize", type=runtime.positive_int,
@@ -493,10 +496,10 @@ def get_args(argv=None):
     return parser.parse_args(argv)
 
 
-def config_from_args(args):
-    """The `TokenizerConfig` that the flags describe."""
-    values = {field.name: getattr(args, field.name) for field in dataclasses.fields(tok.TokenizerConfig)}
-    return tok.TokenizerConfig(**{**values, "channel_multipliers": tuple(args.channel_multipliers)})
+def config_from_args(args, kind=tok.TokenizerConfig):
+    """The config, of this kind, that the flags describe."""
+    values = {field.name: getattr(args, field.name) for field in dataclasses.fields(kind)}
+    return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -594,7 +597,7 @@ def train(args, device, config, model, discriminator, dataset, preview):
 
     if resume_from:
         saved = runtime.load_checkpoint(resume_from, args.trust_checkpoint)
-        check_resumable(saved, args, config, dataset, resume_from)
+        check_resumable(saved, args, model, dataset, resume_from)
         step, skipped, in_a_row = saved["step"], saved["skipped"], saved["in_a_row"]
         runtime.load_state_strictly(model, saved["model"], resume_from)
         optimizer.load_state_dict(saved["optimizer"])
@@ -692,7 +695,7 @@ def train(args, device, config, model, discriminator, dataset, preview):
             seconds, steps = time.perf_counter() - window_start[0], step - window_start[1]
             window_start = time.perf_counter(), step
             log = {**meters.pop(), **codebook_report(runtime.all_reduce_sum(usage).sum(0), config), "lr": lr,
-                   "skipped_steps": skipped, "images/s": args.global_batch_size * steps / seconds}
+                   "skipped_steps": skipped, f"{model.unit}/s": args.global_batch_size * steps / seconds}
             add_entropy_bits(log, config, outputs[3].numel() * world)
             logger.log(
                 step,
@@ -708,7 +711,7 @@ def train(args, device, config, model, discriminator, dataset, preview):
                     "usage",
                     "dead_bits",
                     "lr",
-                    "images/s",
+                    f"{model.unit}/s",
                 ),
             )
         if step % args.grid_every == 0 or last:
@@ -716,7 +719,7 @@ def train(args, device, config, model, discriminator, dataset, preview):
                 preview(step, logger)
         if step % args.checkpoint_every == 0 or last or signal:
             state = {
-                "format": tok.FORMAT,
+                "format": model.format,
                 "preset": args.preset,
                 "config": tok.config_to_dict(config),
                 "step": step,
@@ -781,11 +784,11 @@ def print_plan(args, config, model, discriminator, dataset, length, micro_batch,
         runtime.print_main(f"{name:<8} {value}")
 
 
-def check_resumable(saved, args, config, dataset, source):
+def check_resumable(saved, args, model, dataset, source):
     """Raise `UserError` unless the checkpoint `saved` belongs to this model, data and order of samples."""
-    runtime.require(saved.get("format") == tok.FORMAT and "optimizer" in saved,
+    runtime.require(saved.get("format") == model.format and "optimizer" in saved,
                     f"--resume {source}: not a training checkpoint of this script")
-    runtime.check_same(saved["config"], tok.config_to_dict(config), f"--resume {source}: the model")
+    runtime.check_same(saved["config"], tok.config_to_dict(model.config), f"--resume {source}: the model")
     runtime.check_same(saved["dataset"], {"name": dataset.name, "length": len(dataset)},
                        f"--resume {source}: the data set", ignore=("name",))
     fixed = ("global_batch_size", "global_seed", "discriminator", "mixed_precision")

@@ -1,4 +1,4 @@
-"""evaluate.py as people use it: its commands on tiny data, on one and several ranks, with right and wrong input."""
+"""evaluate.py as people use it: its commands on tiny data, on several ranks, with right and wrong input."""
 import json
 import pathlib
 import shlex
@@ -10,14 +10,17 @@ import urllib.error
 import numpy as np
 import pytest
 import torch
-from helpers import environment, run_script
+from helpers import ROOT, environment, run_script
 from PIL import Image
 
 import evaluate
 import runtime
+import sample
 import tokenizer
+import train_ar
+from test_train_ar import TINY, save_images, save_tokenizer
 
-REAL = pathlib.Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "photos256"
+REAL = ROOT.parent / "shared" / "data" / "photos256"
 
 
 def call(*flags):
@@ -45,7 +48,7 @@ def write_samples(path, count=8, size=32, seed=0, **arrays):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A small untrained tokenizer of stride 4 for pictures of 16 x 16, as train_tokenizer.py would save it."""
+    """A small untrained tokenizer of stride 4 for pictures of 16 x 16, as train_tokenizer.py saves it."""
     torch.manual_seed(0)
     config = tokenizer.TokenizerConfig(resolution=16, channels=32, channel_multipliers=(1, 1), blocks=1,
                                        mid_blocks=0, patch=2, bits=6)
@@ -54,6 +57,16 @@ def checkpoint(tmp_path_factory):
     runtime.save_checkpoint(path, {"format": tokenizer.FORMAT, "config": tokenizer.config_to_dict(config),
                                    "model": model.state_dict(), "ema": None, "step": 3})
     return path
+
+
+@pytest.fixture(scope="module")
+def ar_checkpoint(tmp_path_factory):
+    """A hardly trained transformer with three classes and pictures of 16 x 16, as train_ar.py saves it."""
+    folder = tmp_path_factory.mktemp("ar")
+    stage1 = save_tokenizer(folder / "tokenizer.pt", save_images(folder / "images", train=4))
+    train_ar.main(train_ar.get_args([str(flag) for flag in (
+        *TINY, "--tokenizer", stage1, "--length", 2, "--results-dir", folder / "runs" / "ar")]))
+    return runtime.latest_checkpoint(folder / "runs" / "ar")
 
 
 class QuickInception(torch.nn.Module):
@@ -85,7 +98,7 @@ def place(tmp_path, monkeypatch):
 # reconstruction
 # ------------------------------------------------------------------------------------------------------------
 
-def test_without_flags_it_judges_what_training_left_and_says_what_it_left_out(checkpoint, monkeypatch, capsys):
+def test_without_flags_it_judges_what_training_left_and_names_what_it_lacks(checkpoint, monkeypatch, capsys):
     monkeypatch.chdir(checkpoint.parents[2])
     evaluate.main(evaluate.get_args([]))
     printed = capsys.readouterr().out
@@ -96,7 +109,7 @@ def test_without_flags_it_judges_what_training_left_and_says_what_it_left_out(ch
     assert result["checkpoint"]["sha256"] == runtime.sha256_of(checkpoint)
     assert (result["checkpoint"]["weights"], result["checkpoint"]["step"]) == ("raw", 3)
     assert result["metrics"]["bits_per_pixel"]["value"] == pytest.approx(6 / 16)
-    assert {"seconds", "date", "arguments", "versions", "precision", "resize_rule", "skipped"} <= result.keys()
+    assert {"seconds", "date", "arguments", "versions", "precision", "resize_rule"} <= result.keys()
     picture = Image.open(next(pathlib.Path("runs/evaluation").glob("*.png")))
     assert picture.size[0] > 3.5 * picture.size[1]                     # eight columns, two rows
 
@@ -105,44 +118,67 @@ RANKS = """
 import os, sys
 import torch.multiprocessing
 import evaluate
+from test_evaluate import QuickInception
 
 def job(rank, ranks, port):
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    common = f"--allow-random-weights --feature-batch-size 2 --batch-size 3 --output out{ranks}"
-    for flags in (f"reconstruction --ckpt {sys.argv[1]} --image-size 32 --max-images 5 "
-                  f"--metrics psnr ssim usage rfid lpips-alex {common}",
-                  f"generation --samples samples.npz --reference reference.npz {common}"):
-        evaluate.main(evaluate.get_args(flags.split()))
+    common = f" --allow-random-weights --feature-batch-size 2 --batch-size 3 --output out{ranks}"
+    metrics = "--metrics psnr ssim usage rfid lpips-alex"
+    first = f"reconstruction --ckpt {sys.argv[1]} --image-size 32 --max-images 5 {metrics}{common}"
+    evaluate.main(evaluate.get_args(first.split()))
+    evaluate.FIDInception = QuickInception
+    second = f"generation --samples samples.npz --reference reference.npz{common}"
+    evaluate.main(evaluate.get_args(second.split()))
+    drawn = f"--ckpt {sys.argv[2]} --num-samples 10 --sampling-batch-size 3 --reference reference16.npz"
+    evaluate.main(evaluate.get_args(f"generation {drawn}{common}".split()))
 
 if __name__ == "__main__":
     for ranks in (1, 2, 3):                       # forked, so that torch is imported once and not six times
-        torch.multiprocessing.start_processes(job, (ranks, sys.argv[1 + ranks]), ranks, start_method="fork")
+        torch.multiprocessing.start_processes(job, (ranks, sys.argv[2 + ranks]), ranks, start_method="fork")
 """
 
 
-def test_one_two_and_three_ranks_measure_the_same_to_1e_9(checkpoint, place):
+def test_one_two_and_three_ranks_measure_the_same_to_1e_9(checkpoint, ar_checkpoint, place):
     write_samples("samples.npz", 5, seed=1)
     write_samples("reference.npz", 7, seed=2)
+    write_samples("reference16.npz", 10, size=16)
     pathlib.Path("job.py").write_text(RANKS)
     ports = []
     for _ in range(3):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             ports.append(str(probe.getsockname()[1]))
-    done = subprocess.run([sys.executable, "job.py", str(checkpoint), *ports], capture_output=True, text=True,
-                          env=environment(), timeout=300)
+    done = subprocess.run([sys.executable, "job.py", checkpoint, ar_checkpoint, *ports], text=True,
+                          capture_output=True, env={**environment(), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     alone, two, three = [results(f"out{ranks}") for ranks in (1, 2, 3)]
-    assert len(alone) == 2 and values(alone[0])["rfid"] > 0 and values(alone[1])["fid"] > 0
+    assert len(alone) == 3 and values(alone[0])["rfid"] > 0 and values(alone[1])["fid"] > 0
     for run in (two, three):
         for expected, got in zip(alone, run, strict=True):
-            assert got["n"] == 5 and values(got) == {name: pytest.approx(value, rel=1e-9, abs=1e-9)
+            assert got["n"] == expected["n"] and values(got) == {name: pytest.approx(value, rel=1e-9, abs=1e-9)
                                                      for name, value in values(expected).items()}
 
 
-def test_rfid_and_lpips_of_random_weights_are_marked_on_screen_and_in_the_json(checkpoint, place, capsys):
-    call("reconstruction", "--ckpt", checkpoint, "--image-size", 32, "--max-images", 2, "--allow-random-weights",
-         "--metrics", "psnr", "rfid", "lpips-alex", "--feature-batch-size", 2)
+def test_without_data_path_it_takes_held_out_pictures_of_what_the_tokenizer_was_trained_on(checkpoint, place):
+    for i in range(3):
+        (place / "own" / "val").mkdir(parents=True, exist_ok=True)
+        (place / "own" / "train").mkdir(exist_ok=True)
+        for split in ("val", "train"):
+            Image.new("RGB", (40, 40), (80 * i, 0, 0)).save(place / "own" / split / f"{i}.png")
+    Image.new("RGB", (40, 40)).save(place / "own" / "train" / "extra.png")
+    stored = runtime.load_checkpoint(checkpoint)
+    trained = {"data_path": str(place / "own"), "val_data_path": None, "resize": 24}
+    runtime.save_checkpoint("trained.pt", {**stored, "args": trained})
+    call("reconstruction", "--ckpt", "trained.pt")
+    call("reconstruction", "--ckpt", "trained.pt", "--data-path", "generated", "--max-images", 4)
+    own, generated = results()
+    assert (own["n"], own["data"]["path"], own["data"]["resize"]) == (3, str(place / "own"), 24)
+    assert (generated["n"], generated["data"]["name"], generated["data"]["resize"]) == (4, "generated", None)
+
+
+def test_numbers_of_random_weights_are_marked_on_screen_and_in_the_json(checkpoint, place, quick, capsys):
+    call("reconstruction", "--ckpt", checkpoint, "--image-size", 32, "--max-images", 2,
+         "--allow-random-weights", "--metrics", "psnr", "rfid", "lpips-alex", "--feature-batch-size", 2)
     printed = capsys.readouterr().out
     result, = results()
     for name in ("rfid", "lpips-alex"):
@@ -154,12 +190,13 @@ def test_rfid_and_lpips_of_random_weights_are_marked_on_screen_and_in_the_json(c
 
 
 def test_the_originals_statistics_are_reused_and_give_the_same_rfid(checkpoint, place, quick, monkeypatch):
-    flags = ("reconstruction", "--ckpt", checkpoint, "--max-images", 2, "--allow-random-weights", "--metrics", "rfid",
-             "--feature-batch-size", 2)
+    flags = ("reconstruction", "--ckpt", checkpoint, "--max-images", 2, "--metrics", "rfid",
+             "--allow-random-weights", "--feature-batch-size", 2)
     call(*flags)
     forwards = []
     forward = QuickInception.forward
-    monkeypatch.setattr(QuickInception, "forward", lambda self, x: forwards.append(len(x)) or forward(self, x))
+    monkeypatch.setattr(QuickInception, "forward",
+                        lambda self, x: forwards.append(len(x)) or forward(self, x))
     before, = results()
     call(*flags)
     after, = results()                                                 # the same run has the same file
@@ -206,7 +243,7 @@ def test_original_resolution_pads_with_grey_to_whole_tokens_and_crops_back(proto
     measured, counts, pixels, grid = evaluate.measure_reconstruction(model, loader, {}, None, args, {1})
     assert [tuple(x.shape[2:]) for x in model.seen] == [(48, 48), (32, 48), (32, 32)]
     assert model.seen[0][..., :4, :].abs().max() == 0 and model.seen[0][..., 44:, :].abs().max() == 0
-    assert model.seen[0][..., :, :7].abs().max() == 0 and model.seen[0][..., :, 40:].abs().max() == 0  # 15 = 7 + 8
+    assert model.seen[0][..., :7].abs().max() == 0 and model.seen[0][..., 40:].abs().max() == 0  # 15 = 7 + 8
     assert torch.isinf(measured["psnr"]).all() and measured["ssim"].tolist() == [1, 1, 1]
     assert counts.sum() == 3 * 3 + 2 * 3 + 2 * 2 and pixels == 40 * 33 + 32 * 48 + 17 * 21
     assert list(grid) == [1]
@@ -252,7 +289,7 @@ def test_weights_that_are_not_the_published_ones_are_refused(checkpoint, place):
     name = evaluate.INCEPTION_FILE[0].rsplit("/", 1)[1]
     (place / name).write_bytes(b"something else")
     with pytest.raises(runtime.UserError, match="not the published file"):
-        call("reconstruction", "--ckpt", checkpoint, "--metrics", "rfid", "--max-images", 2, "--weights-dir", place)
+        call("reconstruction", "--ckpt", checkpoint, "--metrics", "rfid", "--weights-dir", place)
     assert not results()
 
 
@@ -261,12 +298,13 @@ def test_without_a_connection_it_says_where_to_put_the_weights(checkpoint, place
         raise urllib.error.URLError("no network")
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     with pytest.raises(runtime.UserError, match="pt_inception-2015-12-05-6726825d.pth.*--weights-dir"):
-        call("reconstruction", "--ckpt", checkpoint, "--metrics", "rfid", "--max-images", 2, "--weights-dir", place)
+        call("reconstruction", "--ckpt", checkpoint, "--metrics", "rfid", "--weights-dir", place)
 
 
 @pytest.mark.skipif(not REAL.exists(), reason="needs real photographs beside the repository")
 def test_real_photographs_at_their_own_size(checkpoint, place):
-    call("reconstruction", "--ckpt", checkpoint, "--data-path", REAL, "--original-resolution", "--max-images", 3)
+    call("reconstruction", "--ckpt", checkpoint, "--data-path", REAL, "--original-resolution",
+         "--max-images", 3)
     result, = results()
     assert result["n"] == 3 and 0 < values(result)["psnr"] < 50 and result["data"]["size"] == "original"
 
@@ -284,7 +322,8 @@ def test_samples_compared_with_themselves_have_fid_0_and_precision_and_recall_1(
     measured = values(results()[0])
     assert abs(measured["fid"]) < 1e-9 and abs(measured["sfid"]) < 1e-9
     assert measured["precision"] == measured["recall"] == 1 and measured["inception_score"] >= 1
-    assert all(entry["label"] == "NOT COMPARABLE (random weights)" for entry in results()[0]["metrics"].values())
+    labels = {entry["label"] for entry in results()[0]["metrics"].values()}
+    assert labels == {"NOT COMPARABLE (random weights)"}
     printed = capsys.readouterr().out
     assert "of 50,000 samples, these are of 6" in printed and "biased upwards" in printed
 
@@ -315,7 +354,7 @@ def test_a_reference_is_made_once_read_back_and_has_the_format_of_adm(place, qui
         call("generation", "--samples", "samples.npz", "--reference", reference, *RANDOM)
         assert abs(values(results()[-1])["fid"]) < 1e-9
     call("make-reference", "--image-size", 32, "--max-images", 4, "--split", "val", *RANDOM)
-    assert len(list(path.parent.glob("reference-*.npz"))) == 2         # another number of pictures, another file
+    assert len(list(path.parent.glob("reference-*.npz"))) == 2         # another number, another file
 
 
 def test_without_reference_samples_are_compared_with_as_many_pictures_of_the_data_set(place, quick):
@@ -326,6 +365,47 @@ def test_without_reference_samples_are_compared_with_as_many_pictures_of_the_dat
     result, = results()
     assert result["reference"]["n"] == result["n"] == 5 and result["sampling"] == {"cfg_scale": [4, 4]}
     assert values(result)["fid"] > 1                                   # noise is not like drawn shapes
+
+
+def test_pictures_drawn_from_a_checkpoint_measure_like_the_npz_that_sample_writes(ar_checkpoint, place, quick):
+    how = ("--ckpt", ar_checkpoint, "--cfg-scale", "1.5,3", "--top-k", 20, "--global-seed", 5)
+    drawn = sample.get_args([str(flag) for flag in (
+        *how, "--num-fid-samples", 10, "--batch-size", 4, "--output", "samples.npz")])
+    sample.main(drawn)
+    write_samples("reference.npz", 6, size=16)
+    call("generation", "--samples", "samples.npz", "--reference", "reference.npz", "--global-seed", 5, *RANDOM)
+    call("generation", *how, "--num-samples", 10, "--sampling-batch-size", 4, "--batch-size", 3,
+         "--reference", "reference.npz", *RANDOM)
+    stored, streamed = results()
+    assert values(streamed) == values(stored) and values(streamed)["fid"] > 0
+    assert streamed["sampling"] == stored["sampling"] and streamed["sampling"]["cfg_scale"] == [1.5, 3]
+    assert streamed["samples"] == {"path": str(ar_checkpoint), "size": [16, 16],
+                                   "sha256": runtime.sha256_of(ar_checkpoint)}
+    call("generation", *how[:-1], 6, "--num-samples", 10, "--reference", "reference.npz", *RANDOM)
+    assert values(results()[-1])["fid"] != values(streamed)["fid"]     # another seed, other pictures
+
+
+def test_without_flags_it_takes_the_newest_npz_else_draws_from_the_newest_model(ar_checkpoint, place, quick,
+                                                                                monkeypatch):
+    with pytest.raises(runtime.UserError, match="no samples .* no AR model .* in runs/ar"):
+        call("generation", *RANDOM)
+    monkeypatch.chdir(ar_checkpoint.parents[2])
+    monkeypatch.setattr(sample, "generate", lambda model, decoder, labels, seeds, batch_size, **how: (
+        torch.zeros(len(part), 3, 16, 16, dtype=torch.uint8)           # 5,000 real ones would take minutes
+        for part in torch.tensor(labels).split(batch_size)))
+    call("generation", *RANDOM, "--max-images", 4, "--output", place)
+    result, = results(place)
+    assert result["n"] == 5_000 and result["sampling"]["checkpoint"]["name"] == ar_checkpoint.name
+    pathlib.Path("runs/samples").mkdir(parents=True)
+    write_samples("runs/samples/new.npz", 5, size=16)
+    call("generation", *RANDOM, "--output", place)
+    assert results(place)[-1]["samples"]["path"] == "runs/samples/new.npz"
+
+
+def test_flags_on_how_to_draw_do_not_go_with_stored_samples(place):
+    write_samples("samples.npz", 4)
+    with pytest.raises(runtime.UserError, match="--samples samples.npz is drawn already.*--ckpt, --top-p"):
+        call("generation", "--samples", "samples.npz", "--ckpt", "some.pt", "--top-p", 0.9, *RANDOM)
 
 
 def test_a_folder_and_an_npz_of_the_same_pictures_give_the_same_numbers(place, quick):
@@ -344,7 +424,8 @@ def test_samples_round_trip_through_npz_mapped_or_compressed(place):
     np.savez_compressed("packed.npz", arr_0=pixels)
     for path, mapped in (("plain.npz", True), ("packed.npz", False)):
         samples = evaluate.SampleArray(path)
-        assert isinstance(samples.images, np.memmap) == mapped and (len(samples), samples.size) == (4, (32, 32))
+        assert isinstance(samples.images, np.memmap) == mapped
+        assert (len(samples), samples.size) == (4, (32, 32))
         image, _, index = samples[2]
         assert index == 2 and np.array_equal(image.permute(1, 2, 0).numpy(), pixels[2])
 
@@ -413,8 +494,9 @@ def fake_result(**changes):
 
 
 @pytest.mark.parametrize("number, rows, some", [
-    (1, 5, ["262144 codes, 256x256, 16x", "16384 codes, 256x256, 16x"]), (2, 3, ["343.57M, 24, 2, 1024, 16", "1486.68M"]),
-    (3, 2, ["1.18", "8.6"]), (4, 21, ["22.64", "27.02", "0.59", "162"]), (5, 24, ["258.26", "18.65", "323.7"]),
+    (1, 5, ["262144 codes, 256x256, 16x", "16384 codes, 256x256, 16x"]),
+    (2, 3, ["343.57M, 24, 2, 1024, 16", "1486.68M"]), (3, 2, ["1.18", "8.6"]),
+    (4, 21, ["22.64", "27.02", "0.59", "162"]), (5, 24, ["258.26", "18.65", "323.7"]),
     (6, 9, ["6.76", "0.78", "11.97"])])
 def test_every_table_has_all_its_rows_and_says_how_to_measure_ours(place, capsys, number, rows, some):
     call("table", number)
@@ -425,9 +507,10 @@ def test_every_table_has_all_its_rows_and_says_how_to_measure_ours(place, capsys
                | {len(evaluate.TABLES[number][1].split("|"))}) == 1    # no cell is missing
     commands = [line.strip() for line in printed.splitlines() if line.startswith("  python")]
     assert len(commands) == {1: 0, 2: 0, 3: 1, 4: 2, 5: 3, 6: 8}[number]
-    for command in commands:                                           # the parser accepts what the table prints
+    for command in commands:                                           # it accepts what it prints
         script, *flags = shlex.split(command.split("&&")[-1])[1:]
-        assert script == "evaluate.py" and evaluate.get_args(flags).command in ("reconstruction", "generation")
+        assert script == "evaluate.py"
+        assert evaluate.get_args(flags).command in ("reconstruction", "generation")
 
 
 @pytest.mark.parametrize("changes, shown", [
@@ -436,7 +519,7 @@ def test_every_table_has_all_its_rows_and_says_how_to_measure_ours(place, capsys
     ({"checkpoint": {"name": "step-00001000.pt", "preset": "in1k-256"}}, True),
     ({"checkpoint": {"name": "step-00001000.pt", "preset": "toy"}}, False),
     ({"checkpoint": {"name": "pretrain256_262144.ckpt", "preset": "in1k-256"}}, False)])
-def test_a_table_shows_only_results_of_the_same_checkpoint_data_size_and_protocol(place, capsys, changes, shown):
+def test_a_table_shows_only_results_of_its_checkpoint_data_size_and_protocol(place, capsys, changes, shown):
     runtime.write_json("runs/evaluation/one.json", fake_result(**changes))
     call("table", 4)
     printed = capsys.readouterr().out
@@ -447,7 +530,7 @@ def test_a_table_shows_only_results_of_the_same_checkpoint_data_size_and_protoco
 def test_download_fetches_the_published_checkpoints_of_the_table(place, monkeypatch, capsys):
     fetched = []
     monkeypatch.setattr(torch.hub, "download_url_to_file",
-                        lambda url, path, **kwargs: fetched.append(url) or pathlib.Path(path).write_bytes(b""))
+                        lambda url, path, **kw: fetched.append(url) or pathlib.Path(path).write_bytes(b""))
     call("table", 4, "--download", "--weights-dir", place)
-    assert fetched == [f"https://huggingface.co/TencentARC/Open-MAGVIT2-Tokenizer-{size}-resolution/resolve/main/"
-                       f"imagenet_{size}_L.ckpt" for size in (256, 128)]
+    assert fetched == [f"https://huggingface.co/TencentARC/Open-MAGVIT2-Tokenizer-{size}-resolution/resolve/"
+                       f"main/imagenet_{size}_L.ckpt" for size in (256, 128)]

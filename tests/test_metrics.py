@@ -29,7 +29,7 @@ def pair(count=3, height=40, width=53):
 
 
 def randomised(network, seed=0):
-    """`network` in eval mode with random weights and random BatchNorm statistics, so that each of them matters."""
+    """`network` in eval mode with random weights and BatchNorm statistics, so that each of them matters."""
     evaluate.randomise(network, seed)
     generator = torch.Generator().manual_seed(seed)
     for name, buffer in network.named_buffers():
@@ -74,7 +74,7 @@ def test_a_picture_compared_with_itself_has_infinite_psnr_and_ssim_one():
     reference, _ = pair()
     for protocol in ("clean", "seed"):
         assert torch.isinf(evaluate.psnr(reference, reference, protocol)).all()
-        assert torch.allclose(evaluate.ssim(reference, reference, protocol), torch.ones(3, dtype=torch.float64))
+        assert evaluate.ssim(reference, reference, protocol).tolist() == pytest.approx([1, 1, 1])
 
 
 def test_protocol_seed_darkens_exactly_the_levels_1_to_95_of_an_original_and_clean_none():
@@ -153,7 +153,8 @@ def test_inception_features_and_logits_are_those_of_torch_fidelity_with_the_tf1_
 def test_spatial_features_are_the_first_seven_channels_of_mixed_6d_in_nhwc_order(inception):
     network, _ = inception
     seen = []
-    handle = network.Mixed_6d.branch1x1.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    branch = network.Mixed_6d.branch1x1
+    handle = branch.register_forward_hook(lambda module, inputs, output: seen.append(output))
     _, spatial, _ = network(evaluate.inception_input(pictures(1, 40, 40), "tf1"))
     handle.remove()
     assert spatial.shape == (1, 17 * 17 * 7)
@@ -177,7 +178,7 @@ def test_lpips_is_that_of_the_lpips_package_with_its_real_linear_heads(net):
     theirs = package.LPIPS(net=net, pnet_rand=True, verbose=False).eval()          # random trunk, real heads
     ours = train_tokenizer.LPIPS(net)
     trunk = {}
-    for name, tensor in theirs.net.state_dict().items():                           # slice3.8.weight -> 8.weight
+    for name, tensor in theirs.net.state_dict().items():                       # slice3.8.weight -> 8.weight
         trunk[f"features.{name.split('.', 1)[1]}"] = tensor
     heads = {f"heads.{i}": getattr(theirs, f"lin{i}").model[1].weight for i in range(5)}
     assert all((head >= 0).all() for head in heads.values())
@@ -211,7 +212,8 @@ def test_i3d_is_the_network_of_an_independent_port():
 
 def test_i3d_sees_every_frame_and_refuses_clips_that_are_too_short():
     network = randomised(evaluate.I3D())
-    clips = torch.randint(0, 256, (1, 9, 3, 32, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    clips = torch.randint(0, 256, (1, 9, 3, 32, 40), dtype=torch.uint8, generator=generator)
     inputs = evaluate.i3d_input(clips)
     assert inputs.shape == (1, 3, 9, 224, 224) and -1 <= inputs.min() and inputs.max() <= 1
     changed = inputs.clone()
@@ -271,8 +273,8 @@ def frechet_by_sqrtm(x, y):
 
 def frechet(x, y):
     """`evaluate.frechet_distance` of two sets of features."""
-    return evaluate.frechet_distance(*moments_of(x).mean_and_covariance(), *moments_of(y).mean_and_covariance(),
-                                     len(x), len(y))
+    statistics = [*moments_of(x).mean_and_covariance(), *moments_of(y).mean_and_covariance()]
+    return evaluate.frechet_distance(*statistics, len(x), len(y))
 
 
 def test_the_frechet_distance_equals_scipys_sqrtm():
@@ -294,7 +296,7 @@ def test_the_frechet_distance_of_a_set_to_itself_is_zero(count):
 
 
 def test_the_frechet_distance_refuses_different_features_and_damaged_statistics():
-    x, y = moments_of(features(50, 8, 1)).mean_and_covariance(), moments_of(features(50, 9, 1)).mean_and_covariance()
+    x, y = [moments_of(features(50, dim, 1)).mean_and_covariance() for dim in (8, 9)]
     with pytest.raises(runtime.UserError, match="8 and 9 features"):
         evaluate.frechet_distance(*x, *y)
     with pytest.raises(runtime.UserError, match="negative eigenvalues"):
@@ -332,8 +334,8 @@ def test_precision_and_recall_are_those_of_prdc_and_torch_fidelity(rows):
     theirs = prdc.compute_prdc(real.double().numpy(), fake.double().numpy(), nearest_k=3)
     assert (precision, recall) == (pytest.approx(theirs["precision"], abs=1e-5),
                                    pytest.approx(theirs["recall"], abs=1e-5))
-    theirs = module.prc_features_to_metric(fake, real, prc_neighborhood=3, prc_batch_size=100, save_cpu_ram=False,
-                                           verbose=False)
+    theirs = module.prc_features_to_metric(fake, real, prc_neighborhood=3, prc_batch_size=100,
+                                           save_cpu_ram=False, verbose=False)
     assert (precision, recall) == (pytest.approx(theirs["precision"], abs=1e-5),
                                    pytest.approx(theirs["recall"], abs=1e-5))
     assert 0.2 < recall < 0.98 and 0.2 < precision < 0.98              # a case that can tell right from wrong

@@ -23,11 +23,11 @@ import train_ar
 from helpers import ROOT
 
 # A model so small that a step takes milliseconds, for tokens of 4 x 4 and 3 + 3 bits.
-TINY = ["--split", 3, 3, "--width", 32, "--heads", 2, "--inter-blocks", 1, "--global-batch-size", 4, "--warmup", 2,
-        "--log-every", 1, "--grid-size", 3, "--encode-batch-size", 2]
+TINY = ["--split", 3, 3, "--width", 32, "--heads", 2, "--inter-blocks", 1, "--global-batch-size", 4,
+        "--warmup", 2, "--log-every", 1, "--grid-size", 3, "--encode-batch-size", 2]
 DROPOUT = ["--token-dropout", 0.1, "--attention-dropout", 0.1, "--ffn-dropout", 0.1]
 NO_DROPOUT = ["--token-dropout", 0, "--attention-dropout", 0, "--ffn-dropout", 0, "--label-dropout", 0]
-CLOCK = ("images/s", "tokens/s", "tflops", "mfu")                          # logged, but different in every run
+CLOCK = ("images/s", "tokens/s", "tflops", "mfu")                        # logged, but of no two runs the same
 
 
 @pytest.fixture(autouse=True)
@@ -42,8 +42,8 @@ def one_thread():
 def save_tokenizer(path, data_path=None, seed=0, **changes):
     """A checkpoint as train_tokenizer.py leaves it, untrained: 16 x 16 pixels to 4 x 4 codes of 6 bits."""
     torch.manual_seed(seed)
-    shape = dict(resolution=16, channels=32, channel_multipliers=(1, 2), blocks=1, mid_blocks=0, patch=2, bits=6)
-    config = tok.TokenizerConfig(**{**shape, **changes})
+    shape = dict(resolution=16, channels=32, channel_multipliers=(1, 2), blocks=1, mid_blocks=0, patch=2)
+    config = tok.TokenizerConfig(**{**shape, "bits": 6, **changes})
     state = tok.Tokenizer(config).state_dict()
     runtime.save_checkpoint(path, {"format": tok.FORMAT, "config": tok.config_to_dict(config), "step": 7,
                                    "model": state, "ema": {}, "args": {"data_path": data_path}})
@@ -85,8 +85,8 @@ def run_rank(script, flags, rank, ranks, port):
 
 
 def start_ranks(script, *flags, ranks):
-    """The processes of a run as under torchrun. They are forks of a server that has imported torch, once for all
-    tests, which is most of the time that such a run takes."""
+    """The processes of a run as under torchrun: forks of a server that imports torch once for all tests,
+    which is most of the time that a short run takes."""
     before = dict(os.environ)
     os.environ.update(PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}", OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")
     context = multiprocessing.get_context("forkserver")
@@ -94,7 +94,8 @@ def start_ranks(script, *flags, ranks):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    processes = [context.Process(target=run_rank, args=(script, [str(flag) for flag in flags], rank, ranks, port))
+    flags = [str(flag) for flag in flags]
+    processes = [context.Process(target=run_rank, args=(script, flags, rank, ranks, port))
                  for rank in range(ranks)]
     for process in processes:
         process.start()
@@ -173,7 +174,8 @@ def test_learning_rate_hits_its_landmarks():
     ("AR-B", 3e-4, 6, 300, 0.569), ("AR-L", 3e-4, 6, 300, 1.337), ("AR-XL", 2.4e-4, 7, 350, 2.474)])
 def test_presets_carry_the_published_hyper_parameters(preset, lr, warmup, epochs, tera):
     args = train_ar.get_args(["--preset", preset])
-    assert (args.lr, args.warmup, args.length, args.global_batch_size) == (lr, f"{warmup}ep", f"{epochs}ep", 768)
+    assert (args.lr, args.warmup, args.length) == (lr, f"{warmup}ep", f"{epochs}ep")
+    assert args.global_batch_size == 768
     assert (args.beta1, args.beta2, args.weight_decay, args.max_grad_norm) == (0.9, 0.95, 0.05, 1)
     assert (args.warmup_start, args.constant_part, args.final_lr, args.ema_decay) == (0.005, 0.05, 0.1, 0)
     assert train_ar.rate_is_per_epoch(args)
@@ -197,7 +199,8 @@ def test_matrices_decay_and_vectors_do_not():
 def test_mfu_of_a_known_gpu_is_the_part_of_its_peak(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     report = train_ar.speed_report(ar_model.PRESETS["AR-B"], 617, torch.device("cuda"))
-    assert report["tflops"] == pytest.approx(351, abs=1) and report["mfu"] == pytest.approx(351 / 989, abs=1e-3)
+    assert report["tflops"] == pytest.approx(351, abs=1)
+    assert report["mfu"] == pytest.approx(351 / 989, abs=1e-3)
     assert report["tokens/s"] == 617 * 256
     assert "mfu" not in train_ar.speed_report(ar_model.PRESETS["AR-B"], 617, torch.device("cpu"))
 
@@ -212,10 +215,12 @@ def test_stored_tokens_are_the_codes_of_every_image(tmp_path, stage1):
         codes, header = tokens_in(tmp_path / f"{name}.bin")
         dataset = data.build_dataset(images, split, 16)
         expected = tokenizer.encode(data.to_float(torch.stack([dataset[i][0] for i in range(count)])))
-        assert codes.shape == (count, 1, 16) and (codes == expected.reshape(count, 1, 16).numpy()).mean() > 0.999
+        expected = expected.reshape(count, 1, 16).numpy()
+        assert codes.shape == expected.shape and (codes == expected).mean() > 0.999
         assert header["labels"] == [i // (count // 3) for i in range(count)] and header["missing"] == []
         assert header["classes"] == ["ant", "bee", "cat"] and header["grid"] == [4, 4]
-        assert header["tokenizer"] == {"path": path, "sha256": info["sha256"], "weights": "raw", "preset": "custom"}
+        made_with = {"path": path, "sha256": info["sha256"], "weights": "raw", "preset": "custom"}
+        assert header["tokenizer"] == made_with
         assert header["vocabulary"] == 64 and header["image_size"] == 16 and header["data"]["length"] == count
     assert not list(tmp_path.glob("*.parts"))
 
@@ -237,7 +242,7 @@ def test_a_broken_image_is_recorded_as_missing_and_skipped(tmp_path):
     images = pathlib.Path(save_images(tmp_path / "images"))
     (images / "train" / "bee" / "03.png").write_bytes(b"no picture")
     flags = [*TINY, "--tokenizer", save_tokenizer(tmp_path / "a.pt"), "--data-path", images, "--length", 30]
-    train(tmp_path / "run", *flags)                                        # one epoch: all images are asked for
+    train(tmp_path / "run", *flags)                                       # an epoch: every image is asked for
     codes, header = tokens_in(tmp_path / "run" / "tokens.bin")
     assert header["missing"] == [43] and (codes[43] == train_ar.MISSING).all() and codes[44].max() < 64
     tokens = train_ar.Tokens(tmp_path / "run" / "tokens.bin", header)
@@ -323,9 +328,10 @@ def test_two_ranks_equal_one_process_with_the_double_batch(tmp_path, stage1):
         assert one[step].keys() == two[step].keys()
         for name, value in one[step].items():
             assert two[step][name] == pytest.approx(value, rel=1e-5, abs=1e-5), (step, name)
+    one, two = newest(tmp_path / "one"), newest(tmp_path / "two")
     for part in ("model", "ema"):
-        for name, tensor in newest(tmp_path / "one")[part].items():
-            torch.testing.assert_close(newest(tmp_path / "two")[part][name], tensor, atol=1e-5, rtol=1e-5, msg=name)
+        for name, tensor in one[part].items():
+            torch.testing.assert_close(two[part][name], tensor, atol=1e-5, rtol=1e-5, msg=name)
 
 
 def test_accumulation_of_micro_batches_is_the_same_gradient(tmp_path, stage1):
@@ -341,7 +347,8 @@ def test_accumulation_of_micro_batches_is_the_same_gradient(tmp_path, stage1):
 def test_killed_and_resumed_is_bit_identical_to_uninterrupted(tmp_path, stage1, ranks):
     # log-every 3 does not divide the checkpoints' steps: the averages between two lines must survive as well.
     flags = [*TINY, *DROPOUT, "--tokenizer", stage1[0], "--length", 40, "--ema-decay", 0.9, "--ten-crop",
-             "--accumulation", 2, "--log-every", 3, "--val-every", 4, "--grid-every", 20, "--checkpoint-every", 1]
+             "--accumulation", 2, "--log-every", 3, "--val-every", 4, "--grid-every", 20,
+             "--checkpoint-every", 1]
     run_ranks("train_ar", "--results-dir", tmp_path / "whole", *flags, ranks=ranks)
     killed = tmp_path / "killed"
     processes = start_ranks("train_ar", "--results-dir", killed, *flags, ranks=ranks)
@@ -375,17 +382,20 @@ def test_sigterm_saves_and_resume_continues(tmp_path, stage1, monkeypatch, capsy
 
 def test_a_few_images_are_learned_by_heart_and_the_loss_starts_at_the_number_of_bits(tmp_path):
     images = save_images(tmp_path / "images", train=2, val=1)
-    train(tmp_path / "run", *TINY, *NO_DROPOUT, "--tokenizer", save_tokenizer(tmp_path / "a.pt"), "--data-path", images,
-          "--length", 300, "--lr", 1e-2, "--warmup", 10, "--global-batch-size", 6, "--val-every", 1)
+    tokenizer = save_tokenizer(tmp_path / "a.pt", images)
+    train(tmp_path / "run", *TINY, *NO_DROPOUT, "--tokenizer", tokenizer, "--length", 300, "--lr", 1e-2,
+          "--warmup", 10, "--global-batch-size", 6, "--val-every", 50)
     log = logged(tmp_path / "run")
     assert log[1]["loss"] == pytest.approx(6 * math.log(2)) and log[1]["bits"] == pytest.approx(6)
     assert log[1]["loss/1"] + log[1]["loss/2"] == pytest.approx(log[1]["loss"])
-    assert log[1]["perplexity"] == pytest.approx(64) and log[1]["bits_per_pixel"] == pytest.approx(6 * 16 / 256)
+    assert log[1]["perplexity"] == pytest.approx(64)
+    assert log[1]["bits_per_pixel"] == pytest.approx(6 * 16 / 256)
     assert log[300]["bits"] < 0.5 < 6 < log[300]["val_bits"]              # noise held out cannot be known
 
 
 def test_validation_is_the_loss_of_the_averaged_weights_on_all_held_out_tokens(tmp_path, stage1):
-    train(tmp_path, *TINY, *DROPOUT, "--tokenizer", stage1[0], "--length", 5, "--ema-decay", 0.9, "--lr", 1e-2)
+    train(tmp_path, *TINY, *DROPOUT, "--tokenizer", stage1[0], "--length", 5, "--ema-decay", 0.9,
+          "--lr", 1e-2)
     model, info = ar_model.load_ar(runtime.latest_checkpoint(tmp_path))
     codes, header = tokens_in(tmp_path / "tokens-val.bin")
     subtokens = tok.ids_to_subtokens(torch.from_numpy(codes[:, 0].astype(np.int64)), (3, 3))
@@ -433,9 +443,9 @@ def test_every_training_flag_runs(tmp_path, stage1, flags):
 
 
 def test_the_published_rate_changes_once_an_epoch(tmp_path, stage1):
-    train(tmp_path, *TINY, "--tokenizer", stage1[0], "--lr", 1, "--lr-per-epoch", "--length", "4ep", "--warmup", "2ep",
-          "--global-batch-size", 60, "--warmup-start", 0.5, "--constant-part", 0, "--final-lr", 0.25,
-          "--max-grad-norm", 1e-6)
+    train(tmp_path, *TINY, "--tokenizer", stage1[0], "--lr", 1, "--lr-per-epoch", "--length", "4ep",
+          "--warmup", "2ep", "--global-batch-size", 60, "--warmup-start", 0.5, "--constant-part", 0,
+          "--final-lr", 0.25, "--max-grad-norm", 1e-6)
     assert [line["lr"] for line in logged(tmp_path).values()] == [0.5, 0.5, 0.75, 0.75, 1, 1, 0.25, 0.25]
 
 
@@ -447,13 +457,26 @@ def test_compiled_blocks_learn_the_same(tmp_path, stage1, monkeypatch):
     flags = [*TINY, *NO_DROPOUT, "--tokenizer", stage1[0], "--length", 3]
     train(tmp_path / "eager", *flags)
     train(tmp_path / "compiled", *flags, "--compile")
-    assert logged(tmp_path / "compiled")[3]["loss"] == pytest.approx(logged(tmp_path / "eager")[3]["loss"], rel=1e-5)
+    losses = [logged(tmp_path / name)[3]["loss"] for name in ("compiled", "eager")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert newest(tmp_path / "compiled")["model"].keys() == newest(tmp_path / "eager")["model"].keys()
 
 
-def test_a_loss_that_is_not_finite_skips_steps_and_then_stops_with_its_name(tmp_path, stage1):
-    with pytest.raises(runtime.UserError, match="loss was not finite in 10 steps in a row"):
-        train(tmp_path, *TINY, "--tokenizer", stage1[0], "--length", 30, "--lr", 1e30, "--warmup", 0)
+def test_a_loss_that_is_not_finite_skips_steps_and_then_stops_with_its_name(tmp_path, stage1, monkeypatch):
+    true_loss, calls = ar_model.loss, []
+
+    def loss(logits, subtokens):
+        calls.append(1)
+        factor = float("nan") if len(calls) in (3, 5) or len(calls) > 8 else 1.0
+        return true_loss([logits[0], logits[1] * factor], subtokens)
+    monkeypatch.setattr(ar_model, "loss", loss)
+    with pytest.raises(runtime.UserError, match="loss/2 was not finite in 10 steps in a row"):
+        train(tmp_path, *TINY, "--tokenizer", stage1[0], "--length", 30, "--checkpoint-every", 1,
+              "--val-every", 30)
+    saved, log = newest(tmp_path), logged(tmp_path)
+    assert saved["step"] == 17 and saved["skipped"] == 11 and saved["in_a_row"] == 9
+    assert log[8]["skipped_steps"] == 2 and "loss" not in log[5] and math.isfinite(log[6]["loss"])
+    assert all(tensor.isfinite().all() for tensor in saved["model"].values())
 
 
 def test_with_no_flags_it_takes_the_newest_tokenizer_and_its_data(tmp_path, monkeypatch, capsys):
@@ -464,7 +487,8 @@ def test_with_no_flags_it_takes_the_newest_tokenizer_and_its_data(tmp_path, monk
     save_tokenizer("runs/tokenizer/step-00000002.pt", "generated-plain", bits=10, resolution=32)
     train_ar.main(train_ar.get_args(["--dry-run"]))
     plan = capsys.readouterr().out
-    assert "8 x 8 of 5 + 5 bits, by runs/tokenizer/step-00000002.pt" in plan and "generated-plain, 20,000" in plan
+    assert "8 x 8 of 5 + 5 bits, by runs/tokenizer/step-00000002.pt" in plan
+    assert "generated-plain, 20,000" in plan
     assert not (tmp_path / "runs" / "ar").exists()
 
 
@@ -510,14 +534,16 @@ def test_a_run_is_neither_overwritten_nor_continued_as_another(tmp_path, stage1)
     train(tmp_path / "run", *flags, "--length", 1)
     before = (tmp_path / "run" / "step-00000001.pt").read_bytes()
     other = save_tokenizer(tmp_path / "other.pt", images, seed=1)
+    others = save_images(tmp_path / "others", seed=1)
     for more, message in (
         ([], "--resume"),
         (["--resume", "--inter-blocks", 2], "inter_blocks: 1 there, 2 here"),
         (["--resume", "--global-batch-size", 8], "global_batch_size: 4"),
         (["--resume", "--ema-decay", 0.9], "--ema-decay"),
         (["--resume", "--ten-crop", "--tokens", tmp_path / "ten.bin"], "ten_crop: False there"),
-        (["--resume", "--tokenizer", other, "--tokens", tmp_path / "x.bin"], f"{re.escape(path)}.*{re.escape(other)}"),
-        (["--resume", "--data-path", save_images(tmp_path / "b", 1), "--tokens", tmp_path / "y.bin"], "data set"),
+        (["--resume", "--tokenizer", other, "--tokens", tmp_path / "x.bin"], f"{path}.*{other}"),
+        (["--resume", "--data-path", others, "--tokens", tmp_path / "y.bin"], "data set"),
+        (["--resume", "--weight-decay", 0], "weight_decay: 0.05 there"),
         (["--resume", path], "not a training checkpoint"),
     ):
         with pytest.raises(runtime.UserError, match=message):
