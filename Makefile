@@ -34,7 +34,7 @@ $(VENV)/installed: pyproject.toml | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/tested: pyproject.toml | $(VENV)/bin/python
-	$(VENV)/bin/python -m pip install --quiet --editable '.[test,video]'
+	$(VENV)/bin/python -m pip install --quiet --editable '.[test]'
 	touch $@ $(VENV)/installed
 
 clean:

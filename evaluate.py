@@ -1119,8 +1119,10 @@ def stored_samples(path, args):
     """
     samples, source = open_samples(path)
     n = len(samples)
-    digest = runtime.sha256_of if pathlib.Path(path).is_file() else lambda _: fingerprint(samples, range(n))
-    record = {"samples": {"path": str(path), "size": list(samples.size), "sha256": on_main(digest, path)}}
+    def digest():
+        is_file = pathlib.Path(path).is_file()
+        return runtime.sha256_of(path) if is_file else fingerprint(samples, list(range(n)))
+    record = {"samples": {"path": str(path), "size": list(samples.size), "sha256": on_main(digest)}}
     made_by = pathlib.Path(path).with_suffix(".json")
     if made_by.is_file():
         record["sampling"] = json.loads(made_by.read_text())

@@ -1,15 +1,12 @@
-"""Everything that is not the paper: process group, user errors, checkpoints on disk, logs, downloads,
-pictures.
+"""Everything that is not the paper: processes, user errors, checkpoints on disk, logs, downloads, pictures.
 
 The other files are lectures on tokenizers and transformers; this one keeps the plumbing out of their way.
 Nothing here knows what a token is. Two habits run through it:
 
 * One code path with and without torchrun. A process group always exists (one process talks to itself through
-an
-  in-memory store, no port needed), so training loops never ask "am I distributed?".
+  an in-memory store, no port needed), so training loops never ask "am I distributed?".
 * A user's mistake raises `UserError` with one line that names the cause and the fix; `run_script` prints it
-and
-  leaves with status 2. Tracebacks are for our own bugs.
+  and leaves with status 2. Tracebacks are for our own bugs.
 """
 import argparse
 import collections
@@ -43,8 +40,7 @@ class UserError(Exception):
 
 
 def require(condition, message):
-    """Raise `UserError(message)` unless `condition` holds. For what users give us; `assert` is for our
-    invariants."""
+    """Raise `UserError(message)` unless `condition` holds: for what users give us, where `assert` is for us."""
     if not condition:
         raise UserError(message)
 
@@ -186,8 +182,7 @@ def all_reduce_mean(tensor):
 
 
 def distributed(module, device):
-    """`module` in DistributedDataParallel: gradients are averaged over ranks, buffers stay those of each
-    rank."""
+    """`module` in DistributedDataParallel: gradients are averaged over ranks, buffers are each rank's own."""
     options = dict(device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
     try:
         return DistributedDataParallel(module, forward_sync_buffers=False, **options)      # torch >= 2.13
@@ -205,8 +200,7 @@ def gather_objects(value):
 
 
 def first_of_any_rank(value):
-    """The first `value` over the ranks that is not None, on every rank; None if all are. Cheap when all
-    are."""
+    """The first `value` of any rank that is not None, on every rank. Cheap when all are None."""
     found = torch.tensor(int(value is not None))
     if world_size() > 1:
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
@@ -231,8 +225,7 @@ class StopRequest:
         signal.signal(number, signal.SIG_DFL)
 
     def agreed(self):
-        """The signal's number if any rank has received one, else 0. A collective: every rank must ask equally
-        often."""
+        """The signal's number if any rank has received one, else 0. A collective, to be called in step."""
         flag = torch.tensor(self.signal)
         if world_size() > 1:
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
@@ -262,8 +255,7 @@ def autocast(device, mixed_precision):
 # ------------------------------------------------------------------------------------------------------------
 
 def save_checkpoint(path, checkpoint):
-    """Write atomically: a reader sees the old file or the whole new one, also if we are killed or the disk
-    fills."""
+    """Write atomically: a kill or a full disk leaves the old file, or the whole new one, and nothing between."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -375,8 +367,7 @@ def rng_states():
 
 
 def restore_rng_state(states):
-    """Restore what `rng_states` saved, for this rank. A larger world than saved starts its new ranks
-    afresh."""
+    """Restore what `rng_states` saved for this rank. Ranks that the saved run did not have start afresh."""
     if rank() < len(states):
         torch.set_rng_state(states[rank()]["cpu"])
         if torch.cuda.is_available() and "cuda" in states[rank()]:
@@ -537,8 +528,7 @@ class Logger:
             pass
 
     def log(self, step, values, show=()):
-        """Record the dict `values` (numbers, strings or lists of numbers) for `step`; `show` names what to
-        print."""
+        """Record the dict `values` (numbers or lists of numbers) for `step`; `show` names what to print."""
         if not is_main():
             return
         with open(self.path, "a") as file:
@@ -684,3 +674,62 @@ def image_grid(images, columns, labels=None, scale=1, gap=2):
                 text = text[:-1]
             draw.text((x + width / 2, y + height + caption / 2), text, fill="black", font=font, anchor="mm")
     return np.asarray(canvas)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Learning curves: python runtime.py runs/tokenizer runs/ar --values loss/l1 val_loss --output curves.png
+# ------------------------------------------------------------------------------------------------------------
+
+def read_metrics(results_dir):
+    """metrics.jsonl of a run as {name: ([steps], [values])}, numbers only."""
+    path = pathlib.Path(results_dir) / "metrics.jsonl"
+    require(path.exists(), f"{path} does not exist; name the --results-dir of a training run")
+    curves = {}
+    for line in path.read_text().splitlines():
+        values = json.loads(line)
+        step = values.pop("step")
+        for name, value in values.items():
+            if isinstance(value, (int, float)):
+                steps, numbers = curves.setdefault(name, ([], []))
+                steps.append(step)
+                numbers.append(value)
+    return curves
+
+
+def plot_curves(args):
+    """Draw one panel for each of `args.values`, with a line for each run that has logged it, as a PNG."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("curves need matplotlib; install it with: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    runs = {pathlib.Path(path).name or str(path): read_metrics(path) for path in args.runs}
+    known = sorted({name for curves in runs.values() for name in curves})
+    unknown = [name for name in args.values if name not in known]
+    require(not unknown, f"--values {' '.join(unknown)}: not logged; choose of {' '.join(known)}")
+    figure, panels = pyplot.subplots(1, len(args.values), figsize=(4.2 * len(args.values), 3), squeeze=False)
+    for panel, name in zip(panels[0], args.values):
+        for run, curves in runs.items():
+            if name in curves:
+                panel.plot(*curves[name], label=run)
+        panel.set(title=name, xlabel="step")
+        panel.grid(alpha=0.3)
+        panel.legend(frameon=False)
+    figure.tight_layout()
+    pathlib.Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(args.output, dpi=110, format="png")
+    print(f"curves: {args.output}")
+
+
+def get_args(argv=None):
+    """Flags of `python runtime.py`, which draws learning curves."""
+    parser = ArgumentParser("Draw the learning curves of one or more training runs.")
+    parser.add_argument("runs", nargs="+", help="--results-dir of each run")
+    parser.add_argument("--values", nargs="+", default=["loss/l1"], help="names in metrics.jsonl, a panel each")
+    parser.add_argument("--output", default="runs/curves.png", help="PNG to write")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    run_script(plot_curves, get_args)

@@ -72,8 +72,7 @@ def subtokens_to_ids(subtokens, split):
 
 
 class LFQ(nn.Module):
-    """Lookup-free quantisation (eq. 1): each channel of z becomes +1 where z > 0 and -1 elsewhere. No
-    parameters."""
+    """Lookup-free quantisation (eq. 1): each channel of z becomes +1 where z > 0, else -1. No parameters."""
 
     def __init__(self, bits):
         super().__init__()
@@ -90,8 +89,7 @@ class LFQ(nn.Module):
 
 
 class VQ(nn.Module):
-    """The classical alternative (table 3, "LFQ" off): a learned codebook, each vector takes its nearest
-    entry.
+    """The classical alternative (table 3, "LFQ" off): each vector takes the nearest entry of a codebook.
 
     Any codebook size works. Its entries learn from the codebook loss in train_tokenizer.py; entries that no
     vector chooses get no gradient and stay dead, which is the reason why large codebooks need LFQ.
@@ -103,8 +101,7 @@ class VQ(nn.Module):
         nn.init.uniform_(self.codebook.weight, -1 / codebook_size, 1 / codebook_size)   # VQ-VAE's usual start
 
     def forward(self, z):
-        """z (B, C, *S) to its nearest codes q (B, C, *S), differentiable in the codebook, and ids (B, *S)
-        int64."""
+        """z (B, C, *S) to the nearest entries q (B, C, *S), differentiable in the codebook, and ids (B, *S)."""
         with torch.no_grad():
             flat = z.movedim(1, -1).float()
             table = self.codebook.weight.float()
@@ -118,8 +115,7 @@ class VQ(nn.Module):
 
 
 def bit_products(p, q):
-    """Joint distribution of independent bits: p, q (N, k) = probabilities of 1 and 0, to (N, 2^k), bit 0
-    fastest."""
+    """Joint distribution (N, 2^k), bit 0 fastest, of independent bits with p, q (N, k) = chances of 1 and 0."""
     joint = p.new_ones(len(p), 1)
     for k in range(p.shape[1]):
         joint = torch.cat([joint * q[:, k:k + 1], joint * p[:, k:k + 1]], dim=1)
@@ -278,8 +274,7 @@ UPSAMPLERS = {"depth-to-space": Upsample, "nearest": NearestUpsample}
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """The shape of a tokenizer. Defaults: Open-MAGVIT2-I-In1k at 256 x 256 (table 1); switches: table 3's
-    columns."""
+    """The shape of a tokenizer. Defaults: Open-MAGVIT2-I-In1k, 256 x 256 (table 1). Switches: table 3."""
     resolution: int = 256                    # of the training pictures; any multiple of the stride works
     channels: int = 128                      # width of the first level
     channel_multipliers: tuple = (1, 1, 2, 2, 4)   # width of each level; each but the last halves the map
@@ -463,8 +458,7 @@ class Tokenizer(nn.Module):
                                                                                config.codebook_channels)
 
     def check_images(self, images):
-        """Raise `UserError` unless `images` is (B, 3, H, W) with sides that the stride divides, of 2 tokens
-        or more."""
+        """Raise `UserError` unless `images` is (B, 3, H, W), divides into tokens, and makes two or more."""
         stride = self.config.downsampling
         runtime.require(
             images.dim() == 4 and images.shape[1] == 3,
@@ -546,8 +540,7 @@ def config_from_names(state):
 
 
 def published_groups(state_dict, source):
-    """Sort the names of a published `state_dict` (image or video; ours is strict, theirs was not) into three
-    groups.
+    """Sort the names of a published `state_dict`, of an image or video tokenizer, into three groups.
 
     Returns {"model": .., "discriminator": .., "ema": ..}, each name -> tensor without its prefix. What a file
     holds:
@@ -604,8 +597,7 @@ def preset_name(config, presets=PRESETS):
 
 
 def load_tokenizer(path, ema=True, trust=False):
-    """Load an image tokenizer from one of our checkpoints, a published tokenizer file, or a published AR
-    file.
+    """Load an image tokenizer from a checkpoint of ours, a published tokenizer, or a published AR file.
 
     ema: take the averaged weights where the file has them (published results are with EMA), else the raw
     ones. trust: unpickle foreign classes too (see `runtime.load_checkpoint`).

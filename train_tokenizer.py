@@ -82,8 +82,7 @@ class LPIPS(nn.Module):
         return maps
 
     def forward(self, x, y):
-        """Distances (B,) of two batches of pictures (B, 3, H, W) in [-1, 1]. Gradients flow where they are
-        asked for."""
+        """Distances (B,) of two batches of pictures (B, 3, H, W) in [-1, 1], differentiable in both."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad):
             maps_x = self.taps_of(x)                             # a target needs no graph: half of the memory
         return sum((w * (fx - fy).square()).sum(1).mean((1, 2))
@@ -169,8 +168,7 @@ class BlurPool(nn.Module):
 
 
 class BlurPoolDiscriminator(nn.Module):
-    """The discriminator of pt-256-2^14: anti-aliased downsampling, and GroupNorm, so no batch statistics at
-    all."""
+    """The discriminator of pt-256-2^14: anti-aliased, and with GroupNorm, so no batch statistics."""
 
     def __init__(self):
         super().__init__()
@@ -218,8 +216,7 @@ def update_lecam(averages, real_logits, fake_logits, decay=0.999):
 
 
 def lecam_loss(averages, real_logits, fake_logits):
-    """LeCAM regularisation (Tseng et al., 2021): hold real logits near the average of the fakes, and vice
-    versa."""
+    """LeCAM (Tseng et al., 2021): holds real logits near the average of the fakes, and vice versa."""
     real_average, fake_average = averages
     return (F.relu(real_logits.float() - fake_average).square().mean()
             + F.relu(real_average - fake_logits.float()).square().mean())
@@ -753,8 +750,7 @@ def train(args, device, config, model, discriminator, dataset, preview):
 
 
 def load_perceptual(args):
-    """LPIPS for the objective. Raises `UserError` that names every way out where its weights cannot be
-    had."""
+    """LPIPS for the objective. Without its weights, raises `UserError` that names every way out."""
     try:
         return load_lpips("vgg", args.weights_dir, args.lpips_checkpoint)
     except runtime.UserError as error:

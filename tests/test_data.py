@@ -711,9 +711,10 @@ def test_real_pictures_are_read_as_published(name, split, count, classes):
 def test_resize_makes_small_crops_of_large_pictures(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    dataset = data.build_dataset(tmp_path, "train", 16, "center", resize=60)           # 60 x 90 stays as it is
+    dataset = data.build_dataset(tmp_path, "train", 16, "center", resize=60)    # 60 x 90 stays as it is
     assert torch.equal(dataset[0][0], torch.from_numpy(pixels[22:38, 37:53]).permute(2, 0, 1))
-    corners = {tuple(data.build_dataset(tmp_path, "train", 16, "random", resize=60)[0, seed][0][:, 0, 0].tolist())
+    cropped = data.build_dataset(tmp_path, "train", 16, "random", resize=60)
+    corners = {tuple(cropped[0, seed][0][:, 0, 0].tolist())
                for seed in range(20)}
     assert len(corners) > 10
     with pytest.raises(runtime.UserError, match="--resize 8"):

@@ -1,0 +1,256 @@
+"""Open-MAGVIT2-V: the tokenizer of clips. 17 frames of 128 x 128 become 5 x 16 x 16 codes, and codes become
+frames.
+
+It is the image tokenizer of tokenizer.py with a third axis (section 4.3 of the paper, and MAGVIT-v2): the same
+blocks, LFQ and entropy (eq. 1-3), built from causal 3D convolutions. Causal means that a frame sees itself
+and earlier frames only, so the first frame of a clip is a picture by itself, a picture is a clip of one
+frame, and the weights of an image tokenizer are a start for this one. What a strict reader must know: only
+the convolutions are causal. GroupNorm and adaptive GroupNorm take their statistics over T x H x W, and
+through them every frame has a say, faintly, in all others. The published model is like that too.
+
+    1. layers          causal convolution, down- and upsampling in time
+    2. model           VideoTokenizer, presets, loading, inflation of an image tokenizer
+
+To see one clip through it:
+
+    import torch, video
+    model, info = video.load_video_tokenizer("video_128_262144.ckpt")  # or one of our own checkpoints
+    ids = model.encode(torch.zeros(1, 3, 17, 128, 128))                # (1, 5, 16, 16), each 0 .. 2^18 - 1
+    clips = model.decode(ids)                                          # (1, 3, 17, 128, 128) in about [-1, 1]
+
+Axis letters: B clips, C channels, T frames, H W height and width, t h w of the code map, K bits of a code.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import runtime
+import tokenizer as tok
+import train_tokenizer as stage1
+
+# ------------------------------------------------------------------------------------------------------------
+# 1. Layers
+# ------------------------------------------------------------------------------------------------------------
+
+
+class CausalConv3d(nn.Conv3d):
+    """A 3D convolution that never looks ahead: in time it is padded in front only, by kernel - 1 black
+    frames.
+
+    Space is padded inside the convolution, at no cost. Padding time costs a copy, which the two cases that
+    need none avoid: 1x1x1 kernels, and clips of one frame.
+    """
+
+    def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, bias=True):
+        super().__init__(in_channels, out_channels, kernel_size, stride, (0, padding, padding), bias=bias)
+
+    def forward(self, x):
+        """x (B, C, T, H, W) to (B, C', T', H', W'), T' = T / stride rounded up."""
+        past = self.kernel_size[0] - 1
+        if past and x.shape[2] == 1:
+            # All slices of the kernel but the last would meet zeros: a picture needs a third of the work.
+            return F.conv3d(x, self.weight[:, :, -1:], self.bias, self.stride, self.padding)
+        return super().forward(F.pad(x, (0, 0, 0, 0, past, 0)) if past else x)
+
+
+class CausalAvgPool(nn.AvgPool3d):
+    """Average pooling with the first frame repeated in front, so that 1 + 2k frames become 1 + k."""
+
+    def forward(self, x):
+        """x (B, C, T, H, W) to (B, C, T', H', W'), T' = T / stride rounded up."""
+        past = self.kernel_size[0] - 1
+        return super().forward(F.pad(x, (0, 0, 0, 0, past, 0), mode="replicate") if past else x)
+
+
+def drop_second_frame(x):
+    """x (B, C, 2T, H, W) to frames 0, 2, 3, ...: (B, C, 2T - 1, H, W).
+
+    On the way down the first frame was alone under its kernel, so on the way up it becomes one frame, not
+    two.
+    """
+    return torch.cat([x[:, :, :1], x[:, :, 2:]], dim=2)
+
+
+class CausalUpsample(tok.Upsample):
+    """A causal conv, depth-to-space in the order (dt, dy, dx), and, where time was doubled, one frame
+    dropped."""
+
+    def forward(self, x):
+        """x (B, C, T, H, W) to (B, C, 2T - 1 or T, 2H, 2W)."""
+        x = super().forward(x)
+        return drop_second_frame(x) if self.block[0] == 2 else x
+
+
+class CausalNearestUpsample(tok.NearestUpsample):
+    """The baseline of table 3 for clips: repeat, drop the repetition of the first frame, then a causal
+    conv."""
+
+    def forward(self, x):
+        """x (B, C, T, H, W) to (B, C, 2T - 1 or T, 2H, 2W)."""
+        x = F.interpolate(x, scale_factor=tuple(map(float, self.block)), mode="nearest")
+        return self.conv1(drop_second_frame(x) if self.block[0] == 2 else x)
+
+
+UPSAMPLERS = {"depth-to-space": CausalUpsample, "nearest": CausalNearestUpsample}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 2. The model
+# ------------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class VideoTokenizerConfig(tok.TokenizerConfig):
+    """The shape of a video tokenizer. Defaults: Open-MAGVIT2-V on UCF-101; the rest as for pictures."""
+    resolution: int = 128
+    channel_multipliers: tuple = (1, 2, 2, 4)
+    frames: int = 17                         # of the training clips; any 1 + k * time_stride works
+    time_strides: tuple = ()                 # in time, between levels; (): 2 where the multiplier is above 1
+
+    def __post_init__(self):
+        super().__post_init__()
+        between = len(self.channel_multipliers) - 1
+        if not self.time_strides:
+            by_rule = tuple(1 if m == 1 else 2 for m in self.channel_multipliers[:between])
+            object.__setattr__(self, "time_strides", by_rule)              # the dataclass is frozen for others
+        runtime.require(
+            len(self.time_strides) == between and set(self.time_strides) <= {1, 2},
+            f"--time-strides {' '.join(map(str, self.time_strides))}: give a 1 or 2 for each of the {between} "
+            f"steps between the levels of --channel-multipliers",
+        )
+        runtime.require(
+            self.frames >= 1 and (self.frames - 1) % self.time_stride == 0,
+            f"--frames {self.frames}: must be 1 + a multiple of {self.time_stride}, the stride in time",
+        )
+
+    @property
+    def time_stride(self):
+        """Frames that one step of the code map stands for; its first step stands for the first frame
+        alone."""
+        return math.prod(self.time_strides)
+
+    @property
+    def strides(self):
+        """The factor between neighbouring levels along T, H and W, shallowest first."""
+        return [(stride, 2, 2) for stride in self.time_strides]
+
+    @property
+    def folds(self):
+        """How many samples along each axis `patch` folds into channels: pixels, but not frames."""
+        return 1, self.patch, self.patch
+
+
+PRESETS = {
+    "ucf-128": VideoTokenizerConfig(),
+    # For a laptop: 17 frames of 32 x 32, 5 x 4 x 4 tokens. With --channel-multipliers 1 2 2 the toy image
+    # tokenizer has the same names and shapes, and can be inflated.
+    "toy": VideoTokenizerConfig(resolution=32, channels=32, channel_multipliers=(1, 2, 2), blocks=1, mid_blocks=0,
+                                patch=2, bits=10, time_strides=(2, 2)),
+}
+
+
+class VideoTokenizer(tok.Tokenizer):
+    """Encoder, quantiser and decoder of clips. A picture is a clip of one frame: `images[:, :, None]`.
+
+    Everything but shapes is inherited: `forward`, `encode` (clips to ids (B, t, h, w)) and `decode`.
+    """
+
+    format = "open-magvit2-video-tokenizer"
+    unit = "clips"
+    code_map = "(B, t, h, w)"
+
+    def __init__(self, config):
+        super().__init__(config, tok.Encoder(config, CausalConv3d, CausalAvgPool),
+                         tok.Decoder(config, CausalConv3d, UPSAMPLERS))
+
+    def check_images(self, clips):
+        """Raise `UserError` unless `clips` is (B, 3, 1 + k * time_stride, H, W) with sides that the stride
+        divides, of 2 tokens or more."""
+        stride, time_stride = self.config.downsampling, self.config.time_stride
+        runtime.require(
+            clips.dim() == 5 and clips.shape[1] == 3,
+            f"the video tokenizer takes RGB clips (B, 3, T, H, W), not a tensor of {list(clips.shape)}; "
+            f"pictures are clips of one frame, images[:, :, None]",
+        )
+        frames, height, width = clips.shape[2:]
+        runtime.require(
+            (frames - 1) % time_stride == 0 and frames > 0,
+            f"a clip of {frames} frames does not divide into tokens; use 1 + a multiple of {time_stride}",
+        )
+        runtime.require(
+            height % stride == 0 and width % stride == 0 and frames * height * width > stride ** 2,
+            f"frames of {height} x {width} do not divide into tokens of {stride} x {stride}; "
+            f"use multiples of {stride} that make at least two tokens",
+        )
+
+
+def load_video_tokenizer(path, ema=True, trust=False):
+    """Load a video tokenizer from one of our checkpoints or from the published file.
+
+    ema: take the averaged weights where the file has them (published results are with EMA), else the raw
+    ones. trust: unpickle foreign classes too (see `runtime.load_checkpoint`). Returns (VideoTokenizer in eval
+    mode on the CPU, info) as `tokenizer.load_tokenizer` does. Strict: raises `UserError` listing missing and
+    unexpected names.
+    """
+    stored = runtime.load_checkpoint(path, trust)
+    if stored.get("format") == VideoTokenizer.format:
+        config, source, step = (
+            tok.config_from_dict(stored["config"], path, VideoTokenizerConfig), "ours", stored["step"]
+        )
+        raw, averages = stored["model"], stored["ema"] if ema else {}
+    else:
+        runtime.require(
+            "state_dict" in stored,
+            f"{path} is no video tokenizer (its format mark: {stored.get('format')}); an image tokenizer can "
+            f"only be the start of one (train --inflate-from)",
+        )
+        groups = tok.published_groups(stored["state_dict"], path)
+        runtime.require("encoder.conv_in.weight" not in groups["model"],
+                        f"{path} is an image tokenizer; it can only be the start of a video tokenizer "
+                        f"(train --inflate-from)")
+        raw, averages = without_wrapper(groups["model"]), {}
+        config, source = VideoTokenizerConfig(**vars(tok.config_from_names(raw))), "published"
+        step = stored.get("global_step")
+    model = VideoTokenizer(config)
+    runtime.load_state_strictly(model, raw, str(path))
+    if source == "published" and ema and groups["ema"]:
+        averages = without_wrapper(tok.published_averages(groups, path))
+    if averages:
+        runtime.load_state_strictly(model, {**raw, **averages}, f"the EMA weights in {path}")
+    info = {"preset": tok.preset_name(config, PRESETS), "weights": "EMA" if averages else "raw", "step": step,
+            "source": source, "sha256": runtime.sha256_of(path),
+            **{name: stored.get("args", {}).get(name) for name in ("data_path", "val_data_path", "resize")}}
+    return model.eval(), info
+
+
+def without_wrapper(state):
+    """Published names to ours: there, each causal convolution is a module around a `conv_1`."""
+    return {name.replace(".conv_1.", "."): tensor for name, tensor in state.items()}
+
+
+def inflate(image_state, video_model):
+    """Start a `VideoTokenizer` from the weights of an image tokenizer of the same levels and widths.
+
+    image_state: its state_dict, raw or averaged, ours or published (`tokenizer.load_tokenizer`). A 2D kernel
+    becomes the last slice in time of the 3D one, the slice that meets the present frame, and the past starts
+    at zero. An upsampler that doubles time has twice the channels, as (dt, dy, dx, C): both of its
+    frames start as the image's. All else is copied. On one frame the result is the image tokenizer; of a
+    clip, it sees each frame by itself (but for the norms). Raises `UserError` listing what does not fit.
+    """
+    own, state = video_model.state_dict(), {}
+    for name, tensor in image_state.items():
+        target = own.get(name, tensor)
+        if ".upsample." in name and len(target) == 2 * len(tensor):
+            tensor = torch.cat([tensor, tensor])
+        if target.dim() == 5 and tensor.dim() == 4:
+            tensor = F.pad(tensor[:, :, None], (0, 0, 0, 0, target.shape[2] - 1, 0))
+        state[name] = tensor
+    runtime.load_state_strictly(video_model, state, "the image tokenizer, inflated,")
+
+
+def patchgan_3d():
+    """The discriminator of clips: PatchGAN with 3 x 3 x 3 kernels, of which two in four leave time alone or
+    halve it."""
+    return stage1.PatchGAN(nn.Conv3d, nn.BatchNorm3d, kernel=3, strides=(2, (2, 2, 2), (1, 2, 2), 1))
