@@ -10,6 +10,17 @@ through them every frame has a say, faintly, in all others. The published model 
 
     1. layers          causal convolution, down- and upsampling in time
     2. model           VideoTokenizer, presets, loading, inflation of an image tokenizer
+    3. animations      clips as animated pictures and strips of frames
+    4. training        recipes, flags; objective and loop are those of train_tokenizer.py
+    5. reconstruction  clips of any length through a trained tokenizer
+
+    python video.py train                                              # the toy preset on generated clips
+    python video.py train --data-path clips --inflate-from runs/image/step-00002000.pt
+    torchrun --nproc-per-node=8 video.py train --preset ucf-128 --data-path ucf101 --num-workers 8 \\
+        --mixed-precision bf16 --activation-checkpointing --channels-last --resume \\
+        --inflate-from imagenet_128_L.ckpt                             # the published recipe
+    python video.py reconstruct                                        # held-out clips, beside the originals
+    python video.py reconstruct --ckpt video_128_262144.ckpt --input clip.avi --output clip.mp4
 
 To see one clip through it:
 
@@ -21,12 +32,18 @@ To see one clip through it:
 Axis letters: B clips, C channels, T frames, H W height and width, t h w of the code map, K bits of a code.
 """
 import math
+import os
+import pathlib
+import sys
+import time
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 
+import data
 import runtime
 import tokenizer as tok
 import train_tokenizer as stage1
@@ -250,7 +267,144 @@ def inflate(image_state, video_model):
     runtime.load_state_strictly(video_model, state, "the image tokenizer, inflated,")
 
 
+# ------------------------------------------------------------------------------------------------------------
+# 3. Animations
+# ------------------------------------------------------------------------------------------------------------
+
+ANIMATED = (".gif", ".webp")
+
+
+def save_animation(path, frames, fps=10.0):
+    """Write uint8 frames (T, 3, H, W) as an endless animated picture, .gif or .webp by `path`, atomically.
+
+    WebP is lossless. GIF has 256 colours a frame and shows a frame for a whole number of hundredths of a
+    second.
+    """
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    pictures = [Image.fromarray(frame) for frame in frames.permute(0, 2, 3, 1).numpy()]
+    try:
+        pictures[0].save(temporary, format=path.suffix[1:].upper(), save_all=True, append_images=pictures[1:],
+                         duration=max(20, round(1000 / fps)), loop=0, lossless=True)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def animated_rows(*rows, scale=1):
+    """Clips uint8 (N, 3, T, H, W) of each row over those of the next, as the frames (T, 3, h, w) of an
+    animation."""
+    clips = torch.cat(rows)
+    return torch.stack([torch.from_numpy(runtime.image_grid(clips[:, :, t], len(rows[0]), scale=scale))
+                        for t in range(clips.shape[2])]).permute(0, 3, 1, 2)
+
+
+def strip(clips, reconstructions, columns=6, scale=1):
+    """A uint8 picture (h, w, 3): for each of N clips uint8 (N, 3, T, H, W) a row of up to `columns` of its
+    frames, the first and last among them, and a row of the same frames of its reconstruction."""
+    frames = clips.shape[2]
+    shown = torch.linspace(0, frames - 1, min(columns, frames)).round().long()
+    pairs = torch.stack([clips, reconstructions], 1)[:, :, :, shown]                 # (N, 2, 3, F, H, W)
+    return runtime.image_grid(pairs.transpose(2, 3).flatten(0, 2), len(shown), scale=scale)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 4. Training
+# ------------------------------------------------------------------------------------------------------------
+
+RECIPES = {                                                            # what get_args takes as defaults
+    "ucf-128": dict(stage1.PUBLISHED, length="2000ep", global_batch_size=128, lr_schedule="cosine",
+                    warmup="2ep", milestones=[], final_lr=0.01, gan_weight=0.3, lecam_weight=0.05),
+    "toy": dict(stage1.RECIPES["toy"], length="600", global_batch_size=8, lr=2e-3),
+}
+
+
 def patchgan_3d():
-    """The discriminator of clips: PatchGAN with 3 x 3 x 3 kernels, of which two in four leave time alone or
-    halve it."""
+    """The discriminator of clips: PatchGAN with 3 x 3 x 3 kernels; the second conv halves time with space, the
+    third space alone. Its BatchNorm statistics are those of one rank, as for pictures."""
     return stage1.PatchGAN(nn.Conv3d, nn.BatchNorm3d, kernel=3, strides=(2, (2, 2, 2), (1, 2, 2), 1))
+
+
+def train(args):
+    """Train a video tokenizer: L1 and LPIPS frame by frame, 3D PatchGAN with LeCAM, entropy, commitment."""
+    device = runtime.setup_process_group(args.device)
+    torch.manual_seed(args.global_seed)                                  # equal initial weights on every rank
+    config = stage1.config_from_args(args, VideoTokenizerConfig)
+    model = VideoTokenizer(config)
+    resumes = args.resume and (args.resume != "latest" or runtime.list_checkpoints(args.results_dir))
+    if args.inflate_from and not resumes:
+        image_model, info = tok.load_tokenizer(args.inflate_from, not args.raw_weights, args.trust_checkpoint)
+        inflate(image_model.state_dict(), model)
+        runtime.print_main(f"inflated the {info['weights']} weights of {args.inflate_from}")
+    discriminator = patchgan_3d() if args.gan_weight > 0 else None
+    dataset = data.build_clips(args.data_path, "train", config.resolution, config.frames, args.crop, args.flip)
+    held_out = data.build_clips(args.val_data_path or args.data_path, "val", config.resolution, config.frames,
+                                "center")
+    fixed = next(iter(data.eval_loader(held_out, args.grid_size, rank=0, world_size=1)))[0]
+
+    def preview(step, logger):
+        """Log held-out clips over their reconstructions, as a strip and an animation, and their mean PSNR."""
+        with torch.no_grad():                                            # one clip at a time: it may be large
+            reconstruction = torch.cat([runtime.to_uint8(model.decode(model.encode(x[None].to(device)))).cpu()
+                                        for x in data.to_float(fixed)])
+        scale = max(1, 64 // config.resolution)
+        logger.image(step, "reconstructions", strip(fixed, reconstruction, scale=scale))
+        if runtime.is_main():
+            save_animation(pathlib.Path(args.results_dir) / f"reconstructions-{step:08d}.{args.animation}",
+                           animated_rows(fixed, reconstruction, scale=scale))
+        logger.log(step, {"grid_psnr": psnr(fixed, reconstruction)}, show=("grid_psnr",))
+
+    stage1.train(args, device, config, model, discriminator, dataset, preview)
+
+
+def psnr(clips, reconstructions):
+    """Mean over clips of the PSNR in dB of uint8 (N, 3, T, H, W), over all pixels of all frames of a clip."""
+    error = (clips.float() - reconstructions.float()).square().flatten(1).mean(1)
+    return (10 * torch.log10(255 ** 2 / error.clamp_min(1e-6))).mean().item()
+
+
+def add_train_flags(parser, preset):
+    """The flags of `train`: those of stage I, and what only clips have. The preset chooses their defaults."""
+    group = parser.add_argument_group("data and preset")
+    group.add_argument("--preset", choices=PRESETS, default="toy", help="model and recipe: other defaults")
+    group.add_argument("--data-path", default="generated", help="folder of clips, train|test/CLASS/*.avi, or "
+                                                                "the built-in set generated")
+    group.add_argument("--val-data-path", help="held-out clips to look at, if --data-path has no val/ or test/")
+    group.add_argument("--frames", type=runtime.positive_int, help="frames of a clip: 1 + k x the time stride")
+    group.add_argument("--image-size", dest="resolution", type=runtime.positive_int, help="side of the crops")
+    group.add_argument("--crop", choices=("random", "center"), default="random", help="training crops")
+    group.add_argument("--flip", action="store_true", help="mirror half of the clips (published: no)")
+    group.add_argument("--inflate-from", help="start from this image tokenizer, ours or published, of the same "
+                                              "channels, levels and blocks")
+    group.add_argument("--raw-weights", action="store_true",
+                       help="of --inflate-from take the raw weights, not their average (EMA)")
+    group.add_argument("--results-dir", default="runs/video", help="for checkpoints, logs and pictures")
+    group.add_argument("--animation", choices=("webp", "gif"), default="webp", help="format of the previews")
+    stage1.add_model_flags(parser)
+    parser.add_argument("--time-strides", type=int, nargs="*", default=[],
+                        help="1 or 2 for each step between levels; none: 2 where the multiplier is above 1")
+    stage1.add_training_flags(parser)
+    parser.set_defaults(**RECIPES[preset], **tok.config_to_dict(PRESETS[preset]))
+    parser.set_defaults(discriminator="patchgan-3d", grid_size=4)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 5. Reconstruction
+# ------------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def reconstruct_clip(model, clip, mixed_precision="fp32"):
+    """A clip uint8 (3, T, H, W) of any length through `model`, window by window: uint8 (3, T, H, W).
+
+    Windows have the length that the model was trained with. The last one is filled up with its last frame to
+    the next 1 + k * time_stride, and cut again. H and W must be multiples of the model's stride.
+    """
+    device, frames, parts = next(model.parameters()).device, model.config.frames, []
+    for window in clip.split(frames, dim=1):
+        missing = -(window.shape[1] - 1) % model.config.time_stride
+        filled = torch.cat([window, window[:, -1:].expand(-1, missing, -1, -1)], dim=1)
+        with runtime.autocast(device, mixed_precision):
+            x = model.decode(model.encode(data.to_float(filled[None].to(device))))
+        parts.append(runtime.to_uint8(x)[0, :, :window.shape[1]].cpu())
+    return torch.cat(parts, dim=1)

@@ -312,12 +312,13 @@ def test_one_batch_of_8_toy_images_is_overfitted_to_30_db(tmp_path):
 
 
 def test_without_the_entropy_term_the_codebook_collapses(tmp_path):
-    flags = ["--length", 150, "--image-size", 16, "--log-every", 150, "--usage-window", 60]
-    usage = []
+    flags = ["--data-path", "generated", "--length", 150, "--image-size", 16, "--log-every", 150,
+             "--usage-window", 60]
+    bits = []
     for weight in (0.0, 0.02):
         train(tmp_path / str(weight), *flags, "--entropy-weight", weight)
-        usage.append(logged(tmp_path / str(weight))[150]["usage"])
-    assert usage[0] < 0.5 * usage[1] and usage[1] > 0.5, usage
+        bits.append(logged(tmp_path / str(weight))[150]["codebook_bits"])
+    assert bits[0] < bits[1] - 1.5, bits                                   # less than a third of the codes
 
 
 # ---- flags and mistakes -----------------------------------------------------------------------------------

@@ -232,7 +232,7 @@ def test_an_inflated_model_on_one_frame_is_the_image_model(changes):
     model = random_model(video.VideoTokenizer, video.VideoTokenizerConfig(
         **{**vars(TINY), **changes}), seed=1)
     video.inflate(image.state_dict(), model)
-    x = clip(1, 16, 24, batch=2)
+    x = clip(1, 16, 32, batch=2)
     with torch.no_grad():
         expected, got = image(x[:, :, 0]), model(x)
     for a, b in zip(expected, got):
