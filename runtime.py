@@ -40,7 +40,7 @@ class UserError(Exception):
 
 
 def require(condition, message):
-    """Raise `UserError(message)` unless `condition` holds: for what users give us, where `assert` is for us."""
+    """Raise `UserError(message)` unless `condition` holds. For users' mistakes; `assert` is for ours."""
     if not condition:
         raise UserError(message)
 
@@ -255,7 +255,7 @@ def autocast(device, mixed_precision):
 # ------------------------------------------------------------------------------------------------------------
 
 def save_checkpoint(path, checkpoint):
-    """Write atomically: a kill or a full disk leaves the old file, or the whole new one, and nothing between."""
+    """Write atomically: a kill or a full disk leaves the old file or the whole new one, never a part."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -726,7 +726,8 @@ def get_args(argv=None):
     """Flags of `python runtime.py`, which draws learning curves."""
     parser = ArgumentParser("Draw the learning curves of one or more training runs.")
     parser.add_argument("runs", nargs="+", help="--results-dir of each run")
-    parser.add_argument("--values", nargs="+", default=["loss/l1"], help="names in metrics.jsonl, a panel each")
+    parser.add_argument("--values", nargs="+", default=["loss/l1"],
+                        help="names in metrics.jsonl, a panel each")
     parser.add_argument("--output", default="runs/curves.png", help="PNG to write")
     return parser.parse_args(argv)
 

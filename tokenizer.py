@@ -101,7 +101,7 @@ class VQ(nn.Module):
         nn.init.uniform_(self.codebook.weight, -1 / codebook_size, 1 / codebook_size)   # VQ-VAE's usual start
 
     def forward(self, z):
-        """z (B, C, *S) to the nearest entries q (B, C, *S), differentiable in the codebook, and ids (B, *S)."""
+        """z (B, C, *S) to the nearest entries q (B, C, *S), with gradient to the codebook; ids (B, *S)."""
         with torch.no_grad():
             flat = z.movedim(1, -1).float()
             table = self.codebook.weight.float()
@@ -115,7 +115,7 @@ class VQ(nn.Module):
 
 
 def bit_products(p, q):
-    """Joint distribution (N, 2^k), bit 0 fastest, of independent bits with p, q (N, k) = chances of 1 and 0."""
+    """Joint distribution (N, 2^k), bit 0 fastest, of k bits that are 1 and 0 with chances p, q (N, k)."""
     joint = p.new_ones(len(p), 1)
     for k in range(p.shape[1]):
         joint = torch.cat([joint * q[:, k:k + 1], joint * p[:, k:k + 1]], dim=1)

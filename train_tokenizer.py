@@ -243,27 +243,22 @@ def generator_terms(args, x, outputs, perceptual, step):
     """
     reconstruction, z, q, _ = outputs
     reconstruction = reconstruction.float()
-    zero = reconstruction.new_zeros(())
     terms = {"l1": ((x - reconstruction).abs().mean(), args.l1_weight),
-             "l2": ((x - reconstruction).square().mean(), args.l2_weight),
-             "perceptual": (zero, 0.0)}
+             "l2": ((x - reconstruction).square().mean(), args.l2_weight)}
     if args.perceptual_weight > 0 and step >= args.perceptual_start:
         frames = [t if t.dim() == 4 else t.transpose(1, 2).flatten(0, 1) for t in (x, reconstruction)]
         terms["perceptual"] = perceptual(*frames).mean(), args.perceptual_weight
     terms["commitment"] = (z - q.detach()).square().mean(), args.commitment_weight
     if args.quantizer == "vq":
-        # The entries of a learned codebook move to the vectors that chose them; they are all that this term
-        # trains.
+        # The entries of a learned codebook move to the vectors that chose them; nothing else is trained here.
         terms["codebook"] = (q - z.detach()).square().mean(), args.codebook_weight
     else:
         flat = z.movedim(1, -1).flatten(0, -2)                             # (N, K)
         per_token, codebook = tok.lfq_entropies(flat, args.tau, args.entropy_eps)
         # The original MAGVIT-v2 starts with a larger weight, for a codebook that opens up before it settles.
         boost = max(0.0, 1 - step / args.entropy_anneal_steps) if args.entropy_anneal_steps else 0.0
-        terms["entropy"] = (
-            per_token - codebook,
-            args.entropy_weight * (1 + args.entropy_anneal_factor * boost),
-        )
+        weight = args.entropy_weight * (1 + args.entropy_anneal_factor * boost)
+        terms["entropy"] = per_token - codebook, weight
         terms["token_entropy"] = per_token.detach(), 0.0
         terms["codebook_entropy"] = codebook.detach(), 0.0
     return terms
@@ -283,10 +278,10 @@ RECIPES = {                                                            # what ge
     "pt-256-2^18": dict(PUBLISHED, length="1500000", milestones=["800000", "1000000"]),
     "pt-256-2^14": dict(PUBLISHED, length="1500000", milestones=[], lr_schedule="cosine", warmup="5000",
                         final_lr=0.01, discriminator="blurpool"),
-    # Two minutes on two cores, found by trying: a large learning rate that decays to 0, squared error instead
+    # A minute or two on two cores, found by trying: a large learning rate that decays to 0, squared error instead
     # of LPIPS, a soft and light entropy term, no GAN. With --entropy-weight 0 the codebook collapses: try it.
     # The plainer generated pictures leave enough of the minutes for stage II to learn its shapes.
-    "toy": dict(PUBLISHED, data_path="generated-plain", length="2000", global_batch_size=32, lr=4e-3,
+    "toy": dict(PUBLISHED, data_path="generated-plain", length="1200", global_batch_size=32, lr=4e-3,
                 lr_schedule="linear", warmup="50", milestones=[], ema_warmup=True, l2_weight=4.0, tau=0.1,
                 perceptual_weight=0.0, gan_weight=0.0, lecam_weight=0.0, entropy_weight=0.02,
                 commitment_weight=0.03),
@@ -476,8 +471,8 @@ def get_args(argv=None):
         "--preset", choices=tok.PRESETS, default="toy", help="model and recipe: other defaults"
     )
     group.add_argument("--data-path", default="generated",
-                       help="folder of pictures, tar shards as in 'shards-{000..127}.tar', or a built-in set: "
-                            "generated, generated-plain")
+                       help="folder of pictures, tar shards as in 'shards-{000..127}.tar', or a built-in "
+                            "set: generated, generated-plain")
     group.add_argument("--val-data-path", help="held-out pictures for the grid, if --data-path has no val/")
     group.add_argument("--image-size", dest="resolution", type=runtime.positive_int, help="side of the crops")
     group.add_argument("--resize", type=runtime.positive_int,
@@ -636,7 +631,8 @@ def train(args, device, config, model, discriminator, dataset, preview):
                 if gan and step >= args.gan_start:
                     gan_loss, weight = non_saturating_loss(discriminator(outputs[0])), args.gan_weight
                     if args.adaptive_gan_weight:
-                        pixels = sum(terms[name][0] * terms[name][1] for name in ("l1", "l2", "perceptual"))
+                        pixels = sum(terms[name][0] * terms[name][1]
+                                     for name in ("l1", "l2", "perceptual") if name in terms)
                         weight = weight * adaptive_gan_weight(pixels, gan_loss, model.decoder.conv_out.weight)
                     terms["gan"] = gan_loss, weight
                 loss = sum(term * weight for term, weight in terms.values())
@@ -645,7 +641,8 @@ def train(args, device, config, model, discriminator, dataset, preview):
             usage[0] += torch.bincount(outputs[3].flatten(), minlength=config.vocabulary)
             for name, (term, weight) in terms.items():
                 runtime.add(values, f"loss/{name}", term, 1 / args.accumulation)
-                runtime.add(values, f"scaled/{name}", term * weight, 1 / args.accumulation)
+                if not name.endswith("_entropy"):                      # those two are reported, not minimised
+                    runtime.add(values, f"scaled/{name}", term * weight, 1 / args.accumulation)
         guilty, numbers = runtime.apply_gradients(
             "generator", values, list(model.parameters()), optimizer, scaler, args.max_grad_norm
         )

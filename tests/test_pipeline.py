@@ -1,4 +1,4 @@
-"""Both stages together, at the scale of a test: pictures to tokens to a transformer to pictures of the asked class."""
+"""Both stages together, at the scale of a test: pictures, tokens, transformer, pictures of a class."""
 import numpy as np
 import pytest
 import torch
@@ -11,7 +11,7 @@ import sample
 import train_ar
 import train_tokenizer
 
-SIDE = 16                                            # a quarter of the toy preset's pixels, so a quarter of its time
+SIDE = 16                                  # a quarter of the toy preset's pixels, so a quarter of its time
 
 
 def run(script, *flags):
@@ -20,7 +20,7 @@ def run(script, *flags):
 
 
 def shape_classifier():
-    """A small network that knows the ten generated shapes, trained here; returns a function of uint8 pictures."""
+    """A small network that learns the ten generated shapes here; returns a function of uint8 pictures."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 32, 3, 2, 1), nn.ReLU(),
                         nn.Conv2d(32, 64, 3, 2, 1), nn.BatchNorm2d(64), nn.ReLU(),
@@ -62,4 +62,4 @@ def test_samples_are_of_the_class_that_was_asked_for(trained):
         agreement[f"guidance {scale}"] = (classify(images) == torch.arange(200) % 10).float().mean().item()
     print(f"classifier agrees with the asked class (chance 0.10): {agreement}")
     assert agreement["real pictures"] > 0.9
-    assert agreement["guidance 2"] > 0.3, agreement                     # measured 0.46; after the longer demo 0.99
+    assert agreement["guidance 2"] > 0.3, agreement         # measured: 0.46; after the demo's length: 0.99

@@ -1,4 +1,4 @@
-"""The plumbing: files are written whole or not at all, logs resume, downloads are verified, mistakes are one line."""
+"""The plumbing: files are written whole or not at all, logs resume, downloads are verified."""
 import json
 
 import numpy as np
@@ -14,7 +14,8 @@ def test_a_failed_save_leaves_the_old_checkpoint_and_no_litter(tmp_path):
     runtime.save_checkpoint(path, {"a": torch.ones(3)})
     with pytest.raises(Exception):
         runtime.save_checkpoint(path, {"a": torch.ones(3), "b": lambda: None})            # cannot be pickled
-    assert torch.equal(runtime.load_checkpoint(path)["a"], torch.ones(3)) and list(tmp_path.iterdir()) == [path]
+    assert torch.equal(runtime.load_checkpoint(path)["a"], torch.ones(3))
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_old_checkpoints_are_pruned_oldest_first(tmp_path):
