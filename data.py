@@ -1,4 +1,4 @@
-"""Pictures: folders of images, tar shards, and a generated labelled set that needs no files.
+"""Pictures and clips: folders, tar shards, and generated labelled sets that need no files.
 
 One function, `preprocess`, stands between a file and every network of this project: training, evaluation and
 the reference of FID see the same pixels (PIL's antialiased bilinear resize of the shorter side, then a square
@@ -7,7 +7,10 @@ crop). A picture stays uint8 until `to_float` maps it to [-1, 1] on the device t
 Nothing here depends on how many workers or ranks read the data. Order, crops and flips are functions of
 (seed, epoch, index), so a run can be resumed at any step and repeated on another number of GPUs.
 
-Axis letters: B pictures, 3 colours, H and W as stored, S the side after cropping.
+A clip is T consecutive frames of a video, each treated like a picture, all with the same crop; what is said
+of pictures here holds for clips.
+
+Axis letters: B pictures, 3 colours, H and W as stored, S the side after cropping, T frames, N a video's.
 
     python data.py                                                     # the generated set, 10 classes
     python data.py --data-path generated-plain --image-size 32         # its easier variety
@@ -17,6 +20,7 @@ Axis letters: B pictures, 3 colours, H and W as stored, S the side after croppin
 Each prints a summary and writes a labelled grid of what the networks would see to runs/data.png.
 """
 import dataclasses
+import fractions
 import functools
 import io
 import itertools
@@ -41,6 +45,8 @@ SPLITS = ("train", "val", "test")
 CROPS = ("center", "random")
 FOLDER_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 SHARD_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+VIDEO_SUFFIXES = (".avi", ".mp4", ".webm", ".mkv", ".gif")
+PILLOW_SUFFIXES = (".gif", ".webp")             # animated pictures, for which PyAV is not needed
 BROKEN_LIMIT = 0.01                             # the part of a data set that may be unreadable
 MAX_PIXELS = 2 ** 28                            # 0.8 GB as RGB: a larger image is an accident or an attack
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2        # PIL warns above this number and raises above twice as many
@@ -151,6 +157,7 @@ class Images(Dataset):
     A subclass provides `load(index)`, `label(index)` and `path(index)`. `classes` are the names in label
     order, [] without labels.
     """
+    kind = "image"                                        # what messages call an item
 
     def __init__(self, name, classes, length, image_size, crop, flip, seed, resize=None):
         require(crop in CROPS, f"the crop {crop!r} is unknown; choose one of {', '.join(CROPS)}")
@@ -182,21 +189,29 @@ class Images(Dataset):
         if self.broken[index]:
             return None
         try:
-            generator = seeded_generator(seed)
-            image = preprocess(
-                self.load(index), self.image_size, self.crop, generator, self.flip, self.resize
-            )
+            image = self.pixels(index, seed)
         except Exception as error:  # decoders raise almost anything on damaged bytes
             self.report_broken(index, error)
             return None
         return image, self.label(index), index
 
+    def pixels(self, index, seed):
+        """uint8 (3, S, S): the file's picture, cropped and mirrored by `seed`."""
+        return self.preprocess(self.load(index), seed)
+
+    def preprocess(self, image, seed):
+        """`preprocess` with the settings of this data set."""
+        generator = seeded_generator(seed)
+        return preprocess(image, self.image_size, self.crop, generator, self.flip, self.resize)
+
     def report_broken(self, index, error):
         """Count image `index` as broken and say so, unless another worker was faster."""
-        reason = "not an image" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
+        reason = " ".join(str(error).split())
+        if isinstance(error, UnidentifiedImageError):
+            reason = "not an image"
         if not self.broken[index]:
             self.broken[index] = True
-            print(f"broken image skipped: {self.path(index)} ({reason or type(error).__name__})",
+            print(f"broken {self.kind} skipped: {self.path(index)} ({reason or type(error).__name__})",
                   file=sys.stderr, flush=True)
 
     def too_many_broken(self):
@@ -212,9 +227,9 @@ class Images(Dataset):
             self.broken |= runtime.all_reduce_sum(self.broken.int()) > 0
         if self.too_many_broken():
             first = int(self.broken.int().argmax())
-            raise UserError(f"{int(self.broken.sum())} of the {len(self)} images of {self.name} are broken, "
-                            f"more than 1 %, such as {self.path(first)}; copy or download the data again, or "
-                            f"remove the broken files")
+            raise UserError(f"{int(self.broken.sum())} of the {len(self)} {self.kind}s of {self.name} are "
+                            f"broken, more than 1 %, such as {self.path(first)}; copy or download the data "
+                            f"again, or remove the broken files")
 
 
 def decode(file):
@@ -238,20 +253,22 @@ class ImageFolder(Images):
     are possible.
     """
 
+    suffixes = FOLDER_SUFFIXES
+
     def __init__(self, folder, image_size, crop="center", flip=False, seed=0, classes=None, resize=None):
         self.folder, found = pathlib.Path(folder), []                    # found: paths, each a tuple of parts
         for directory, subfolders, files in os.walk(self.folder, followlinks=True):
             subfolders[:] = [name for name in subfolders if not name.startswith(".")]
             parts = pathlib.Path(directory).relative_to(self.folder).parts
             found += [(*parts, name) for name in files
-                      if name.lower().endswith(FOLDER_SUFFIXES) and not name.startswith(".")]
-        require(found, f"--data-path {folder} holds no images ({' '.join(FOLDER_SUFFIXES)})"
+                      if name.lower().endswith(self.suffixes) and not name.startswith(".")]
+        require(found, f"--data-path {folder} holds no {self.kind}s ({' '.join(self.suffixes)})"
                 + "; for its tar files, give a pattern such as 'shards-{000..127}.tar'"
                 * any(self.folder.glob("*.tar")))
         flat = [parts[0] for parts in found if len(parts) == 1]
         require(len(flat) in (0, len(found)),
-                f"--data-path {folder} holds images in class subfolders and {len(flat)} beside them, such as "
-                f"{flat[:1]}; move all into subfolders, or none")
+                f"--data-path {folder} holds {self.kind}s in class subfolders and {len(flat)} beside them, "
+                f"such as {flat[:1]}; move all into subfolders, or none")
         names = [] if flat else classes or subfolder_names(self.folder)
         number = {name: i for i, name in enumerate(names)}
         self.files = ["/".join(parts) for parts in sorted(found)]
@@ -517,11 +534,7 @@ class Generated(Images):
     def draw(self, indices):
         """uint8 array (B, 3, S, S) of the pictures `indices` (B,)."""
         keys = hash64(self.seed, indices * len(SPLITS) + SPLITS.index(self.split))
-        labels = indices % len(SHAPES)
-        block = max(1, 2 ** 17 // self.image_size ** 2)   # so few that the block's arrays stay in the cache
-        return np.concatenate([
-            draw_pictures(keys[i:i + block], labels[i:i + block], self.image_size, VARIETIES[self.variety])
-            for i in range(0, len(indices), block)])
+        return draw_in_blocks(keys, indices % len(SHAPES), self.image_size, VARIETIES[self.variety])
 
     def path(self, index):
         """A name for the picture."""
@@ -536,10 +549,21 @@ class Generated(Images):
         return index % len(SHAPES)
 
 
-def draw_pictures(keys, labels, size, variety):
+def draw_in_blocks(keys, labels, size, variety, poses=None):
+    """`draw_pictures`, so few at a time that their arrays stay in the cache."""
+    block = max(1, 2 ** 17 // size ** 2)
+    return np.concatenate([
+        draw_pictures(keys[i:i + block], labels[i:i + block], size, variety,
+                      None if poses is None else poses[:, i:i + block])
+        for i in range(0, len(keys), block)])
+
+
+def draw_pictures(keys, labels, size, variety, poses=None):
     """Paint a picture for each of the hashes `keys` (B,) and classes `labels` (B,): uint8 (B, 3, S, S).
 
     S = `size`. Lengths are in half widths of the picture; colours and brightness (luma) lie in 0..1.
+    `poses` (5, B) moves the figures: two coordinates in -1..1 of the room that there is, a factor of the
+    size, full turns to the left, and 1 or 0 for a figure that is there or not. None: where chance puts them.
     """
     bits = hash64(keys[:, None], np.arange(80)) >> np.uint64(40)
     numbers = iter(bits.T.astype(np.float32) * np.float32(2 ** -24))   # 80 x (B,) in [0, 1), for one use each
@@ -571,10 +595,15 @@ def draw_pictures(keys, labels, size, variety):
     at = (2 * np.arange(size, dtype=np.float32) + 1) / size - 1
     x, y = at[None, None, :], -at[None, :, None]          # (1, 1, S) and (1, S, 1): pixel centres
     scale = uniform(*variety.scale)
-    x0, y0 = uniform(-1, 1) * (1 - scale), uniform(-1, 1) * (1 - scale)
+    place_x, place_y = uniform(-1, 1), uniform(-1, 1)
+    spin, shown = np.float32(0), np.float32(1)
+    if poses is not None:
+        place_x, place_y, zoom, spin, shown = poses.astype(np.float32)[:, :, None, None]
+        scale = scale * zoom
+    x0, y0 = place_x * (1 - scale), place_y * (1 - scale)
     u, v = (x - x0) / scale, (y - y0) / scale             # the same in the figure's own, unturned plane
     turn = np.array([min(variety.turn, LARGEST_TURN.get(SHAPES[label], 0.5)) for label in labels], np.float32)
-    cos, sin = direction(uniform(-1, 1) * turn[:, None, None])
+    cos, sin = direction(uniform(-1, 1) * turn[:, None, None] + spin)
 
     def distance_to_figure(u, v):                         # (B, S, S), in half widths of the picture
         u, v = u * cos + v * sin, v * cos - u * sin
@@ -609,7 +638,7 @@ def draw_pictures(keys, labels, size, variety):
     mix = mix + noisy * soft_noise(nodes, size)
     canvas = ground + (other_ground - ground) * mix[:, None]                                    # (B, 3, S, S)
     shadow = uniform(*variety.shadow) * np.clip(0.5 - distance_to_figure(u - 0.1, v + 0.16) / 0.35, 0, 1)
-    canvas = canvas * (1 - shadow)[:, None]
+    canvas = canvas * (1 - shown * shadow)[:, None]
 
     # The figure: two colours, mixed by stripes or dots; lit from the upper left; outlined; laid on top.
     _, striped, dotted = one_of(variety.fill_odds)
@@ -624,7 +653,7 @@ def draw_pictures(keys, labels, size, variety):
     distance = distance_to_figure(u, v)
     outline = (black + white) * inside(-distance - 0.11 * scale)
     paint = paint + ((0.05 * black + 0.97 * white)[:, None] - paint) * outline[:, None]
-    canvas = canvas + (paint - canvas) * inside(distance)[:, None]
+    canvas = canvas + (paint - canvas) * (shown * inside(distance))[:, None]
     return np.rint(np.clip(canvas, 0, 1) * 255).astype(np.uint8)
 
 
@@ -644,6 +673,228 @@ def soft_noise(nodes, size):
     weight = near * near * (3 - 2 * near)                 # (5, S): smoothstep; each pixel's weights sum to 1
     rows = sum(nodes[:, :, i, None] * weight[i] for i in range(5))                               # (B, 5, S)
     return sum(rows[:, i, None, :] * weight[i][:, None] for i in range(5))                       # (B, S, S)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Clips: decoding and writing videos, folders of them, and generated scenes that move
+# ------------------------------------------------------------------------------------------------------------
+
+def import_av():
+    """PyAV, the bindings of FFmpeg's decoders: needed for real videos only, and so not at the top."""
+    try:
+        import av
+    except ImportError:
+        raise UserError(f"videos other than {' and '.join(PILLOW_SUFFIXES)} need PyAV, which is not "
+                        f"installed: pip install av") from None
+    return av
+
+
+def video_frames(path):
+    """Yield the frames of a video as functions that give them as PIL RGB images.
+
+    A frame that is skipped is then decoded, as the next ones depend on it, but not converted to RGB. Rotation
+    by metadata and the frames' times are ignored. Raises ValueError or what the decoder raises for files that
+    cannot be read, also for one that has lost a tenth of the frames that its header promises.
+    """
+    if str(path).lower().endswith(PILLOW_SUFFIXES):
+        with Image.open(path) as image:
+            for i in range(getattr(image, "n_frames", 1)):
+                image.seek(i)
+                yield functools.partial(image.convert, "RGB")
+        return
+    with import_av().open(str(path)) as container:
+        if not container.streams.video:
+            raise ValueError("there is no video in it")
+        stream, count = container.streams.video[0], 0
+        for count, frame in enumerate(container.decode(stream), 1):
+            yield frame.to_image
+        if count < 0.9 * stream.frames:                   # encoders miscount by one or two; 0 is "unknown"
+            raise ValueError(f"truncated: {count} of {stream.frames} frames")
+
+
+def read_video(path):
+    """All frames of a video or animated picture: uint8 array (N, H, W, 3).
+
+    Raises `UserError` for a file that is missing, damaged or no video.
+    """
+    require(os.path.isfile(path), f"{path} does not exist; check the path")
+    try:
+        return np.stack([np.asarray(convert()) for convert in video_frames(path)])
+    except UserError:
+        raise
+    except Exception as error:                            # decoders raise almost anything on damaged bytes
+        raise UserError(f"{path} cannot be read as a video ({error}); copy it again") from None
+
+
+def frame_rate(path):
+    """Frames a second, as the file says (25 where it says nothing)."""
+    if str(path).lower().endswith(PILLOW_SUFFIXES):
+        with Image.open(path) as image:
+            image.load()                                  # WebP tells durations only after decoding
+            return 1000 / (image.info.get("duration") or 40)
+    with import_av().open(str(path)) as container:
+        return float(container.streams.video[0].average_rate or 25)
+
+
+def write_video(path, frames, fps=25):
+    """Write frames, uint8 (N, H, W, 3), atomically, in the format of the suffix.
+
+    .mp4 and .mkv are H.264, .avi is MPEG-4, both close to what is seen but not exact, and padded to even
+    sides (their colours have half the resolution); .webp is exact; .gif has 256 colours a frame. The last two
+    show equal frames in a row as one that lasts longer. Raises `UserError` for other suffixes.
+    """
+    path, frames = pathlib.Path(path), np.asarray(frames)
+    codecs = {".mp4": ("libx264", {"crf": "16"}), ".mkv": ("libx264", {"crf": "16"}),
+              ".avi": ("mpeg4", {"qmin": "2", "qmax": "3"})}
+    suffix = path.suffix.lower()
+    require(suffix in (*codecs, *PILLOW_SUFFIXES), f"{path}: videos are written as "
+            f"{', '.join((*codecs, *PILLOW_SUFFIXES))}, not as {suffix or 'a file without suffix'}")
+    assert frames.dtype == np.uint8 and frames.ndim == 4 and frames.shape[3] == 3 and len(frames)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.tmp{suffix}")
+    try:
+        if suffix in PILLOW_SUFFIXES:
+            first, *others = map(Image.fromarray, frames)
+            exact = {"lossless": True} if suffix == ".webp" else {}
+            first.save(temporary, save_all=True, append_images=others, duration=round(1000 / fps), loop=0,
+                       **exact)
+        else:
+            av, (codec, options) = import_av(), codecs[suffix]
+            odd = [(0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)]
+            frames = np.pad(frames, odd, "edge")
+            with av.open(str(temporary), "w") as container:
+                rate = fractions.Fraction(fps).limit_denominator(1000)
+                stream = container.add_stream(codec, rate=rate, options=options)
+                stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+                for frame in frames:
+                    container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+                container.mux(stream.encode())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class VideoFolder(ImageFolder):
+    """Clips of `frames` frames out of a folder of videos, arranged as in `ImageFolder`.
+
+    `start`: "random", anywhere in the video by the item's seed, or "center". Every frame is resized and
+    cropped like a picture (`preprocess`), all with the same crop and mirroring. Items are (clip uint8
+    (3, T, S, S), label, index); a video of less than T frames counts as broken. `files`: paths below the
+    folder to use (None: all).
+    """
+    kind, suffixes = "clip", VIDEO_SUFFIXES
+
+    def __init__(self, folder, image_size, frames, crop="center", start="center", flip=False, seed=0,
+                 classes=None, resize=None, files=None):
+        super().__init__(folder, image_size, crop, flip, seed, classes, resize)
+        if files is not None:
+            label = dict(zip(self.files, self.labels))
+            missing = [file for file in files if file not in label]
+            require(not missing, f"--data-path {folder} lacks {len(missing)} of the {len(files)} clips of "
+                    f"--split-list, such as {missing[:1]}; give the folder that holds the class folders")
+            self.files, self.labels = files, [label[file] for file in files]
+            self.broken = torch.zeros(len(files), dtype=torch.bool).share_memory_()
+        if not all(file.lower().endswith(PILLOW_SUFFIXES) for file in self.files):
+            import_av()                                   # to miss it now, not in the middle of an epoch
+        self.frames, self.start = frames, start
+        # Numbers of frames, once known: an index of a file is not reliable, so the first visit decodes all.
+        self.lengths = torch.zeros(len(self), dtype=torch.int32).share_memory_()
+
+    def load(self, index):
+        """All frames as stored, uint8 (N, H, W, 3)."""
+        return read_video(self.path(index))
+
+    def pixels(self, index, seed):
+        """The clip that `seed` chooses, uint8 (3, T, S, S)."""
+        path, T = self.path(index), self.frames
+        if not self.lengths[index]:
+            self.lengths[index] = sum(1 for _ in video_frames(path))
+        N = int(self.lengths[index])
+        if N < T:
+            raise ValueError(f"too short: {N} frames, {T} are needed")
+        # A number of its own, as that of the crop would tie where a clip is cut to when it starts.
+        first = int(hash64(seed, 1)[0]) % (N - T + 1) if self.start == "random" else N // 2 - T // 2
+        chosen = itertools.islice(video_frames(path), first, first + T)
+        return torch.stack([self.preprocess(convert(), seed) for convert in chosen], 1)
+
+
+def read_split_list(path):
+    """The videos named in an official UCF-101 list: lines "Class/v_Class_g01_c01.avi", some with a number.
+
+    The numbers are those of the sorted class names, from 1: nothing new, so they are not used.
+    """
+    require(os.path.isfile(path), f"--split-list {path} does not exist; check the path")
+    with open(path) as file:
+        files = [re.sub(r"\s+\d+$", "", line.strip()) for line in file if line.strip()]
+    require(files, f"--split-list {path} names no clips")
+    return sorted(set(files))
+
+
+# Where the figure is after the part p of the clip: (x, y, size, turns, shown), with chance in a and b.
+# Only + - * / and floor, as for the shapes.
+MOTIONS = {
+    "right": lambda p, a, b: (b * (2 * p - 1), a, 1, 0, 1),
+    "left": lambda p, a, b: (b * (1 - 2 * p), a, 1, 0, 1),
+    "up": lambda p, a, b: (a, b * (2 * p - 1), 1, 0, 1),
+    "down": lambda p, a, b: (a, b * (1 - 2 * p), 1, 0, 1),
+    "grow": lambda p, a, b: (a, b - 0.85, 0.5 + 1.4 * p, 0, 1),
+    "shrink": lambda p, a, b: (a, b - 0.85, 1.9 - 1.4 * p, 0, 1),
+    "turn-left": lambda p, a, b: (a, b - 0.85, 1.6, p, 1),
+    "turn-right": lambda p, a, b: (a, b - 0.85, 1.6, -p, 1),
+    "bounce": lambda p, a, b: (a, 2 * b * (1 - (4 * p - np.floor(2 * p) * 2 - 1) ** 2) - 1, 1, 0, 1),
+    "blink": lambda p, a, b: (a, b - 0.85, 1.6, 0, np.floor(4 * p + 0.5) % 2 == 0),
+}
+MOVING = dataclasses.replace(VARIETIES["plain"], scale=(0.32, 0.44), turn=0.5, contrast=(0.40, 0.50))
+# Round ones and the flower hardly show that they turn.
+MOVING_SHAPES = [i for i, shape in enumerate(SHAPES) if shape not in (ball, ring, flower)]
+
+
+class GeneratedClips(Images):
+    """Drawn clips of ten motions; clip `index` has motion index % 10, its figure and colours are chance.
+
+    As in `Generated`, a clip is a function of (seed, split, index); other sizes and numbers of frames show
+    the same scene. A motion takes the whole clip, except that a turn takes at most 18 degrees a frame: more
+    could be seen as a turn of a square or a star the other way round.
+    """
+    kind = "clip"
+
+    def __init__(self, split, image_size, frames=17, length=None, seed=0):
+        self.split, self.frames = split, frames
+        length = (20_000 if split == "train" else 1_000) if length is None else length
+        super().__init__("generated", list(MOTIONS), length, image_size, "center", False, seed)
+
+    def __getitems__(self, requests):
+        indices = [self.index_and_seed(request)[0] for request in requests]
+        clips = torch.from_numpy(self.draw(np.array(indices)))
+        return [(clip, self.label(index), index) for clip, index in zip(clips, indices)]
+
+    def draw(self, indices):
+        """uint8 array (B, 3, T, S, S) of the clips `indices` (B,)."""
+        T, S = self.frames, self.image_size
+        keys = hash64(self.seed, indices * len(SPLITS) + SPLITS.index(self.split), 1)
+        shapes = np.array(MOVING_SHAPES)[hash64(keys, 1) % np.uint64(len(MOVING_SHAPES))]
+        a, b = (hash64(keys, i) >> np.uint64(40) for i in (2, 3))
+        a, b = 1.4 * a.astype(np.float32) * 2 ** -24 - 0.7, 0.7 + 0.3 * b.astype(np.float32) * 2 ** -24
+        p = np.arange(T) / max(1, T - 1)
+        poses = np.zeros((5, len(indices), T))
+        for i, index in enumerate(indices):
+            for row, value in zip(poses[:, i], list(MOTIONS.values())[index % len(MOTIONS)](p, a[i], b[i])):
+                row[:] = value
+        poses[3] *= min(0.75, 0.05 * (T - 1))                                      # full turns in all
+        pictures = draw_in_blocks(keys.repeat(T), shapes.repeat(T), S, MOVING, poses.reshape(5, -1))
+        return pictures.reshape(-1, T, 3, S, S).swapaxes(1, 2)
+
+    def path(self, index):
+        """A name for the clip."""
+        return f"{self.name}[{index}]"
+
+    def load(self, index):
+        """All frames, uint8 (T, S, S, 3)."""
+        return self.draw(np.array([index]))[0].transpose(1, 2, 3, 0)
+
+    def label(self, index):
+        """The motion of clip `index`: they take turns."""
+        return index % len(MOTIONS)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -677,6 +928,36 @@ def build_dataset(data_path, split, image_size, crop="center", flip=False, lengt
     require(os.path.exists(path), f"--data-path {path} does not exist; check the path")
     raise UserError(f"--data-path {path} is a single file; give a folder of images, or tar files such as "
                     f"'shards-{{000..127}}.tar'")
+
+
+def build_clips(data_path, split, image_size, frames=17, crop="center", flip=False, length=None, seed=0,
+                resize=None, start=None, split_list=None):
+    """The clips behind `--data-path`: a data set of (clip uint8 (3, T, S, S), label, index), T = `frames`.
+
+    * None or "generated": scenes of ten motions, `length` of them (None: 20,000 to train on, else 1,000).
+    * a folder: train|test/<class>/*.avi (mp4, webm, mkv, gif), or classes alone, or videos alone. With
+      `split_list`, the path of an official UCF-101 list such as trainlist01.txt, the folder of the classes.
+
+    `start` is where in the video a clip starts, "random" or "center" (None: what `crop` says, random to train
+    and centre to evaluate). The rest is as in `build_dataset`. Raises `UserError` as that does, and where
+    videos are to be read without PyAV.
+    """
+    require(resize is None or resize >= image_size,
+            f"--resize {resize} is smaller than --image-size {image_size}: the crop would not fit")
+    require(split in SPLITS, f"the split {split!r} is unknown; choose one of {', '.join(SPLITS)}")
+    require(crop in CROPS and start in (None, *CROPS), f"the crop {crop!r} or the start {start!r} is "
+            f"unknown; choose of {', '.join(CROPS)}")
+    if data_path in (None, "generated"):
+        require(not flip, "--flip: mirrored, a generated clip that moves left is one that moves right; leave "
+                "the flag out")
+        require(not split_list, "--split-list is for a folder of videos; give it with --data-path")
+        return GeneratedClips(split, image_size, frames, length, seed)
+    folder = pathlib.Path(data_path).expanduser()
+    require(length is None, f"--data-path {folder}: only the generated clips can be given a number")
+    require(folder.is_dir(), f"--data-path {folder} is no folder of videos; check the path")
+    folder, classes = (folder, None) if split_list else choose_split(folder, split)
+    files = read_split_list(split_list) if split_list else None
+    return VideoFolder(folder, image_size, frames, crop, start or crop, flip, seed, classes, resize, files)
 
 
 def choose_split(folder, split):
@@ -728,7 +1009,7 @@ def train_loader(dataset, global_batch_size, seed, start_step=0, rank=0, world_s
     cut so or is larger than the data set, and while iterating when more than 1 % of the images are broken.
     """
     require(global_batch_size <= len(dataset), f"--global-batch-size {global_batch_size} is more than the "
-            f"{len(dataset)} images of {dataset.name}; lower it")
+            f"{len(dataset)} {dataset.kind}s of {dataset.name}; lower it")
     require(global_batch_size % (world_size * accumulation) == 0,
             f"--global-batch-size {global_batch_size} cannot be shared by {world_size} ranks with "
             f"{accumulation} accumulation steps; choose a multiple of {world_size * accumulation}")

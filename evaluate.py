@@ -18,6 +18,7 @@ IS, precision and recall); 4. the loops that measure; 5. the paper's tables; 6. 
     python evaluate.py make-reference --data-path imagenet --split train --image-size 256
     python evaluate.py generation --samples samples.npz --reference VIRTUAL_imagenet256_labeled.npz
     python evaluate.py generation --ckpt AR_256_B.ckpt --reference VIRTUAL_imagenet256_labeled.npz
+    python evaluate.py video --ckpt video_128_262144.ckpt --data-path ucf101 --metrics all --protocol seed
     python evaluate.py table 4 --imagenet imagenet --download
 
 Any of them under torchrun (`torchrun --nproc-per-node 8 evaluate.py ...`) shards the pictures over the ranks,
@@ -25,7 +26,8 @@ without padding or repetition, and gives the same numbers. Metrics of the image 
 where there is no connection, --allow-random-weights tries the machinery out and marks what it prints as not
 comparable.
 
-Axis letters: B pictures of a batch, N of a set, H W their size, h w that of the code map, D features.
+Axis letters: B pictures (or clips of T frames) of a batch, N of a set, H W their size, h w that of the code
+map, D features.
 """
 import datetime
 import hashlib
@@ -54,6 +56,7 @@ import runtime
 import sample
 import tokenizer
 import train_tokenizer
+import video
 from runtime import require
 
 # ------------------------------------------------------------------------------------------------------------
@@ -868,10 +871,11 @@ def compute_reference(dataset, indices, key, network, path, args, keep_images=Tr
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 5. Commands: reconstruction, generation, make-reference
+# 5. Commands: reconstruction, video, generation, make-reference
 # ------------------------------------------------------------------------------------------------------------
 
 METRICS = {                     # key in the JSON files: (name, format)
+    "rfvd": ("rFVD", "{:.2f}"), "rfvd-float32": ("rFVD in float32", "{:.2f}"),
     "rfid": ("rFID", "{:.3f}"), "fid": ("FID", "{:.3f}"), "sfid": ("sFID", "{:.3f}"),
     "inception_score": ("Inception Score", "{:.2f}"), "precision": ("precision", "{:.4f}"),
     "recall": ("recall", "{:.4f}"), "psnr": ("PSNR (dB)", "{:.2f}"), "ssim": ("SSIM", "{:.4f}"),
@@ -882,6 +886,7 @@ METRICS = {                     # key in the JSON files: (name, format)
 # Flags of `generation` that only make sense where it draws the pictures itself.
 DRAWING = ("ckpt", "num_samples", "tokenizer", "raw_weights", "trust_checkpoint", "cfg_scale",
            "temperature", "top_k", "top_p", "rounding", "compile")
+VIDEO_METRICS = ("rfvd", "lpips-vgg", "lpips-alex")
 LOCAL_METRICS, NETWORK_METRICS = ("psnr", "ssim", "usage"), ("rfid", "lpips-vgg", "lpips-alex")
 
 
@@ -921,10 +926,10 @@ def stem_of(path):
     return "".join(c if c.isalnum() or c in "-_" else "-" for c in name).strip("-")
 
 
-def warn_if_few(n, features, name):
+def warn_if_few(n, features, name, items="pictures"):
     """Say so where a Frechet distance of `n` pictures is mostly bias."""
     if n < 2 * features:
-        runtime.print_main(f"warning: {name} of {n} pictures is biased upwards ({features} features want "
+        runtime.print_main(f"warning: {name} of {n} {items} is biased upwards ({features} features want "
                            f"{2 * features} or more); compare it only with that of equally many pictures")
 
 
@@ -945,7 +950,8 @@ def report(stem, metrics, notes, labels, settings, began, args):
               "date": datetime.datetime.now().isoformat(timespec="seconds"), "arguments": vars(args)}
     path = pathlib.Path(args.output) / f"{stem}-{short_hash([settings, sorted(metrics)])}.json"
     runtime.write_json(path, record)
-    print(f"\n{settings['n']} pictures in {runtime.format_seconds(time.time() - began)}, written to {path}")
+    items = "clips" if settings["command"] == "video" else "pictures"
+    print(f"\n{settings['n']} {items} in {runtime.format_seconds(time.time() - began)}, written to {path}")
     return path
 
 
@@ -1038,6 +1044,158 @@ def summarise_reconstruction(vocabulary, values, counts, pixels, grid, rfid, set
     pictures = torch.stack([crop(grid[i][k]) for k in (0, 1) for i in sorted(grid)])
     picture = runtime.image_grid(pictures, len(grid), scale=max(1, 96 // width))
     runtime.save_png(path.with_suffix(".png"), picture)
+    print(f"originals above reconstructions: {path.with_suffix('.png')}")
+
+
+class ChosenClips:
+    """Item number k is clip `order[k]`, its crop drawn for k, so that a clip taken twice is cropped anew."""
+
+    def __init__(self, dataset, order):
+        self.dataset, self.order = dataset, order
+
+    def __getitems__(self, numbers):
+        requests = [(self.order[k], data.hash64(self.dataset.seed, k)[0]) for k in numbers]
+        items = self.dataset.__getitems__(requests)
+        return [item and (*item[:2], k) for item, k in zip(items, numbers)]
+
+
+def choose_clips(length, args):
+    """The clips to measure, some perhaps twice.
+
+    seed: the official script fills up its clips to 10,000 with a random sample of the same clips (463 of
+    UCF-101's 9,537), drawn anew at each run; here the sample is that of --global-seed.
+    """
+    order = list(range(length))
+    if args.protocol == "seed":
+        order = evenly_spaced(10_000, length)
+        shuffled = torch.randperm(length, generator=torch.Generator().manual_seed(args.global_seed))
+        order += shuffled[:10_000 - len(order)].tolist()
+    return [order[k] for k in evenly_spaced(args.max_clips, len(order))]
+
+
+def video_reconstruction(args):
+    """`video`: how much of a clip survives its way through the tokens. rFVD sees motion, the rest frames.
+
+    clean: the test split, centre crops. seed: the training split, some clips twice, random crops, truncated
+    pixels, as in the official script; with them came the published rFVD of 16. Both: central frames.
+    """
+    began, device, seed = time.time(), start(args), args.protocol == "seed"
+    checkpoint = args.ckpt or runtime.latest_checkpoint("runs/video", "video tokenizer")
+    model, info = video.load_video_tokenizer(checkpoint, not args.raw_weights, args.trust_checkpoint)
+    model, T, size = model.to(device), model.config.frames, model.config.resolution
+    require("rfvd" not in args.metrics or T >= 9, f"--metrics rfvd: I3D needs clips of 9 frames or more, "
+            f"those of {checkpoint} have {T}; leave it out")
+    if args.data_path is None and not args.split_list:                 # what the tokenizer was trained on
+        args.data_path = info["data_path"] if seed else info["val_data_path"] or info["data_path"]
+        args.resize = args.resize or info["resize"]
+    args.split = args.split or ("train" if seed else "test")
+    dataset = data.build_clips(args.data_path, args.split, size, T, "random" if seed else "center",
+                               seed=args.global_seed, resize=args.resize, start="center",
+                               split_list=args.split_list)
+    order = choose_clips(len(dataset), args)
+    require(len(order) >= 2 or "rfvd" not in args.metrics, "--metrics rfvd needs two clips or more")
+    runtime.print_main(
+        f"tokenizer   {checkpoint} ({info['preset']}, {info['weights']} weights, step {info['step']}, sha256 "
+        f"{info['sha256'][:8]})\n"
+        f"data        {dataset.name}, {args.split} split, {len(order)} clips of {T} x {size} x {size}, "
+        f"{len(order) - len(set(order))} of them twice, {dataset.crop} crop\n"
+        f"protocol    {args.protocol}, tokenizer in {args.mixed_precision}, metrics in fp32, "
+        f"{runtime.world_size()} x {device.type}")
+    if left_out := [name for name in VIDEO_METRICS if name not in args.metrics]:
+        runtime.print_main(f"left out    {', '.join(left_out)} (networks to download); add --metrics all")
+    loaded = {name: load_network(name.replace("rfvd", "i3d"), args, device)
+              for name in VIDEO_METRICS if name in args.metrics}
+    networks = {name: network for name, (network, _) in loaded.items()}
+    loader = loader_of(dataset, list(range(len(order))), args, "clips", ChosenClips(dataset, order))
+    values, counts, grid = measure_clips(model, loader, networks, args)
+    dataset.raise_if_broken(all_ranks=True)
+    skipped = int(dataset.broken[order].sum())
+    settings = {"command": "video", "n": len(order) - skipped, "skipped": skipped, "protocol": args.protocol,
+                "repeated": len(order) - len(set(order)), "resize_rule": "half-pixel",
+                "data": {"path": args.data_path, "name": dataset.name, "split": args.split, "size": size,
+                         "frames": T, "crop": dataset.crop, "start": "center", "split_list": args.split_list,
+                         "resize": args.resize, "fingerprint": on_main(fingerprint, dataset, order)},
+                "checkpoint": {"path": str(checkpoint), "name": pathlib.Path(checkpoint).name, **info},
+                "precision": {"tokenizer": args.mixed_precision, "metrics": "fp32", "statistics": "fp64"},
+                "networks": {name: source for name, (_, source) in loaded.items()},
+                "random_weights_seed": 0 if args.allow_random_weights else None,
+                "global_seed": args.global_seed, "device": device.type, "batch_size": args.batch_size}
+    summarise_video(model.config, values, counts, grid, settings, began, args)
+
+
+def measure_clips(model, loader, networks, args):
+    """Send every clip through the tokenizer once, and through every metric.
+
+    Returns values of each clip by metric (means over its frames), "number", and for rFVD the features of both
+    clips; the code counts (V,); and {number: (original, reconstruction)} of four clips. All of this rank.
+    """
+    device, seed = next(model.parameters()).device, args.protocol == "seed"
+    values = {name: [torch.empty(0)] for name in ("psnr", "ssim", *networks) if name in args.metrics}
+    if "rfvd" in values:
+        values["rfvd"] = [torch.empty(0, 2, 400)]
+    values["number"], grid = [torch.empty(0, dtype=torch.long)], {}
+    counts = torch.zeros(model.config.vocabulary, dtype=torch.long, device=device)
+    for clips, _, numbers in loader:
+        n = len(clips)                                       # all batches have one shape, as for pictures
+        clips = torch.cat([clips, clips[-1:].expand(args.batch_size - n, -1, -1, -1, -1)]).to(device)
+        x = data.to_float(clips)                                                  # (B, 3, T, H, W)
+        with torch.no_grad(), runtime.autocast(device, args.mixed_precision):
+            ids = model.encode(x)                                                 # (B, t, h, w)
+            y = model.decode(ids).float()                                         # (B, 3, T, H, W)
+        require(bool(y[:n].isfinite().all()), f"the tokenizer's output is not finite with --mixed-precision "
+                f"{args.mixed_precision}; use bf16 or fp32")
+        y = y.clamp(-1, 1)
+        original, pixels_y = to_pixels(x, "seed") if seed else clips, to_pixels(y, args.protocol)
+        y = y if seed else data.to_float(pixels_y)
+        frames = [clip.transpose(1, 2).flatten(0, 1) for clip in (x, y, original, pixels_y)]  # (BT, 3, H, W)
+        values["number"].append(numbers)
+        for name in values.keys() - {"number", "rfvd"}:
+            if name in networks:
+                each = networks[name](*frames[:2])                                # (BT,)
+            else:
+                each = {"psnr": psnr, "ssim": ssim}[name](*frames[2:], args.protocol)
+            values[name].append(each.double().unflatten(0, (len(clips), -1)).mean(1)[:n].cpu())
+        if "rfvd" in networks:
+            features = [networks["rfvd"](i3d_input(clip.transpose(1, 2))) for clip in (original, pixels_y)]
+            values["rfvd"].append(torch.stack(features, 1)[:n].cpu())             # (n, 2, 400)
+        counts += ids[:n].flatten().bincount(minlength=len(counts))
+        grid.update({k: (clips[j].cpu(), pixels_y[j].cpu()) for j, k in enumerate(numbers.tolist()) if k < 4})
+    return {name: torch.cat(parts) for name, parts in values.items()}, counts, grid
+
+
+def summarise_video(config, values, counts, grid, settings, began, args):
+    """Merge what the ranks have measured; report it and paint a strip of frames. A collective."""
+    numbers, seed = values.pop("number"), args.protocol == "seed"
+    values = {name: gather_rows(rows, numbers) for name, rows in values.items()}
+    n, counts = int(runtime.all_reduce_sum(torch.tensor(len(numbers)))), runtime.all_reduce_sum(counts)
+    assert n == settings["n"], f"{n} clips were measured, expected {settings['n']}"
+    grid = {k: pair for part in runtime.gather_objects(grid) for k, pair in part.items()}
+    if not runtime.is_main():
+        return
+    pair = "truncated uint8" if seed else "rounded uint8"
+    metrics, notes = {}, {name: f"{pair}, mean over frames" for name in ("psnr", "ssim")}
+    notes |= {name: f"{'floats' if seed else pair}, mean over frames" for name in ("lpips-vgg", "lpips-alex")}
+    if "rfvd" in values:
+        real, made = values.pop("rfvd").unbind(1)                                 # (N, 400) each
+        statistics = [array for x in (real, made) for array in (x.double().mean(0), x.double().T.cov())]
+        metrics["rfvd"] = frechet_distance(*(array.numpy() for array in statistics), n, n)
+        notes["rfvd"] = f"{pair}, {n} clips of {config.frames} frames, float64"
+        if seed:
+            metrics["rfvd-float32"] = frechet_distance_float32(real, made)
+            notes["rfvd-float32"] = "the same features with the official script's roundings"
+        warn_if_few(n, 400, "rFVD", "clips")
+    metrics |= {name: average(rows) for name, rows in values.items()}
+    if "usage" in args.metrics:
+        bits = np.log2(config.vocabulary)
+        metrics |= codebook_metrics(counts, bits, n * config.frames * config.resolution ** 2)
+        notes |= {"usage": f"{int(counts.sum())} tokens of {config.vocabulary} codes",
+                  "perplexity": f"at most {config.vocabulary}", "bits_per_pixel": f"{bits:g} bits a token"}
+    labels = {name: RANDOM_LABEL for name in metrics
+              if settings["networks"].get(name.removesuffix("-float32")) == RANDOM_LABEL}
+    stem = f"video-{stem_of(settings['checkpoint']['name'])}-{stem_of(settings['data']['name'])}"
+    path = report(stem, metrics, notes, labels, settings, began, args)
+    clips = [torch.stack([grid[k][i] for k in sorted(grid)]) for i in (0, 1)]
+    runtime.save_png(path.with_suffix(".png"), video.strip(*clips, scale=max(1, 96 // config.resolution)))
     print(f"originals above reconstructions: {path.with_suffix('.png')}")
 
 
@@ -1485,6 +1643,28 @@ def get_args(argv=None):
     group.add_argument("--original-resolution", action="store_true", help="no resizing; pads to whole tokens")
     add_common_flags(p)
 
+    p = commands.add_parser("video", help="judge a tokenizer of clips",
+                            description=video_reconstruction.__doc__)
+    p.add_argument("--ckpt", help="video tokenizer checkpoint, ours or published; the newest of runs/video")
+    p.add_argument("--raw-weights", action="store_true", help="the raw weights, not their average (EMA)")
+    p.add_argument("--trust-checkpoint", action="store_true", help="unpickle foreign classes in --ckpt")
+    p.add_argument("--mixed-precision", choices=runtime.AUTOCAST_DTYPES, default="fp32",
+                   help="precision of the tokenizer; that of the metrics is always fp32")
+    p.add_argument("--metrics", nargs="+", choices=(*LOCAL_METRICS, *VIDEO_METRICS, "all"),
+                   default=LOCAL_METRICS, help="what to measure; usage brings perplexity and bits per pixel")
+    p.add_argument("--global-seed", type=runtime.non_negative_int, default=0,
+                   help="for random crops and repeated clips of protocol seed, and generated clips")
+    add_protocol_flag(p)
+    group = p.add_argument_group("real clips")
+    group.add_argument("--data-path", help="folder of videos, or generated (that of --ckpt, if it is ours)")
+    group.add_argument("--split", choices=data.SPLITS, help="part of the data (clean: test, seed: train)")
+    group.add_argument("--split-list", help="official UCF-101 list of the clips to use, as testlist01.txt")
+    group.add_argument("--max-clips", type=runtime.positive_int, help="how many, evenly spaced (all)")
+    group.add_argument("--resize", type=runtime.positive_int,
+                       help="shorter side before the crop, for small crops of large videos")
+    add_common_flags(p)
+    p.set_defaults(batch_size=4)                                       # clips are larger than pictures
+
     p = commands.add_parser("generation", help="judge generated pictures", description=generation.__doc__)
     p.add_argument("--samples", help="npz with arr_0, or folder; not given: drawn from --ckpt, or else the "
                                      "newest npz of runs/samples, or else drawn from the newest of runs/ar")
@@ -1534,14 +1714,15 @@ def get_args(argv=None):
     args = parser.parse_args(argv or ["reconstruction"])
     args.command = args.command if argv else "everything"
     if "all" in getattr(args, "metrics", ()):
-        args.metrics = (*LOCAL_METRICS, *NETWORK_METRICS)
+        networks = VIDEO_METRICS if args.command == "video" else NETWORK_METRICS
+        args.metrics = (*LOCAL_METRICS, *networks)
     return args
 
 
 def main(args):
     """Run the command."""
     {"everything": everything, "reconstruction": reconstruction, "generation": generation,
-     "make-reference": make_reference, "table": table}[args.command](args)
+     "video": video_reconstruction, "make-reference": make_reference, "table": table}[args.command](args)
 
 
 if __name__ == "__main__":

@@ -314,6 +314,11 @@ class TokenizerConfig:
         return self.patch * 2 ** (len(self.channel_multipliers) - 1)
 
     @property
+    def token_size(self):
+        """What one token stands for, in words."""
+        return f"{self.downsampling} x {self.downsampling} pixels"
+
+    @property
     def vocabulary(self):
         """The number of codes."""
         return 2 ** self.bits if self.quantizer == "lfq" else self.codebook_size

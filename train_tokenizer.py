@@ -763,10 +763,10 @@ def print_plan(args, config, model, discriminator, dataset, length, micro_batch,
     critic = "no GAN"
     if discriminator is not None:
         critic = f"{args.discriminator} {sum(p.numel() for p in discriminator.parameters()) / 1e6:.2f} M"
-    world, stride, batch = runtime.world_size(), config.downsampling, args.global_batch_size
+    world, batch = runtime.world_size(), args.global_batch_size
     for name, value in (
         ("model", f"{args.preset}: encoder {encoder:.2f} M, decoder {decoder:.2f} M parameters, {critic}"),
-        ("codes", f"{config.quantizer}, {config.vocabulary:,} codes, one for {stride} x {stride} pixels"),
+        ("codes", f"{config.quantizer}, {config.vocabulary:,} codes, one for {config.token_size}"),
         ("data", f"{dataset.name}, {len(dataset):,} samples at {config.resolution} x {config.resolution}"),
         ("batch", f"{batch} = {world} ranks x {args.accumulation} micro-batches x {micro_batch}"),
         ("length", f"{length:,} steps = {length * batch / len(dataset):.1f} epochs"),

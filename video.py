@@ -1,16 +1,16 @@
 """Open-MAGVIT2-V: the tokenizer of clips. 17 frames of 128 x 128 become 5 x 16 x 16 codes, and codes become
 frames.
 
-It is the image tokenizer of tokenizer.py with a third axis (section 4.3 of the paper, and MAGVIT-v2): the same
-blocks, LFQ and entropy (eq. 1-3), built from causal 3D convolutions. Causal means that a frame sees itself
-and earlier frames only, so the first frame of a clip is a picture by itself, a picture is a clip of one
-frame, and the weights of an image tokenizer are a start for this one. What a strict reader must know: only
-the convolutions are causal. GroupNorm and adaptive GroupNorm take their statistics over T x H x W, and
-through them every frame has a say, faintly, in all others. The published model is like that too.
+It is the image tokenizer of tokenizer.py with a third axis (the design is MAGVIT-v2's): the same blocks, LFQ
+and entropy (eq. 1-3), built from causal 3D convolutions. Causal means that a frame sees itself and earlier
+frames only, so the first frame of a clip is a picture by itself, a picture is a clip of one frame, and the
+weights of an image tokenizer are a start for this one. To be honest: only the convolutions are causal.
+GroupNorm and adaptive GroupNorm take their statistics over T x H x W, and through them every frame has a
+say, faintly, in all others. The published model is like that too.
 
     1. layers          causal convolution, down- and upsampling in time
     2. model           VideoTokenizer, presets, loading, inflation of an image tokenizer
-    3. animations      clips as animated pictures and strips of frames
+    3. pictures        clips as frames of an animation, and as strips
     4. training        recipes, flags; objective and loop are those of train_tokenizer.py
     5. reconstruction  clips of any length through a trained tokenizer
 
@@ -32,16 +32,15 @@ To see one clip through it:
 Axis letters: B clips, C channels, T frames, H W height and width, t h w of the code map, K bits of a code.
 """
 import math
-import os
 import pathlib
 import sys
 import time
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
 
 import data
 import runtime
@@ -54,11 +53,12 @@ import train_tokenizer as stage1
 
 
 class CausalConv3d(nn.Conv3d):
-    """A 3D convolution that never looks ahead: in time it is padded in front only, by kernel - 1 black
-    frames.
+    """A 3D convolution that never looks ahead: in time it is padded in front only, by kernel - 1 frames of
+    zeros.
 
-    Space is padded inside the convolution, at no cost. Padding time costs a copy, which the two cases that
-    need none avoid: 1x1x1 kernels, and clips of one frame.
+    Space is padded inside the convolution, at no cost. Padding time costs a copy (none with --compile, where
+    the activation before it writes into the padded tensor), which the two cases that need none avoid: 1x1x1
+    kernels, and clips of one frame. The backward pass keeps the copy instead of the original, not both.
     """
 
     def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, bias=True):
@@ -129,13 +129,10 @@ class VideoTokenizerConfig(tok.TokenizerConfig):
     def __post_init__(self):
         super().__post_init__()
         between = len(self.channel_multipliers) - 1
-        if not self.time_strides:
-            by_rule = tuple(1 if m == 1 else 2 for m in self.channel_multipliers[:between])
-            object.__setattr__(self, "time_strides", by_rule)              # the dataclass is frozen for others
         runtime.require(
-            len(self.time_strides) == between and set(self.time_strides) <= {1, 2},
-            f"--time-strides {' '.join(map(str, self.time_strides))}: give a 1 or 2 for each of the {between} "
-            f"steps between the levels of --channel-multipliers",
+            len(self.strides) == between and set(self.time_strides) <= {1, 2},
+            f"--time-strides {' '.join(map(str, self.time_strides))}: give a 1 or 2 for each of the "
+            f"{between} steps between the levels of --channel-multipliers",
         )
         runtime.require(
             self.frames >= 1 and (self.frames - 1) % self.time_stride == 0,
@@ -146,12 +143,18 @@ class VideoTokenizerConfig(tok.TokenizerConfig):
     def time_stride(self):
         """Frames that one step of the code map stands for; its first step stands for the first frame
         alone."""
-        return math.prod(self.time_strides)
+        return math.prod(stride[0] for stride in self.strides)
+
+    @property
+    def token_size(self):
+        """What one token stands for, in words."""
+        return f"{self.time_stride} frames of {super().token_size}"
 
     @property
     def strides(self):
         """The factor between neighbouring levels along T, H and W, shallowest first."""
-        return [(stride, 2, 2) for stride in self.time_strides]
+        by_rule = [1 if multiplier == 1 else 2 for multiplier in self.channel_multipliers[:-1]]
+        return [(stride, 2, 2) for stride in self.time_strides or by_rule]
 
     @property
     def folds(self):
@@ -163,8 +166,8 @@ PRESETS = {
     "ucf-128": VideoTokenizerConfig(),
     # For a laptop: 17 frames of 32 x 32, 5 x 4 x 4 tokens. With --channel-multipliers 1 2 2 the toy image
     # tokenizer has the same names and shapes, and can be inflated.
-    "toy": VideoTokenizerConfig(resolution=32, channels=32, channel_multipliers=(1, 2, 2), blocks=1, mid_blocks=0,
-                                patch=2, bits=10, time_strides=(2, 2)),
+    "toy": VideoTokenizerConfig(resolution=32, channels=32, channel_multipliers=(1, 2, 2), blocks=1,
+                                mid_blocks=0, patch=2, bits=10, time_strides=(2, 2)),
 }
 
 
@@ -211,11 +214,10 @@ def load_video_tokenizer(path, ema=True, trust=False):
     mode on the CPU, info) as `tokenizer.load_tokenizer` does. Strict: raises `UserError` listing missing and
     unexpected names.
     """
-    stored = runtime.load_checkpoint(path, trust)
+    stored = runtime.load_checkpoint(path, trust, mmap=True)
     if stored.get("format") == VideoTokenizer.format:
-        config, source, step = (
-            tok.config_from_dict(stored["config"], path, VideoTokenizerConfig), "ours", stored["step"]
-        )
+        config = tok.config_from_dict(stored["config"], path, VideoTokenizerConfig)
+        source, step = "ours", stored["step"]
         raw, averages = stored["model"], stored["ema"] if ema else {}
     else:
         runtime.require(
@@ -228,8 +230,8 @@ def load_video_tokenizer(path, ema=True, trust=False):
                         f"{path} is an image tokenizer; it can only be the start of a video tokenizer "
                         f"(train --inflate-from)")
         raw, averages = without_wrapper(groups["model"]), {}
-        config, source = VideoTokenizerConfig(**vars(tok.config_from_names(raw))), "published"
-        step = stored.get("global_step")
+        config = VideoTokenizerConfig(**vars(tok.config_from_names(raw)))
+        source, step = "published", stored.get("global_step")
     model = VideoTokenizer(config)
     runtime.load_state_strictly(model, raw, str(path))
     if source == "published" and ema and groups["ema"]:
@@ -268,36 +270,23 @@ def inflate(image_state, video_model):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 3. Animations
+# 3. Pictures of clips
 # ------------------------------------------------------------------------------------------------------------
 
-ANIMATED = (".gif", ".webp")
+FORMATS = ("webp", "gif", "mp4", "avi", "mkv")   # what data.write_video writes
+PREVIEW_FPS = 10                             # slow enough to see what became of a clip of 17 frames
 
 
-def save_animation(path, frames, fps=10.0):
-    """Write uint8 frames (T, 3, H, W) as an endless animated picture, .gif or .webp by `path`, atomically.
-
-    WebP is lossless. GIF has 256 colours a frame and shows a frame for a whole number of hundredths of a
-    second.
-    """
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    pictures = [Image.fromarray(frame) for frame in frames.permute(0, 2, 3, 1).numpy()]
-    try:
-        pictures[0].save(temporary, format=path.suffix[1:].upper(), save_all=True, append_images=pictures[1:],
-                         duration=max(20, round(1000 / fps)), loop=0, lossless=True)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def as_frames(clip):
+    """A clip uint8 (3, T, H, W) as what `data.write_video` takes: uint8 array (T, H, W, 3)."""
+    return clip.permute(1, 2, 3, 0).numpy()
 
 
 def animated_rows(*rows, scale=1):
-    """Clips uint8 (N, 3, T, H, W) of each row over those of the next, as the frames (T, 3, h, w) of an
-    animation."""
+    """Clips uint8 (N, 3, T, H, W) of each row over those of the next, as frames uint8 (T, h, w, 3)."""
     clips = torch.cat(rows)
-    return torch.stack([torch.from_numpy(runtime.image_grid(clips[:, :, t], len(rows[0]), scale=scale))
-                        for t in range(clips.shape[2])]).permute(0, 3, 1, 2)
+    return np.stack([runtime.image_grid(clips[:, :, t], len(rows[0]), scale=scale)
+                     for t in range(clips.shape[2])])
 
 
 def strip(clips, reconstructions, columns=6, scale=1):
@@ -316,13 +305,13 @@ def strip(clips, reconstructions, columns=6, scale=1):
 RECIPES = {                                                            # what get_args takes as defaults
     "ucf-128": dict(stage1.PUBLISHED, length="2000ep", global_batch_size=128, lr_schedule="cosine",
                     warmup="2ep", milestones=[], final_lr=0.01, gan_weight=0.3, lecam_weight=0.05),
-    "toy": dict(stage1.RECIPES["toy"], length="600", global_batch_size=8, lr=2e-3),
+    "toy": dict(stage1.RECIPES["toy"], data_path="generated", length="600", global_batch_size=8, lr=2e-3),
 }
 
 
 def patchgan_3d():
-    """The discriminator of clips: PatchGAN with 3 x 3 x 3 kernels; the second conv halves time with space, the
-    third space alone. Its BatchNorm statistics are those of one rank, as for pictures."""
+    """The discriminator of clips: PatchGAN of 3 x 3 x 3 kernels. Its first two convs halve T, H and W, the
+    third H and W. BatchNorm's statistics are those of one rank, as for pictures."""
     return stage1.PatchGAN(nn.Conv3d, nn.BatchNorm3d, kernel=3, strides=(2, (2, 2, 2), (1, 2, 2), 1))
 
 
@@ -334,13 +323,17 @@ def train(args):
     model = VideoTokenizer(config)
     resumes = args.resume and (args.resume != "latest" or runtime.list_checkpoints(args.results_dir))
     if args.inflate_from and not resumes:
-        image_model, info = tok.load_tokenizer(args.inflate_from, not args.raw_weights, args.trust_checkpoint)
-        inflate(image_model.state_dict(), model)
+        image, info = tok.load_tokenizer(args.inflate_from, not args.raw_weights, args.trust_checkpoint)
+        inflate(image.state_dict(), model)
         runtime.print_main(f"inflated the {info['weights']} weights of {args.inflate_from}")
     discriminator = patchgan_3d() if args.gan_weight > 0 else None
-    dataset = data.build_clips(args.data_path, "train", config.resolution, config.frames, args.crop, args.flip)
-    held_out = data.build_clips(args.val_data_path or args.data_path, "val", config.resolution, config.frames,
-                                "center")
+    runtime.require(bool(args.split_list) == bool(args.val_split_list), "--split-list and --val-split-list "
+                    "are a pair, such as trainlist01.txt and testlist01.txt; give both or neither")
+    size, frames = config.resolution, config.frames
+    dataset = data.build_clips(args.data_path, "train", size, frames, args.crop, args.flip,
+                               resize=args.resize, split_list=args.split_list)
+    held_out = data.build_clips(args.val_data_path or args.data_path, "val", size, frames,
+                                resize=args.resize, split_list=args.val_split_list)
     fixed = next(iter(data.eval_loader(held_out, args.grid_size, rank=0, world_size=1)))[0]
 
     def preview(step, logger):
@@ -348,11 +341,11 @@ def train(args):
         with torch.no_grad():                                            # one clip at a time: it may be large
             reconstruction = torch.cat([runtime.to_uint8(model.decode(model.encode(x[None].to(device)))).cpu()
                                         for x in data.to_float(fixed)])
-        scale = max(1, 64 // config.resolution)
+        scale = max(1, 64 // size)
         logger.image(step, "reconstructions", strip(fixed, reconstruction, scale=scale))
         if runtime.is_main():
-            save_animation(pathlib.Path(args.results_dir) / f"reconstructions-{step:08d}.{args.animation}",
-                           animated_rows(fixed, reconstruction, scale=scale))
+            data.write_video(pathlib.Path(args.results_dir) / f"reconstructions-{step:08d}.{args.animation}",
+                             animated_rows(fixed, reconstruction, scale=scale), PREVIEW_FPS)
         logger.log(step, {"grid_psnr": psnr(fixed, reconstruction)}, show=("grid_psnr",))
 
     stage1.train(args, device, config, model, discriminator, dataset, preview)
@@ -360,23 +353,29 @@ def train(args):
 
 def psnr(clips, reconstructions):
     """Mean over clips of the PSNR in dB of uint8 (N, 3, T, H, W), over all pixels of all frames of a clip."""
-    error = (clips.float() - reconstructions.float()).square().flatten(1).mean(1)
+    parts = zip(clips.split(64, dim=2), reconstructions.split(64, dim=2))     # a long clip is large in floats
+    error = sum((a.float() - b.float()).square().sum((1, 2, 3, 4)) for a, b in parts) / clips[0].numel()
     return (10 * torch.log10(255 ** 2 / error.clamp_min(1e-6))).mean().item()
 
 
 def add_train_flags(parser, preset):
-    """The flags of `train`: those of stage I, and what only clips have. The preset chooses their defaults."""
+    """The flags of `train`: those of stage I, and what only clips have. `preset` decides the defaults."""
     group = parser.add_argument_group("data and preset")
     group.add_argument("--preset", choices=PRESETS, default="toy", help="model and recipe: other defaults")
     group.add_argument("--data-path", default="generated", help="folder of clips, train|test/CLASS/*.avi, or "
                                                                 "the built-in set generated")
-    group.add_argument("--val-data-path", help="held-out clips to look at, if --data-path has no val/ or test/")
-    group.add_argument("--frames", type=runtime.positive_int, help="frames of a clip: 1 + k x the time stride")
+    group.add_argument("--val-data-path", help="held-out clips, if --data-path has no val/ or test/")
+    group.add_argument("--frames", type=runtime.positive_int, help="of a clip: 1 + k x the stride in time")
     group.add_argument("--image-size", dest="resolution", type=runtime.positive_int, help="side of the crops")
-    group.add_argument("--crop", choices=("random", "center"), default="random", help="training crops")
+    group.add_argument("--split-list", help="official UCF-101 list of the training clips in --data-path")
+    group.add_argument("--val-split-list", help="official UCF-101 list of the held-out clips")
+    group.add_argument("--resize", type=runtime.positive_int,
+                       help="shorter side before the crop, for small crops of large frames (--image-size)")
+    group.add_argument("--crop", choices=("random", "center"), default="random",
+                       help="where and when a training clip is cut out of its video")
     group.add_argument("--flip", action="store_true", help="mirror half of the clips (published: no)")
-    group.add_argument("--inflate-from", help="start from this image tokenizer, ours or published, of the same "
-                                              "channels, levels and blocks")
+    group.add_argument("--inflate-from", help="start from this image tokenizer, ours or published, of the "
+                                              "same channels, levels and blocks")
     group.add_argument("--raw-weights", action="store_true",
                        help="of --inflate-from take the raw weights, not their average (EMA)")
     group.add_argument("--results-dir", default="runs/video", help="for checkpoints, logs and pictures")
@@ -408,3 +407,116 @@ def reconstruct_clip(model, clip, mixed_precision="fp32"):
             x = model.decode(model.encode(data.to_float(filled[None].to(device))))
         parts.append(runtime.to_uint8(x)[0, :, :window.shape[1]].cpu())
     return torch.cat(parts, dim=1)
+
+
+def reconstruct(args):
+    """Send clips of any length through a trained tokenizer; write each beside its original."""
+    device = runtime.setup_process_group(args.device)
+    ckpt = args.ckpt or runtime.latest_checkpoint("runs/video", "video tokenizer")
+    model, info = load_video_tokenizer(ckpt, not args.raw_weights, args.trust_checkpoint)
+    size, stride = args.image_size or model.config.resolution, model.config.downsampling
+    runtime.require(size % stride == 0,
+                    f"--image-size {size} is no multiple of the tokenizer's stride {stride}")
+    runtime.print_main(f"{ckpt}: {info['weights']} weights of step {info['step']}, preset {info['preset']}")
+    model.to(device)
+    rows, scores, broken = [], [], 0
+    for name, output, load in clips_to_reconstruct(args, size, model.config):
+        try:
+            clip, fps = load()
+        except runtime.UserError:
+            raise
+        except Exception as error:                           # decoders raise anything on damaged bytes
+            broken += 1
+            print(f"broken clip skipped: {name} ({error})", file=sys.stderr, flush=True)
+            continue
+        start = time.perf_counter()
+        reconstruction = reconstruct_clip(model, clip, args.mixed_precision)
+        seconds = time.perf_counter() - start
+        gap = torch.full_like(clip[..., :4], 255)
+        data.write_video(output, as_frames(torch.cat([clip, gap, reconstruction], dim=-1)), fps)
+        scores.append(psnr(clip[None], reconstruction[None]))
+        rows.append([name, " x ".join(map(str, clip.shape[1:])), f"{scores[-1]:.2f}",
+                     f"{clip.shape[1] / seconds:.1f}", output])
+    runtime.require(rows, f"--input {args.input}: none of the clips there can be read ({broken} broken)")
+    runtime.print_table(rows, ["clip", "frames x height x width", "PSNR dB", "frames/s", "written"])
+    mean = sum(scores) / len(scores)
+    runtime.print_main(f"mean PSNR {mean:.2f} dB over {len(rows)} clips, {broken} broken")
+
+
+def clips_to_reconstruct(args, size, config):
+    """(name, file to write, function that loads (clip uint8 (3, T, H, W), frames a second)) of each clip."""
+    output = pathlib.Path(args.output)
+    if args.input is None:
+        held_out = data.build_clips("generated", "val", size, config.frames)
+        return [(f"generated, {name}", output / f"{name}.{args.format}",
+                 lambda i=i: (held_out[i][0], PREVIEW_FPS)) for i, name in enumerate(held_out.classes)]
+    source = pathlib.Path(args.input)
+    runtime.require(source.exists(), f"--input {source} does not exist; check the path")
+    if source.is_dir():
+        files = sorted(p for p in source.rglob("*")
+                       if p.suffix.lower() in data.VIDEO_SUFFIXES and not p.name.startswith("."))
+        runtime.require(files, f"--input {source} holds no clips ({' '.join(data.VIDEO_SUFFIXES)})")
+        runtime.require(not output.suffix, f"--output {output} is one file, but --input is a folder; name a "
+                                           f"folder, and choose the kind of files with --format")
+        # The whole old name stays in the new one: a.avi and a.mp4 are two clips.
+        outputs = [output / path.relative_to(source).with_name(f"{path.name}.{args.format}")
+                   for path in files]
+    else:
+        files = [source]
+        outputs = [output if output.suffix else output / f"{source.name}.{args.format}"]
+    for path, target in zip(files, outputs):
+        runtime.require(target.suffix[1:].lower() in FORMATS,
+                        f"--output {target}: clips are written as {', '.join(FORMATS)}")
+        runtime.require(target.resolve() != path.resolve(), f"--output {target} would overwrite --input")
+    return [(str(path), target, lambda path=path: load_clip(path, size, config.downsampling))
+            for path, target in zip(files, outputs)]
+
+
+def load_clip(path, size, stride):
+    """A video file or animated picture, its shorter side at `size`: uint8 (3, T, H, W), and frames a second.
+
+    The longer side is cut in the middle to a multiple of `stride`. Frames are made small as they are decoded,
+    so a long video needs no more memory than what is written of it. Raises what the decoder raises.
+    """
+    frames = []
+    for convert in data.video_frames(path):
+        picture = data.resize_shorter_side(convert(), size)
+        width, height = (side // stride * stride for side in picture.size)
+        left, top = (picture.width - width) // 2, (picture.height - height) // 2
+        frames.append(data.image_to_tensor(picture.crop((left, top, left + width, top + height))))
+    return torch.stack(frames, dim=1), data.frame_rate(path)
+
+
+def get_args(argv=None):
+    """Parse the command line; no command at all means "train"."""
+    argv = sys.argv[1:] if argv is None else [str(word) for word in argv]
+    first = runtime.ArgumentParser("", add_help=False)
+    first.add_argument("--preset", choices=PRESETS, default="toy")
+    preset = first.parse_known_args(argv)[0].preset
+
+    parser = runtime.ArgumentParser(__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    p = commands.add_parser("train", help="train a video tokenizer", description=train.__doc__)
+    add_train_flags(p, preset)
+    p = commands.add_parser("reconstruct", help="see clips through one", description=reconstruct.__doc__)
+    p.add_argument("--ckpt", help="video tokenizer checkpoint, ours or published; the newest of runs/video")
+    p.add_argument("--input", help=f"clip ({' '.join(data.VIDEO_SUFFIXES)}) or folder; ten generated clips")
+    p.add_argument("--output", default="runs/reconstructions", help="file to write, or folder")
+    p.add_argument("--format", choices=FORMATS, default="webp",
+                   help="of the files in a folder --output")
+    p.add_argument("--image-size", type=runtime.positive_int, help="shorter side (the tokenizer's)")
+    p.add_argument("--raw-weights", action="store_true", help="the raw weights, not their average (EMA)")
+    p.add_argument("--trust-checkpoint", action="store_true", help="unpickle foreign classes in --ckpt")
+    p.add_argument("--mixed-precision", choices=("fp32", "bf16", "fp16"), default="fp32",
+                   help="autocast dtype")
+    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
+    return parser.parse_args(argv or ["train"])
+
+
+def main(args):
+    """Run the command that `args` (from `get_args`) name."""
+    {"train": train, "reconstruct": reconstruct}[args.command](args)
+
+
+if __name__ == "__main__":
+    runtime.run_script(main, get_args)

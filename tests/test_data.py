@@ -719,3 +719,243 @@ def test_resize_makes_small_crops_of_large_pictures(tmp_path):
     assert len(corners) > 10
     with pytest.raises(runtime.UserError, match="--resize 8"):
         data.build_dataset(tmp_path, "train", 16, resize=8)
+
+
+# ---- clips ------------------------------------------------------------------------------------------------
+
+def noise_video(count=20, width=32, height=24, seed=0):
+    """Frames (N, H, W, 3) that all differ, of blocks large enough to survive a lossy codec."""
+    blocks = np.random.default_rng(seed).integers(0, 256, (count, height // 8, width // 8, 3), dtype=np.uint8)
+    return blocks.repeat(8, axis=1).repeat(8, axis=2)
+
+
+def write_exactly(path, frames):
+    """A video file from which every decoder must get exactly `frames`: FFV1 in RGB."""
+    av = pytest.importorskip("av")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=25)
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "bgr0"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(
+                format="bgr0")))
+        container.mux(stream.encode())
+    return path
+
+
+def make_videos(root, classes=("fall", "jump"), count=3, frames=20):
+    """`count` videos of each class under train/ and test/ of `root`."""
+    for i, split in enumerate(("train", "test")):
+        for j, name in enumerate(classes):
+            for k in range(count):
+                write_exactly(root / split / name / f"v_{name}_g01_c{k:02d}.avi",
+                              noise_video(frames, seed=100 * i + 10 * j + k))
+    return root
+
+
+@pytest.mark.parametrize("suffix", [".avi", ".mkv"])
+def test_decoding_gives_exactly_the_frames_that_were_stored(tmp_path, suffix):
+    frames = noise_video()
+    path = write_exactly(tmp_path / f"a{suffix}", frames)
+    assert np.array_equal(data.read_video(path), frames) and data.frame_rate(path) == 25
+
+
+@pytest.mark.parametrize("suffix, error", [(".webp", 0), (".gif", 6), (".mp4", 10), (".avi", 10),
+                                           (".mkv", 10)])
+def test_a_written_video_is_read_back_with_all_its_frames_in_order(tmp_path, suffix, error):
+    if suffix not in data.PILLOW_SUFFIXES:
+        pytest.importorskip("av")
+    frames = noise_video(9, 40, 32)
+    path = tmp_path / "deep" / f"a{suffix}"
+    data.write_video(path, frames, fps=20)
+    back = data.read_video(path)
+    assert back.shape == frames.shape and data.frame_rate(path) == 20
+    assert abs(back.astype(int) - frames).mean() <= error
+    assert os.listdir(path.parent) == [path.name]                        # nothing temporary is left
+
+
+def test_odd_sides_are_padded_and_wrong_suffixes_refused(tmp_path):
+    pytest.importorskip("av")
+    data.write_video(tmp_path / "a.mp4", noise_video(3)[:, :23, :31])
+    assert data.read_video(tmp_path / "a.mp4").shape == (3, 24, 32, 3)
+    with pytest.raises(UserError, match="a.mov: videos are written as .mp4"):
+        data.write_video(tmp_path / "a.mov", noise_video(3))
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real clips are not here")
+def test_real_clips_have_the_frames_that_their_headers_promise():
+    av = pytest.importorskip("av")
+    train, test = (data.build_clips(REAL / "clips", split, 64) for split in ("train", "test"))
+    assert train.classes == test.classes == ["bikes", "carphone", "pedestrians", "tree"]
+    assert len(train) + len(test) == 27 and {test.label(i) for i in range(len(test))} == {0, 1, 2, 3}
+    for i in range(len(test)):
+        clip, label, index = test[i]
+        assert clip.shape == (3, 17, 64, 64) and clip.dtype == torch.uint8 and index == i
+        with av.open(test.path(i)) as container:
+            promised, times = container.streams.video[0].frames, []
+            for frame in container.decode(video=0):
+                times.append(frame.pts)
+        assert int(test.lengths[i]) == promised == len(test.load(i)) and times == sorted(set(times))
+
+
+def test_a_clip_in_evaluation_is_the_central_frames_each_preprocessed_like_a_picture(tmp_path):
+    make_videos(tmp_path, frames=22)
+    dataset = data.build_clips(tmp_path, "val", 16, frames=5)            # no val/, so test/
+    assert len(dataset) == 6 and dataset.classes == ["fall", "jump"]
+    clip, label, index = dataset[4]
+    assert (label, index) == (1, 4) and clip.dtype == torch.uint8
+    frames = noise_video(22, seed=111)[22 // 2 - 2:22 // 2 + 3]
+    assert torch.equal(clip, torch.stack([data.preprocess(Image.fromarray(f), 16) for f in frames], 1))
+    images, labels, _ = next(data.eval_loader(dataset, 4))
+    assert images.shape == (4, 3, 5, 16, 16) and labels.tolist() == [0, 0, 0, 1]
+
+
+def test_training_draws_start_and_crop_from_the_seed_and_one_crop_for_all_frames(tmp_path):
+    frames = np.arange(20, dtype=np.uint8)[:, None, None, None].repeat(24, 1).repeat(48, 2).repeat(3, 3) * 4
+    frames = frames + np.arange(48, dtype=np.uint8)[:, None] * np.array([0, 4, 0], np.uint8)
+    write_exactly(tmp_path / "fall" / "a.avi", frames)
+    dataset = data.build_clips(tmp_path, "train", 24, frames=5, crop="random")
+    seen = set()
+    for seed in range(60):
+        clip = dataset[0, seed][0]
+        assert torch.equal(clip, dataset[0, seed][0])
+        start, left = int(clip[0, 0, 0, 0]) // 4, int(clip[1, 0, 0, 0]) - int(clip[0, 0, 0, 0])
+        assert (clip[0, :, 0, 0] == 4 * torch.arange(start, start + 5)).all()      # consecutive frames
+        assert (clip[1] - clip[0] == (clip[1] - clip[0])[:1]).all()                # the same window in all
+        seen.add((start, left // 4))
+    assert {start for start, _ in seen} == set(range(16)) and len({left for _, left in seen}) > 15
+    centred = data.build_clips(tmp_path, "train", 24, frames=5, crop="random", start="center")
+    assert {int(centred[0, seed][0][0, 0, 0, 0]) for seed in range(9)} == {4 * 8}
+
+
+def test_the_clips_of_a_training_step_do_not_depend_on_ranks_or_workers(tmp_path):
+    dataset = data.build_clips(make_videos(tmp_path), "train", 16, frames=5, crop="random")
+    whole = take(data.train_loader(dataset, 4, seed=3), 3)
+    halves = [take(data.train_loader(dataset, 4, seed=3, rank=rank, world_size=2, num_workers=rank), 3)
+              for rank in (0, 1)]
+    for step, (clips, labels, indices) in enumerate(whole):
+        assert torch.equal(clips, torch.cat([halves[rank][step][0] for rank in (0, 1)]))
+        assert labels.tolist() == [dataset.label(i) for i in indices.tolist()]
+
+
+def test_official_split_lists_choose_the_clips(tmp_path):
+    root = make_videos(tmp_path) / "train"
+    (tmp_path / "trainlist01.txt").write_text("jump/v_jump_g01_c02.avi 2\nfall/v_fall_g01_c00.avi 1\n\n")
+    (tmp_path / "testlist01.txt").write_text("jump/v_jump_g01_c00.avi\r\n")
+    train = data.build_clips(root, "train", 16, 5, split_list=tmp_path / "trainlist01.txt")
+    assert train.files == ["fall/v_fall_g01_c00.avi", "jump/v_jump_g01_c02.avi"]
+    assert [train[i][1] for i in range(2)] == [0, 1] and len(train) == len(train.lengths) == 2
+    test = data.build_clips(root, "test", 16, 5, split_list=tmp_path / "testlist01.txt")
+    assert test.classes == ["fall", "jump"] and test[0][1] == 1
+    with pytest.raises(UserError, match="lacks 1 of the 1 clips of --split-list, such as .*jump_g01_c00"):
+        data.build_clips(tmp_path, "test", 16, 5, split_list=tmp_path / "testlist01.txt")
+
+
+def test_broken_and_short_clips_are_reported_counted_and_skipped(tmp_path, capfd):
+    for i in range(150):
+        write_exactly(tmp_path / "train" / "fall" / f"v_fall_g01_c{i:02d}.avi", noise_video(9, 16, 16))
+    folder = tmp_path / "train" / "fall"
+    whole = (folder / "v_fall_g01_c05.avi").read_bytes()
+    (folder / "v_fall_g01_c05.avi").write_bytes(b"RIFF, but no video")
+    write_exactly(folder / "v_fall_g01_c07.avi", noise_video(4))
+    dataset = data.build_clips(tmp_path, "train", 16, frames=5)
+    for _ in range(2):
+        assert dataset[5] is None and dataset[7] is None and dataset[6] is not None
+    printed = capfd.readouterr().err
+    assert printed.count("broken clip skipped") == 2
+    assert "c05.avi (" in printed and "c07.avi (too short: 4 frames, 5 are needed)" in printed
+    assert int(dataset.broken.sum()) == 2
+    with pytest.raises(UserError, match="2 of the 150 clips"):
+        dataset.raise_if_broken()
+    (folder / "v_fall_g01_c05.avi").write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(UserError, match="c05.avi cannot be read as a video"):
+        data.read_video(folder / "v_fall_g01_c05.avi")
+
+
+def test_without_pyav_the_error_asks_for_it_by_name_and_gifs_work(tmp_path, monkeypatch):
+    data.write_video(tmp_path / "gifs" / "a.gif", noise_video(6))
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "a.mp4").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "av", None)
+    assert data.build_clips(tmp_path / "gifs", "train", 16, frames=5)[0][0].shape == (3, 5, 16, 16)
+    for call in (lambda: data.build_clips(tmp_path / "videos", "train", 16),
+                 lambda: data.read_video(tmp_path / "videos" / "a.mp4"),
+                 lambda: data.write_video(tmp_path / "b.mp4", noise_video(2))):
+        with pytest.raises(UserError, match="pip install av"):
+            call()
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("options, problem", [
+    ({"data_path": "nowhere"}, "nowhere is no folder of videos"),
+    ({"data_path": "."}, "holds no clips .*.avi"),
+    ({"flip": True}, "left is one that moves right"),
+    ({"split_list": "list.txt"}, "--split-list is for a folder"),
+    ({"data_path": ".", "split_list": "list.txt"}, "list.txt does not exist"),
+    ({"data_path": ".", "length": 5}, "only the generated clips"),
+    ({"start": "end"}, "'end' is unknown"), ({"resize": 8}, "--resize 8")])
+def test_mistakes_about_clips_are_one_clear_line(tmp_path, monkeypatch, options, problem):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=problem) as error:
+        data.build_clips(**{"data_path": None, "split": "train", "image_size": 16, **options})
+    assert "\n" not in str(error.value)
+
+
+def figure_of(clip):
+    """(x, y, area) of the figure, which is not like the ground, in each frame of a clip (3, T, S, S)."""
+    mask = (clip.float() - clip[:, :, :1, :1].float()).abs().sum(0) > 90   # more than the ground's gradients
+    grid = torch.arange(clip.shape[-1]).float()
+    area = mask.sum((1, 2)).float()
+    x, y = (mask.sum(axis) * grid for axis in (1, 2))
+    return x.sum(1) / area, y.sum(1) / area, area
+
+
+def test_generated_clips_move_as_their_class_says():
+    dataset = data.build_clips(None, "train", 64, length=40)
+    assert dataset.classes == ["right", "left", "up", "down", "grow", "shrink", "turn-left", "turn-right",
+                               "bounce", "blink"]
+    for index in range(40):
+        clip, label, _ = dataset[index]
+        motion = dataset.classes[label]
+        x, y, area = figure_of(clip)
+        right, down = float(x[-1] - x[0]), float(y[-1] - y[0])
+        expected = {"right": (1, 0), "left": (-1, 0), "up": (0, -1), "down": (0, 1)}.get(motion)
+        if expected:
+            assert right * expected[0] + down * expected[1] > 20, (motion, right, down)
+            assert abs(right * expected[1]) + abs(down * expected[0]) < 4
+        if motion in ("grow", "shrink"):
+            assert area[-1] > 6 * area[0] if motion == "grow" else area[0] > 6 * area[-1]
+        if motion == "bounce":
+            assert abs(down) < 3 and y[4] < y[0] - 15 and y[12] < y[0] - 15 and y[8] > y[4] + 15
+        if motion == "blink":
+            assert (area > 0).tolist() == [0 <= (t + 2) % 8 < 4 for t in range(17)]
+        if motion.startswith("turn"):
+            assert area.max() < 1.2 * area.min() and not torch.equal(clip[:, 0], clip[:, 8])
+
+
+def test_a_turn_to_the_right_is_one_to_the_left_backwards():
+    left, right = (data.MOTIONS[name] for name in ("turn-left", "turn-right"))
+    assert left(0.25, 0, 1)[3] == -right(0.25, 0, 1)[3] == 0.25
+    keys, shapes = np.array([5], np.uint64), np.array([data.SHAPES.index(data.arrow)])
+    upright = data.dataclasses.replace(data.MOVING, turn=0)
+    pictures = [data.draw_in_blocks(keys, shapes, 64, upright, np.array([[0], [0], [2.0], [turn], [1]]))[0]
+                for turn in (0, 0.25)]
+    ys, xs = (np.nonzero(abs(picture.astype(int) - picture[:, :1, :1]).sum(0) > 90) for picture in pictures)
+    # The head of the arrow is wider than its shaft: it points up, and after a quarter turn to the left, left.
+    assert np.bincount(ys[0], minlength=64).argmax() < 32 and np.bincount(xs[1], minlength=64).argmax() < 32
+
+
+def test_a_generated_clip_is_the_same_alone_in_a_batch_and_at_any_time():
+    dataset = data.build_clips("generated", "val", 32, frames=9)
+    assert len(dataset) == 1000 and dataset.name == "generated"
+    together = dataset.draw(np.arange(23))
+    assert together.shape == (23, 3, 9, 32, 32) and together.dtype == np.uint8
+    for index in (0, 7, 22):
+        assert np.array_equal(dataset[index][0], together[index])
+        assert np.array_equal(dataset.load(index).transpose(3, 0, 1, 2), together[index])
+    others = [data.build_clips(None, "train", 32, 9), data.build_clips(None, "val", 32, 9, seed=1)]
+    assert len({clip.tobytes() for d in (dataset, *others) for clip in d.draw(np.arange(30))}) == 90
+    long = data.build_clips(None, "val", 32, frames=17).draw(np.arange(6))
+    assert np.array_equal(long[:, :, ::2], together[:6])                 # the same scene at twice the rate
+    one = data.build_clips(None, "val", 32, frames=1)[3][0]
+    assert np.array_equal(one[:, 0], together[3][:, 0])

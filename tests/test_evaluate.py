@@ -13,11 +13,13 @@ import torch
 from helpers import ROOT, environment, run_script
 from PIL import Image
 
+import data
 import evaluate
 import runtime
 import sample
 import tokenizer
 import train_ar
+import video
 from test_train_ar import TINY, save_images, save_tokenizer
 
 REAL = ROOT.parent / "shared" / "data" / "photos256"
@@ -118,7 +120,7 @@ RANKS = """
 import os, sys
 import torch.multiprocessing
 import evaluate
-from test_evaluate import QuickInception
+from test_evaluate import QuickI3D, QuickInception
 
 def job(rank, ranks, port):
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -131,14 +133,17 @@ def job(rank, ranks, port):
     evaluate.main(evaluate.get_args(second.split()))
     drawn = f"--ckpt {sys.argv[2]} --num-samples 10 --sampling-batch-size 3 --reference reference16.npz"
     evaluate.main(evaluate.get_args(f"generation {drawn}{common}".split()))
+    evaluate.I3D = QuickI3D
+    clips = f"video --ckpt {sys.argv[3]} --max-clips 5 --metrics psnr usage rfvd --protocol seed"
+    evaluate.main(evaluate.get_args((clips + common).split()))
 
 if __name__ == "__main__":
     for ranks in (1, 2, 3):                       # forked, so that torch is imported once and not six times
-        torch.multiprocessing.start_processes(job, (ranks, sys.argv[2 + ranks]), ranks, start_method="fork")
+        torch.multiprocessing.start_processes(job, (ranks, sys.argv[3 + ranks]), ranks, start_method="fork")
 """
 
 
-def test_one_two_and_three_ranks_measure_the_same_to_1e_9(checkpoint, ar_checkpoint, place):
+def test_one_two_and_three_ranks_measure_the_same_to_1e_9(checkpoint, ar_checkpoint, video_checkpoint, place):
     write_samples("samples.npz", 5, seed=1)
     write_samples("reference.npz", 7, seed=2)
     write_samples("reference16.npz", 10, size=16)
@@ -148,12 +153,13 @@ def test_one_two_and_three_ranks_measure_the_same_to_1e_9(checkpoint, ar_checkpo
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             ports.append(str(probe.getsockname()[1]))
-    done = subprocess.run([sys.executable, "job.py", checkpoint, ar_checkpoint, *ports], capture_output=True,
+    done = subprocess.run([sys.executable, "job.py", checkpoint, ar_checkpoint, video_checkpoint, *ports],
                           env={**environment(), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}, text=True,
-                          timeout=300)
+                          capture_output=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     alone, two, three = [results(f"out{ranks}") for ranks in (1, 2, 3)]
-    assert len(alone) == 3 and values(alone[0])["rfid"] > 0 and values(alone[1])["fid"] > 0
+    assert len(alone) == 4 and values(alone[3])["rfvd"] > 0
+    assert values(alone[0])["rfid"] > 0 and values(alone[1])["fid"] > 0
     for run in (two, three):
         for expected, got in zip(alone, run, strict=True):
             assert got["n"] == expected["n"]
@@ -484,6 +490,105 @@ def test_a_reference_of_other_weights_or_settings_is_refused(place, quick, monke
     monkeypatch.setattr(evaluate, "RANDOM_LABEL", "other weights")
     with pytest.raises(runtime.UserError, match="other Inception weights"):
         call("generation", "--samples", "samples.npz", "--reference", "own.npz", *RANDOM)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# video
+# ------------------------------------------------------------------------------------------------------------
+
+class QuickI3D(torch.nn.Module):
+    """Random features of clips in milliseconds, for tests of what surrounds the network."""
+
+    def __init__(self, eps):
+        super().__init__()
+        self.layer = torch.nn.Linear(3 * 3 * 16 * 16, 400)
+
+    def forward(self, x):
+        """x (B, 3, T, 224, 224) to features (B, 400)."""
+        return self.layer(x[:, :, ::4, ::14, ::14].flatten(1))
+
+
+@pytest.fixture(scope="module")
+def video_checkpoint(tmp_path_factory):
+    """A small untrained tokenizer of clips of 9 x 32 x 32, as video.py saves it."""
+    torch.manual_seed(0)
+    config = video.VideoTokenizerConfig(resolution=32, channels=32, channel_multipliers=(1, 1), blocks=1,
+                                        mid_blocks=0, patch=2, bits=6, frames=9, time_strides=(2,))
+    path = tmp_path_factory.mktemp("run") / "runs" / "video" / "step-00000003.pt"
+    runtime.save_checkpoint(path, {
+        "format": video.VideoTokenizer.format, "config": tokenizer.config_to_dict(config), "ema": None,
+        "model": video.VideoTokenizer(config).state_dict(), "step": 3, "args": {}})
+    return path
+
+
+def test_video_metrics_are_those_of_the_frames_and_of_the_features(video_checkpoint, place, monkeypatch):
+    monkeypatch.setattr(evaluate, "I3D", QuickI3D)
+    call("video", "--ckpt", video_checkpoint, "--max-clips", 6, "--metrics", "psnr", "ssim", "usage", "rfvd",
+         "lpips-alex", "--allow-random-weights")
+    result, = results()
+    measured = values(result)
+    model, _ = video.load_video_tokenizer(video_checkpoint)
+    clips = data.build_clips(None, "test", 32, frames=9)
+    x = torch.stack([clips[1000 * k // 6][0] for k in range(6)])
+    with torch.no_grad():
+        ids = model.encode(data.to_float(x))
+        y = runtime.to_uint8(model.decode(ids))
+    pairs = [(a, b) for a, b in zip(x.transpose(1, 2).flatten(0, 1), y.transpose(1, 2).flatten(0, 1))]
+    expected = np.mean([evaluate.psnr(a[None], b[None]).item() for a, b in pairs])
+    assert measured["psnr"] == pytest.approx(expected, abs=1e-6) and 0 < measured["ssim"] < 1
+    i3d = evaluate.randomise(QuickI3D(0))
+    with torch.no_grad():
+        features = [i3d(evaluate.i3d_input(c.transpose(1, 2))).double().numpy() for c in (x, y)]
+    statistics = [array for f in features for array in (f.mean(0), np.cov(f.T))]
+    assert measured["rfvd"] == pytest.approx(evaluate.frechet_distance(*statistics, 6, 6), rel=1e-5)
+    assert measured["usage"] == len(ids.unique()) / 64
+    assert measured["bits_per_pixel"] == pytest.approx(6 * ids[0].numel() / (9 * 32 * 32))
+    assert (result["n"], result["data"]["split"], result["data"]["crop"]) == (6, "test", "center")
+    assert result["metrics"]["rfvd"]["label"] == evaluate.RANDOM_LABEL
+    assert next(pathlib.Path("runs/evaluation").glob("video-*.png"))
+
+
+def write_clips(folder, counts):
+    """`counts` animated pictures of 9 frames, of one class, in each split."""
+    for split, count in counts.items():
+        for i in range(count):
+            frames = np.random.default_rng(i).integers(0, 256, (9, 36, 40, 3), dtype=np.uint8)
+            data.write_video(folder / split / "wave" / f"{i}.gif", frames)
+    return folder
+
+
+def test_protocol_seed_takes_the_training_split_some_clips_twice_and_random_crops(video_checkpoint, place,
+                                                                                 monkeypatch):
+    monkeypatch.setattr(evaluate, "I3D", QuickI3D)
+    write_clips(place / "clips", {"train": 5, "test": 3})
+    flags = ("video", "--ckpt", video_checkpoint, "--data-path", place / "clips", "--allow-random-weights",
+             "--metrics", "psnr", "rfvd")
+    call(*flags)
+    call(*flags, "--protocol", "seed")
+    clean, seed = results()
+    assert (clean["n"], clean["repeated"], clean["data"]["split"]) == (3, 0, "test")
+    assert (seed["n"], seed["repeated"]) == (10, 5)
+    assert (seed["data"]["split"], seed["data"]["crop"]) == ("train", "random")
+    assert "rfvd-float32" not in values(clean)
+    assert values(seed)["rfvd-float32"] == pytest.approx(values(seed)["rfvd"], rel=0.05)
+    args = evaluate.get_args([*map(str, flags), "--protocol", "seed"])
+    order = evaluate.choose_clips(9_537, args)                         # UCF-101's training split
+    assert len(order) == 10_000 and order[:9_537] == list(range(9_537)) and len(set(order[9_537:])) == 463
+    assert len(evaluate.choose_clips(20_000, args)) == 10_000
+
+
+def test_clips_are_measured_alike_in_any_batches_and_broken_ones_left_out(video_checkpoint, place, capfd):
+    folder = write_clips(place / "clips", {"test": 1}) / "test" / "wave"
+    for i in range(101):
+        (folder / f"{i:03d}.gif").write_bytes((folder / "0.gif").read_bytes() if i != 40 else b"GIF89a, cut")
+    (folder / "0.gif").unlink()
+    for size in (2, 3):                                                # numbers 0, 20, 40, 60 and 80 of 101
+        call("video", "--ckpt", video_checkpoint, "--data-path", place / "clips", "--batch-size", size,
+             "--metrics", "psnr", "usage", "--max-clips", 5)
+    first, second = results()
+    assert first["n"] == 4 and first["skipped"] == 1
+    assert values(first) == pytest.approx(values(second), rel=1e-9)
+    assert "broken clip skipped" in capfd.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------------

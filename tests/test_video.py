@@ -4,15 +4,18 @@ import itertools
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+from PIL import Image
 
+import data
 import runtime
 import tokenizer as tok
 import train_tokenizer as stage1
 import video
-from helpers import ROOT, fill_module, golden
+from helpers import ROOT, fill_module, golden, run_script
 
 CHECKPOINTS = ROOT.parent / "shared" / "spec" / "checkpoints.json"
 TINY = video.VideoTokenizerConfig(resolution=16, channels=32, channel_multipliers=(1, 2, 2, 2), blocks=1,
@@ -240,6 +243,14 @@ def test_an_inflated_model_on_one_frame_is_the_image_model(changes):
     assert any(p[:, :, :-1].abs().max() == 0 for p in model.parameters() if p.dim() == 5)
 
 
+def test_in1k_128_inflates_to_ucf_128_and_the_toys_fit_each_other():
+    toy_image = stage1.config_from_args(stage1.get_args(["--channel-multipliers", "1", "2", "2"]))
+    for image, preset in ((tok.PRESETS["in1k-128"], "ucf-128"), (toy_image, "toy")):
+        with torch.device("meta"):
+            image_model, model = tok.Tokenizer(image), video.VideoTokenizer(video.PRESETS[preset])
+        video.inflate(image_model.state_dict(), model)                    # would raise with a list of names
+
+
 def our_checkpoint(path, kind, config, seed=0):
     """A checkpoint of ours with raw weights of `seed` and averages of `seed` + 1."""
     raw, averages = random_model(kind, config, seed), random_model(kind, config, seed + 1)
@@ -298,7 +309,8 @@ def lightning_file(path, config, change=lambda state: None):
 
 
 def same_weights(a, b):
-    return all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    pairs = zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    return all(torch.equal(p, q) for p, q in pairs)
 
 
 def test_published_file_loads_ema_by_default_and_raw_on_request(tmp_path):
@@ -340,3 +352,195 @@ def test_image_and_video_files_are_told_apart(tmp_path):
     torch.save({"state_dict": tok.Tokenizer(TINY_IMAGE).state_dict()}, tmp_path / "image.ckpt")
     with pytest.raises(runtime.UserError, match="is an image tokenizer"):
         video.load_video_tokenizer(tmp_path / "image.ckpt")
+
+
+# ---- training ---------------------------------------------------------------------------------------------
+
+FAST = ["--image-size", 16, "--frames", 5, "--bits", 6, "--global-batch-size", 4, "--grid-size", 2,
+        "--lr", 1e-4, "--warmup", 1, "--log-every", 1, "--checkpoint-every", 1, "--perceptual-weight", 0,
+        "--entropy-weight", 0.1]
+GAN = ["--gan-weight", 0.3, "--lecam-weight", 0.05]
+
+
+def train(directory, *flags):
+    """Train in this process: starting Python and torch anew would take longer than these runs."""
+    video.main(video.get_args(["train", "--results-dir", directory, *FAST, *flags]))
+
+
+def logged(directory):
+    """metrics.jsonl without what depends on the clock: {step: {name: value}}, pictures' lines merged in."""
+    lines = {}
+    for line in (directory / "metrics.jsonl").read_text().splitlines():
+        values = json.loads(line)
+        lines.setdefault(values["step"], {}).update({k: v for k, v in values.items() if k != "clips/s"})
+    return lines
+
+
+def newest(directory):
+    return runtime.load_checkpoint(runtime.latest_checkpoint(directory))
+
+
+def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(tmp_path):
+    train(tmp_path / "whole", *GAN, "--length", 2, "--checkpoint-every", 2)
+    train(tmp_path / "cut", *GAN, "--length", 2)
+    (tmp_path / "cut" / "step-00000002.pt").unlink()
+    train(tmp_path / "cut", *GAN, "--length", 2, "--resume")
+    assert logged(tmp_path / "whole") == logged(tmp_path / "cut")
+    whole, cut = newest(tmp_path / "whole"), newest(tmp_path / "cut")
+    for part in ("model", "ema", "discriminator"):
+        assert whole[part].keys() == cut[part].keys() and whole[part]
+        assert all(torch.equal(whole[part][name], cut[part][name]) for name in whole[part])
+
+
+def test_two_ranks_equal_one_process_with_the_double_batch(tmp_path):
+    # Without the GAN: PatchGAN's BatchNorm statistics are those of one rank, as published.
+    flags = [*FAST, "--length", 3, "--grid-every", 3]
+    train(tmp_path / "one", *flags)
+    run_script("video.py", "train", "--results-dir", tmp_path / "two", *flags, ranks=2)
+    one, two = logged(tmp_path / "one"), logged(tmp_path / "two")
+    assert one.keys() == two.keys()
+    for step in one:
+        for name in one[step]:
+            assert one[step][name] == pytest.approx(two[step][name], rel=1e-4, abs=1e-5), (step, name)
+    one, two = newest(tmp_path / "one")["model"], newest(tmp_path / "two")["model"]
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("animation", ["webp", "gif"])
+def test_previews_are_an_animation_and_a_strip(tmp_path, animation):
+    train(tmp_path, "--length", 1, "--animation", animation)
+    with Image.open(tmp_path / f"reconstructions-00000001.{animation}") as picture:
+        assert picture.n_frames == 5 and picture.info.get("loop", 0) == 0
+        assert picture.size == (2 * 66 + 2, 2 * 66 + 2)          # 2 clips of 16 x 16, enlarged 4 times
+    with Image.open(tmp_path / "reconstructions-00000001.png") as picture:
+        assert picture.size == (5 * 66 + 2, 4 * 66 + 2)          # 5 frames; 2 x (clip, reconstruction)
+
+
+def test_a_strip_shows_first_and_last_frame_of_clip_over_reconstruction():
+    clips = torch.arange(17, dtype=torch.uint8).view(1, 1, 17, 1, 1).expand(2, 3, 17, 4, 4).contiguous()
+    picture = video.strip(clips, clips + 100, columns=3)
+    assert [int(picture[3, 3 + 6 * i, 0]) for i in range(3)] == [0, 8, 16]
+    assert [int(picture[9, 3 + 6 * i, 0]) for i in range(3)] == [100, 108, 116]
+
+
+def test_training_starts_from_the_inflated_image_tokenizer_and_resumes_without_its_file(tmp_path):
+    image_config = tok.TokenizerConfig(resolution=16, channels=32, channel_multipliers=(1, 2, 2), blocks=1,
+                                       mid_blocks=0, patch=2, bits=6)
+    raw, averages = our_checkpoint(tmp_path / "image.pt", tok.Tokenizer, image_config)
+    for name, flags, image in (("ema", [], averages), ("raw", ["--raw-weights"], raw)):
+        train(tmp_path / name, "--inflate-from", tmp_path / "image.pt", "--length", 1, "--lr", 0, *flags)
+        model, _ = video.load_video_tokenizer(tmp_path / name / "step-00000001.pt", ema=False)
+        x = clip(1, 16, 32)
+        with torch.no_grad():
+            torch.testing.assert_close(model(x)[0][:, :, 0], image.eval()(x[:, :, 0])[0], atol=1e-5, rtol=0)
+    (tmp_path / "image.pt").unlink()
+    train(tmp_path / "ema", "--inflate-from", tmp_path / "image.pt", "--length", 2, "--resume")
+    assert newest(tmp_path / "ema")["step"] == 2
+    with pytest.raises(runtime.UserError, match="does not exist"):
+        train(tmp_path / "new", "--inflate-from", tmp_path / "image.pt")
+
+
+def test_clips_are_judged_frame_by_frame_by_the_perceptual_loss():
+    class Judge(nn.Module):
+        def forward(self, x, y):
+            assert x.dim() == 4 and x.shape[0] == 2 * 5
+            return (x - y).square().mean((1, 2, 3))
+    args = video.get_args(["train", *FAST, "--perceptual-weight", 1])
+    model, x = random_model(video.VideoTokenizer, TINY), clip(5, batch=2)
+    outputs = model(x)
+    terms = stage1.generator_terms(args, x, outputs, Judge(), 0)
+    assert terms["perceptual"][0].item() == pytest.approx((x - outputs[0]).square().mean().item(), rel=1e-5)
+
+
+def test_ucf_128_carries_the_published_hyper_parameters():
+    args = video.get_args(["train", "--preset", "ucf-128"])
+    assert stage1.config_from_args(args, video.VideoTokenizerConfig) == video.PRESETS["ucf-128"]
+    assert (args.gan_weight, args.lecam_weight, args.lr, args.warmup, args.final_lr, args.lr_schedule) == (
+        0.3, 0.05, 1e-4, "2ep", 0.01, "cosine")
+    assert (args.global_batch_size, args.length, args.perceptual_weight, args.entropy_weight, args.beta1) == (
+        128, "2000ep", 1, 0.1, 0.5)
+
+
+def test_other_multipliers_on_the_command_line_bring_their_own_strides_in_time():
+    args = video.get_args(["train", "--preset", "ucf-128", "--channel-multipliers", "1", "1", "2", "2", "4"])
+    assert stage1.config_from_args(args, video.VideoTokenizerConfig).strides == [
+        (1, 2, 2), (1, 2, 2), (2, 2, 2), (2, 2, 2)]
+
+
+def test_activation_checkpointing_changes_no_gradient():
+    model, x, grads = random_model(video.VideoTokenizer, TINY), clip(5), []
+    for checkpointing in (False, True):
+        model.encoder.checkpointing = model.decoder.checkpointing = checkpointing
+        model.zero_grad()
+        model(x)[0].square().mean().backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+def test_wrong_flags_are_one_line_errors_of_status_2(tmp_path):
+    for flags in (["--frames", 6], ["--time-strides", 2], ["--image-size", 20], ["--data-path", "nowhere"],
+                  ["--split-list", "trainlist01.txt"]):
+        with pytest.raises(runtime.UserError, match=flags[0]):
+            train(tmp_path, *flags)
+    result = run_script("video.py", "train", "--frames", 6, "--results-dir", tmp_path, check=False)
+    assert result.returncode == 2 and result.stderr.startswith("error: --frames 6")
+    assert len(result.stderr.splitlines()) == 1
+
+
+# ---- reconstruction ---------------------------------------------------------------------------------------
+
+def test_clips_of_any_length_come_back_window_by_window():
+    model = random_model(video.VideoTokenizer, TINY)                      # windows of 5 frames
+    whole = runtime.to_uint8(clip(23)[0])
+    for frames in (1, 2, 5, 6, 9, 23):
+        assert video.reconstruct_clip(model, whole[:, :frames]).shape == (3, frames, 16, 16)
+    got = video.reconstruct_clip(model, whole)
+    for first in (0, model.config.frames):
+        window = data.to_float(whole[None, :, first:first + model.config.frames])
+        expected = runtime.to_uint8(model.decode(model.encode(window)))[0]
+        assert torch.equal(got[:, first:first + model.config.frames], expected)
+
+
+def test_reconstruct_writes_each_clip_beside_its_original(tmp_path):
+    model, _ = our_checkpoint(tmp_path / "video.pt", video.VideoTokenizer, TINY)
+    frames = np.random.default_rng(0).integers(0, 256, (7, 16, 20, 3), dtype=np.uint8)
+    data.write_video(tmp_path / "clip.webp", frames, fps=20)              # lossless, and 20 cut to 16 pixels
+    video.main(video.get_args(["reconstruct", "--ckpt", tmp_path / "video.pt", "--raw-weights",
+                               "--input", tmp_path / "clip.webp", "--output", tmp_path / "out.webp"]))
+    both, cut = data.read_video(tmp_path / "out.webp"), frames[:, :, 2:18]
+    assert both.shape == (7, 16, 16 + 4 + 16, 3) and np.array_equal(both[:, :, :16], cut)
+    expected = video.reconstruct_clip(model, torch.from_numpy(cut.copy()).permute(3, 0, 1, 2))
+    assert np.array_equal(both[:, :, 20:], video.as_frames(expected))
+    assert data.frame_rate(tmp_path / "out.webp") == 20
+
+
+@pytest.mark.parametrize("kind", ["avi", "mp4", "gif"])
+def test_a_folder_of_clips_is_reconstructed_and_a_broken_one_skipped(tmp_path, kind, capsys):
+    if kind != "gif":
+        pytest.importorskip("av")
+    our_checkpoint(tmp_path / "video.pt", video.VideoTokenizer, TINY)
+    frames = np.random.default_rng(0).integers(0, 256, (6, 32, 48, 3), dtype=np.uint8)
+    for name in ("a", "b"):
+        data.write_video(tmp_path / "in" / "class" / f"{name}.{kind}", frames)
+    (tmp_path / "in" / f"broken.{kind}").write_bytes(b"no clip")
+    flags = ["reconstruct", "--ckpt", tmp_path / "video.pt", "--format", kind, "--output", tmp_path / "out"]
+    video.main(video.get_args([*flags, "--input", tmp_path / "in"]))
+    for name in ("a", "b"):
+        assert data.read_video(tmp_path / "out" / "class" / f"{name}.{kind}.{kind}").shape == (6, 16, 52, 3)
+    out, err = capsys.readouterr()
+    assert f"broken.{kind}" in err and "over 2 clips, 1 broken" in out
+    with pytest.raises(runtime.UserError, match="none of the clips"):
+        video.main(video.get_args([*flags, "--input", tmp_path / "in" / f"broken.{kind}"]))
+
+
+def test_wrong_inputs_of_reconstruct_are_clear_errors(tmp_path):
+    our_checkpoint(tmp_path / "video.pt", video.VideoTokenizer, TINY)
+    (tmp_path / "empty").mkdir()
+    data.write_video(tmp_path / "in" / "a.gif", np.zeros((2, 16, 16, 3), np.uint8))
+    for flags in (["--input", tmp_path / "empty"], ["--input", tmp_path / "nowhere"], ["--image-size", 20],
+                  ["--input", tmp_path / "in", "--output", tmp_path / "a.gif"],
+                  ["--input", tmp_path / "in" / "a.gif", "--output", tmp_path / "in" / "a.gif"],
+                  ["--input", tmp_path / "in" / "a.gif", "--output", tmp_path / "a.webm"]):
+        with pytest.raises(runtime.UserError, match="--input|--output|--image-size"):
+            video.main(video.get_args(["reconstruct", "--ckpt", tmp_path / "video.pt", *flags]))
