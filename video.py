@@ -491,7 +491,7 @@ def get_args(argv=None):
     """Parse the command line; no command at all means "train"."""
     argv = sys.argv[1:] if argv is None else [str(word) for word in argv]
     first = runtime.ArgumentParser("", add_help=False)
-    first.add_argument("--preset", choices=PRESETS, default="toy")
+    first.add_argument("--preset", choices=PRESETS, default="toy", help="see below")
     preset = first.parse_known_args(argv)[0].preset
 
     parser = runtime.ArgumentParser(__doc__)
