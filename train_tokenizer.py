@@ -313,7 +313,7 @@ def add_model_flags(parser):
     group.add_argument("--channels", type=int, help="width of the first level")
     group.add_argument("--blocks", type=int, help="residual blocks a level")
     group.add_argument("--mid-blocks", type=int, help="residual blocks at the code map's resolution")
-    group.add_argument("--patch", type=int, help="fold patch x patch pixels into channels before the first conv")
+    group.add_argument("--patch", type=int, help="fold patch x patch pixels into channels first: cheap")
     group.add_argument("--codebook-size", type=int, help="entries of the VQ codebook")
     group.add_argument("--codebook-channels", type=int, help="length of a VQ codebook entry")
     group.add_argument(

@@ -259,7 +259,8 @@ def test_original_resolution_pads_with_grey_to_whole_tokens_and_crops_back(proto
 
 def test_infinite_psnr_is_written_as_valid_json(place):
     args = evaluate.get_args(["reconstruction"])
-    evaluate.report("x", {"psnr": float("inf")}, {"psnr": "itself"}, {}, {"n": 1}, 0, args)
+    evaluate.report("x", {"psnr": float("inf")}, {"psnr": "itself"}, {},
+                    {"n": 1, "command": "reconstruction"}, 0, args)
     text = next(pathlib.Path("runs/evaluation").glob("*.json")).read_text()
     assert json.loads(text, parse_constant=pytest.fail)["metrics"]["psnr"]["value"] == "inf"
 
