@@ -1,5 +1,6 @@
 """What several tests share: the weights behind the golden vectors, and a way to run the scripts."""
 
+import json
 import os
 import pathlib
 import socket
@@ -10,7 +11,10 @@ import zlib
 import numpy as np
 import torch
 
+import runtime
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+CLOCK = ("images/s", "clips/s", "tokens/s", "tflops", "mfu")           # logged, but of no two runs the same
 GOLDEN = pathlib.Path(__file__).resolve().parent / "golden"
 
 
@@ -56,3 +60,34 @@ def run_script(script, *flags, ranks=1, timeout=300, check=True, cwd=ROOT):
     if check:
         assert result.returncode == 0, result.stdout + result.stderr
     return result
+
+
+def logged(directory):
+    """metrics.jsonl without what depends on the clock: {step: {name: value}}, lines of a step merged."""
+    lines = {}
+    for line in (directory / "metrics.jsonl").read_text().splitlines():
+        values = json.loads(line)
+        lines.setdefault(values["step"], {}).update({k: v for k, v in values.items() if k not in CLOCK})
+    return lines
+
+
+def newest(directory):
+    """The newest checkpoint of a run."""
+    return runtime.load_checkpoint(runtime.latest_checkpoint(directory))
+
+
+def assert_same(a, b, path=""):
+    """Bit-for-bit equality of nested checkpoints."""
+    assert type(a) is type(b), path
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            assert_same(a[key], b[key], f"{path}/{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b)):
+            assert_same(x, y, f"{path}/{i}")
+    else:
+        assert a == b, path

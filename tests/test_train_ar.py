@@ -20,14 +20,13 @@ import runtime
 import sample
 import tokenizer as tok
 import train_ar
-from helpers import ROOT
+from helpers import ROOT, assert_same, logged, newest
 
 # A model so small that a step takes milliseconds, for tokens of 4 x 4 and 3 + 3 bits.
 TINY = ["--split", 3, 3, "--width", 32, "--heads", 2, "--inter-blocks", 1, "--global-batch-size", 4,
         "--warmup", 2, "--log-every", 1, "--grid-size", 3, "--encode-batch-size", 2]
 DROPOUT = ["--token-dropout", 0.1, "--attention-dropout", 0.1, "--ffn-dropout", 0.1]
 NO_DROPOUT = ["--token-dropout", 0, "--attention-dropout", 0, "--ffn-dropout", 0, "--label-dropout", 0]
-CLOCK = ("images/s", "tokens/s", "tflops", "mfu")                        # logged, but of no two runs the same
 
 
 @pytest.fixture(autouse=True)
@@ -122,36 +121,6 @@ def kill_when(condition, processes):
         process.kill()
     for process in processes:
         process.join()
-
-
-def logged(directory):
-    """metrics.jsonl without what depends on the clock: {step: {name: value}}."""
-    lines = {}
-    for line in (directory / "metrics.jsonl").read_text().splitlines():
-        values = json.loads(line)
-        lines.setdefault(values["step"], {}).update({k: v for k, v in values.items() if k not in CLOCK})
-    return lines
-
-
-def newest(directory):
-    return runtime.load_checkpoint(runtime.latest_checkpoint(directory))
-
-
-def assert_same(a, b, path=""):
-    """Bit-for-bit equality of nested checkpoints."""
-    assert type(a) is type(b), path
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), path
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), path
-        for key in a:
-            assert_same(a[key], b[key], f"{path}/{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), path
-        for i, (x, y) in enumerate(zip(a, b)):
-            assert_same(x, y, f"{path}/{i}")
-    else:
-        assert a == b, path
 
 
 def tokens_in(path):

@@ -1,5 +1,4 @@
 """The losses are the published ones; training is exact over ranks, over interruptions, and learns."""
-import json
 import math
 import os
 import signal
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 import runtime
 import tokenizer as tok
 import train_tokenizer as stage1
-from helpers import ROOT, environment, fill_module, golden, run_script
+from helpers import ROOT, assert_same, environment, fill_module, golden, logged, newest, run_script
 
 # A model so small that a step takes milliseconds, with every term of the objective switched on.
 TINY = ["--blocks", 1, "--image-size", 16, "--bits", 6]
@@ -51,36 +50,6 @@ def train(directory, *flags):
 
 def train_as_user(directory, *flags, **kwargs):
     return run_script("train_tokenizer.py", "--results-dir", directory, *flags, **kwargs)
-
-
-def logged(directory):
-    """metrics.jsonl without what depends on the clock: {step: {name: value}}, pictures' lines merged in."""
-    lines = {}
-    for line in (directory / "metrics.jsonl").read_text().splitlines():
-        values = json.loads(line)
-        lines.setdefault(values["step"], {}).update({k: v for k, v in values.items() if k != "images/s"})
-    return lines
-
-
-def newest(directory):
-    return runtime.load_checkpoint(runtime.latest_checkpoint(directory))
-
-
-def assert_same(a, b, path=""):
-    """Bit-for-bit equality of nested checkpoints."""
-    assert type(a) is type(b), path
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), path
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), path
-        for key in a:
-            assert_same(a[key], b[key], f"{path}/{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), path
-        for i, (x, y) in enumerate(zip(a, b)):
-            assert_same(x, y, f"{path}/{i}")
-    else:
-        assert a == b or a != a and b != b, path
 
 
 # ---- networks and losses ----------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import runtime
 import tokenizer as tok
 import train_tokenizer as stage1
 import video
-from helpers import ROOT, fill_module, golden, run_script
+from helpers import ROOT, fill_module, golden, logged, newest, run_script
 
 CHECKPOINTS = ROOT.parent / "shared" / "spec" / "checkpoints.json"
 TINY = video.VideoTokenizerConfig(resolution=16, channels=32, channel_multipliers=(1, 2, 2, 2), blocks=1,
@@ -365,19 +365,6 @@ GAN = ["--gan-weight", 0.3, "--lecam-weight", 0.05]
 def train(directory, *flags):
     """Train in this process: starting Python and torch anew would take longer than these runs."""
     video.main(video.get_args(["train", "--results-dir", directory, *FAST, *flags]))
-
-
-def logged(directory):
-    """metrics.jsonl without what depends on the clock: {step: {name: value}}, pictures' lines merged in."""
-    lines = {}
-    for line in (directory / "metrics.jsonl").read_text().splitlines():
-        values = json.loads(line)
-        lines.setdefault(values["step"], {}).update({k: v for k, v in values.items() if k != "clips/s"})
-    return lines
-
-
-def newest(directory):
-    return runtime.load_checkpoint(runtime.latest_checkpoint(directory))
 
 
 def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(tmp_path):
