@@ -169,6 +169,11 @@ class Images(Dataset):
     def __len__(self):
         return len(self.broken)
 
+    @property
+    def axes(self):
+        """The axes of an item behind the colours: (S, S)."""
+        return self.image_size, self.image_size
+
     def __getitem__(self, request):
         return self.__getitems__([request])[0]
 
@@ -203,6 +208,10 @@ class Images(Dataset):
         """`preprocess` with the settings of this data set."""
         generator = seeded_generator(seed)
         return preprocess(image, self.image_size, self.crop, generator, self.flip, self.resize)
+
+    def ten_crops(self, index):
+        """uint8 (10, 3, S, S) of image `index`: see `ten_crop`. Raises what `load` raises."""
+        return ten_crop(self.load(index), self.image_size)
 
     def report_broken(self, index, error):
         """Count image `index` as broken and say so, unless another worker was faster."""
@@ -804,18 +813,38 @@ class VideoFolder(ImageFolder):
         """All frames as stored, uint8 (N, H, W, 3)."""
         return read_video(self.path(index))
 
+    @property
+    def axes(self):
+        """The axes of an item behind the colours: (T, S, S)."""
+        return self.frames, self.image_size, self.image_size
+
+    def spare_frames(self, index):
+        """How many frames more than T a video has. Raises ValueError where it has less."""
+        if not self.lengths[index]:
+            self.lengths[index] = sum(1 for _ in video_frames(self.path(index)))
+        N = int(self.lengths[index])
+        if N < self.frames:
+            raise ValueError(f"too short: {N} frames, {self.frames} are needed")
+        return N - self.frames
+
+    def cut(self, index, first, seed):
+        """The clip that starts at frame `first`, uint8 (3, T, S, S); `seed` decides crop and mirroring."""
+        chosen = itertools.islice(video_frames(self.path(index)), first, first + self.frames)
+        return torch.stack([self.preprocess(convert(), seed) for convert in chosen], 1)
+
     def pixels(self, index, seed):
         """The clip that `seed` chooses, uint8 (3, T, S, S)."""
-        path, T = self.path(index), self.frames
-        if not self.lengths[index]:
-            self.lengths[index] = sum(1 for _ in video_frames(path))
-        N = int(self.lengths[index])
-        if N < T:
-            raise ValueError(f"too short: {N} frames, {T} are needed")
+        spare = self.spare_frames(index)
         # A number of its own, as that of the crop would tie where a clip is cut to when it starts.
-        first = int(hash64(seed, 1)[0]) % (N - T + 1) if self.start == "random" else N // 2 - T // 2
-        chosen = itertools.islice(video_frames(path), first, first + T)
-        return torch.stack([self.preprocess(convert(), seed) for convert in chosen], 1)
+        drawn = int(hash64(seed, 1)[0]) % (spare + 1)
+        middle = (spare + self.frames) // 2 - self.frames // 2
+        return self.cut(index, drawn if self.start == "random" else middle, seed)
+
+    def ten_crops(self, index):
+        """uint8 (10, 3, T, S, S): five clips from the first frame to the last, and all of them mirrored."""
+        spare = self.spare_frames(index)
+        clips = torch.stack([self.cut(index, round(spare * i / 4), 0) for i in range(5)])
+        return torch.cat([clips, clips.flip(-1)])
 
 
 def read_split_list(path):
@@ -862,6 +891,11 @@ class GeneratedClips(Images):
         self.split, self.frames = split, frames
         length = (20_000 if split == "train" else 1_000) if length is None else length
         super().__init__("generated", list(MOTIONS), length, image_size, "center", False, seed)
+
+    @property
+    def axes(self):
+        """The axes of an item behind the colours: (T, S, S)."""
+        return self.frames, self.image_size, self.image_size
 
     def __getitems__(self, requests):
         indices = [self.index_and_seed(request)[0] for request in requests]

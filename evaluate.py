@@ -19,6 +19,7 @@ IS, precision and recall); 4. the loops that measure; 5. the paper's tables; 6. 
     python evaluate.py generation --samples samples.npz --reference VIRTUAL_imagenet256_labeled.npz
     python evaluate.py generation --ckpt AR_256_B.ckpt --reference VIRTUAL_imagenet256_labeled.npz
     python evaluate.py video --ckpt video_128_262144.ckpt --data-path ucf101 --metrics all --protocol seed
+    python evaluate.py video-generation --samples clips.npz --data-path ucf101
     python evaluate.py table 4 --imagenet imagenet --download
 
 Any of them under torchrun (`torchrun --nproc-per-node 8 evaluate.py ...`) shards the pictures over the ranks,
@@ -645,23 +646,25 @@ class OriginalImages(torch.utils.data.Dataset):
 class SampleArray(data.Images):
     """The uint8 (N, H, W, 3) array `arr_0` of an npz file, ADM's format for samples, read picture by picture.
 
-    50,000 pictures of 256 x 256 are 9.8 GB, so the array is mapped into memory, not read. Raises `UserError`
-    for files of any other form.
+    axes: "(N, T, H, W, 3)" for the same of clips. 50,000 pictures of 256 x 256 are 9.8 GB, so the array is
+    mapped into memory, not read. Raises `UserError` for files of any other form.
     """
 
-    def __init__(self, path):
+    def __init__(self, path, axes="(N, H, W, 3)"):
         self.images = map_npz(path, "arr_0")
         shape = list(self.images.shape)
         require(self.images.dtype == np.uint8, f"{path}: arr_0 is {self.images.dtype}, expected uint8; "
                 f"convert floats in [0, 1] with (x * 255).round().astype('uint8')")
-        require(len(shape) == 4 and shape[3] == 3, f"{path}: arr_0 has the shape {shape}, not (N, H, W, 3)"
-                + ("; use arr_0.transpose(0, 2, 3, 1)" if len(shape) == 4 and shape[1] == 3 else ""))
-        self.size = tuple(shape[1:3])                                  # (H, W)
-        super().__init__(str(path), [], len(self.images), shape[1], "center", False, 0)
+        require(len(shape) == axes.count(",") + 1 and shape[-1] == 3,
+                f"{path}: arr_0 has the shape {shape}, not {axes}"
+                + ("; use arr_0.transpose(0, 2, 3, 1)" if len(shape) == 4 and shape[1] == 3 else "")
+                + ("; judge clips with video-generation" if len(shape) == 5 else ""))
+        self.size = tuple(shape[-3:-1])                                # (H, W)
+        super().__init__(str(path), [], len(self.images), shape[-3], "center", False, 0)
 
     def read(self, index, seed):
-        """(image uint8 (3, H, W), label 0, index)."""
-        return torch.from_numpy(self.images[index].copy()).permute(2, 0, 1), 0, index
+        """(image uint8 (3, H, W), or clip (3, T, H, W), label 0, index)."""
+        return torch.from_numpy(self.images[index].copy()).movedim(-1, 0), 0, index
 
 
 def map_npz(path, key):
@@ -876,6 +879,7 @@ def compute_reference(dataset, indices, key, network, path, args, keep_images=Tr
 
 METRICS = {                     # key in the JSON files: (name, format)
     "rfvd": ("rFVD", "{:.2f}"), "rfvd-float32": ("rFVD in float32", "{:.2f}"),
+    "fvd": ("FVD", "{:.2f}"), "fvd-float32": ("FVD in float32", "{:.2f}"),
     "rfid": ("rFID", "{:.3f}"), "fid": ("FID", "{:.3f}"), "sfid": ("sFID", "{:.3f}"),
     "inception_score": ("Inception Score", "{:.2f}"), "precision": ("precision", "{:.4f}"),
     "recall": ("recall", "{:.4f}"), "psnr": ("PSNR (dB)", "{:.2f}"), "ssim": ("SSIM", "{:.4f}"),
@@ -950,7 +954,7 @@ def report(stem, metrics, notes, labels, settings, began, args):
               "date": datetime.datetime.now().isoformat(timespec="seconds"), "arguments": vars(args)}
     path = pathlib.Path(args.output) / f"{stem}-{short_hash([settings, sorted(metrics)])}.json"
     runtime.write_json(path, record)
-    items = "clips" if settings["command"] == "video" else "pictures"
+    items = "clips" if settings["command"].startswith("video") else "pictures"
     print(f"\n{settings['n']} {items} in {runtime.format_seconds(time.time() - began)}, written to {path}")
     return path
 
@@ -1088,6 +1092,7 @@ def video_reconstruction(args):
     if args.data_path is None and not args.split_list:                 # what the tokenizer was trained on
         args.data_path = info["data_path"] if seed else info["val_data_path"] or info["data_path"]
         args.resize = args.resize or info["resize"]
+        args.split_list = info["split_list" if seed else "val_split_list"]
     args.split = args.split or ("train" if seed else "test")
     dataset = data.build_clips(args.data_path, args.split, size, T, "random" if seed else "center",
                                seed=args.global_seed, resize=args.resize, start="center",
@@ -1177,8 +1182,7 @@ def summarise_video(config, values, counts, grid, settings, began, args):
     notes |= {name: f"{'floats' if seed else pair}, mean over frames" for name in ("lpips-vgg", "lpips-alex")}
     if "rfvd" in values:
         real, made = values.pop("rfvd").unbind(1)                                 # (N, 400) each
-        statistics = [array for x in (real, made) for array in (x.double().mean(0), x.double().T.cov())]
-        metrics["rfvd"] = frechet_distance(*(array.numpy() for array in statistics), n, n)
+        metrics["rfvd"] = frechet_of_features(real, made)
         notes["rfvd"] = f"{pair}, {n} clips of {config.frames} frames, float64"
         if seed:
             metrics["rfvd-float32"] = frechet_distance_float32(real, made)
@@ -1195,8 +1199,77 @@ def summarise_video(config, values, counts, grid, settings, began, args):
     stem = f"video-{stem_of(settings['checkpoint']['name'])}-{stem_of(settings['data']['name'])}"
     path = report(stem, metrics, notes, labels, settings, began, args)
     clips = [torch.stack([grid[k][i] for k in sorted(grid)]) for i in (0, 1)]
-    runtime.save_png(path.with_suffix(".png"), video.strip(*clips, scale=max(1, 96 // config.resolution)))
+    rows = video.above_each_other(*clips)
+    runtime.save_png(path.with_suffix(".png"), video.strip(rows, scale=max(1, 96 // config.resolution)))
     print(f"originals above reconstructions: {path.with_suffix('.png')}")
+
+
+def video_generation(args):
+    """`video-generation`: do generated clips look and move like real ones, and like all of them?
+
+    FVD: the Frechet distance of I3D's logits on generated and on as many real clips. It sees motion and
+    looks, but not whether a clip shows the class that was asked for. protocol seed: I3D as in the official
+    script (eps 1e-5), its distance in float32 beside.
+    """
+    began, device = time.time(), start(args)
+    path = args.samples or on_main(newest_samples)
+    require(path, "no samples (*.npz) in runs/samples; draw some with sample.py --num-fid-samples, or name "
+                  "some with --samples")
+    samples = SampleArray(path, "(N, T, H, W, 3)")
+    n, T, (height, width) = len(samples), samples.images.shape[1], samples.size
+    require(height == width, f"{path} holds clips of {height} x {width}, those of --data-path are cropped to "
+                             f"squares; make square ones")
+    require(T >= 9, f"{path}: I3D needs clips of 9 frames or more, these have {T}")
+    dataset = data.build_clips(args.data_path, args.split, width, T, seed=args.global_seed, start="center",
+                               resize=args.resize, split_list=args.split_list)
+    order = evenly_spaced(args.max_clips or n, len(dataset))
+    require(min(n, len(order)) >= 2, f"FVD needs two clips or more of each kind, not {n} and {len(order)}")
+    network, source = load_network("i3d", args, device)
+    runtime.print_main(f"samples     {path}, {n} clips of {T} x {height} x {width}\n"
+                       f"reference   {dataset.name}, {args.split} split, {len(order)} clips\n"
+                       f"protocol    {args.protocol}, {runtime.world_size()} x {device.type}")
+    generated = clip_features(network, samples, list(range(n)), args, "samples")
+    real = clip_features(network, dataset, order, args, "reference")
+    dataset.raise_if_broken(all_ranks=True)
+    if not runtime.is_main():
+        return
+    metrics = {"fvd": frechet_of_features(real, generated)}
+    notes = {"fvd": f"{len(generated)} samples, {len(real)} reference clips, {T} frames, float64"}
+    if args.protocol == "seed":
+        metrics["fvd-float32"] = frechet_distance_float32(real, generated)
+        notes["fvd-float32"] = "the same features with the official script's roundings"
+    warn_if_few(min(len(real), len(generated)), 400, "FVD", "clips")
+    made_by = pathlib.Path(path).with_suffix(".json")
+    settings = {"command": "video-generation", "n": n, "protocol": args.protocol,
+                "samples": {"path": str(path), "size": [T, height, width], "sha256": runtime.sha256_of(path)},
+                "sampling": json.loads(made_by.read_text()) if made_by.is_file() else None,
+                "data": {"path": args.data_path, "name": dataset.name, "split": args.split, "n": len(real),
+                         "split_list": args.split_list, "resize": args.resize,
+                         "fingerprint": fingerprint(dataset, order)},
+                "networks": {"fvd": source}, "precision": {"metrics": "fp32", "statistics": "fp64"},
+                "random_weights_seed": 0 if args.allow_random_weights else None,
+                "global_seed": args.global_seed, "device": device.type, "batch_size": args.batch_size}
+    labels = dict.fromkeys(metrics, RANDOM_LABEL) if source == RANDOM_LABEL else {}
+    report(f"video-generation-{stem_of(path)}", metrics, notes, labels, settings, began, args)
+
+
+def clip_features(network, dataset, indices, args, title):
+    """I3D's features (N, 400) of `dataset[indices]`, on rank 0, without broken clips. A collective."""
+    device = next(network.parameters()).device
+    features, numbers = [torch.empty(0, 400)], [torch.empty(0, dtype=torch.long)]
+    for clips, _, batch in loader_of(dataset, indices, args, title):
+        n = len(clips)                                       # all batches have one shape, as for pictures
+        clips = torch.cat([clips, clips[-1:].expand(args.batch_size - n, -1, -1, -1, -1)]).to(device)
+        with torch.no_grad():
+            features.append(network(i3d_input(clips.transpose(1, 2)))[:n].cpu())
+        numbers.append(batch)
+    return gather_rows(torch.cat(features), torch.cat(numbers))
+
+
+def frechet_of_features(x, y):
+    """The Frechet distance of features (N, D) and (M, D), in float64."""
+    statistics = [array for f in (x, y) for array in (f.double().mean(0), f.double().T.cov())]
+    return frechet_distance(*(array.numpy() for array in statistics), len(x), len(y))
 
 
 def read_reference(path, network, source, size, args):
@@ -1314,6 +1387,8 @@ def drawn_samples(path, args, device):
     images = sample.generate(model, decoder.to(device), [number % classes for number in numbers],
                              [(args.global_seed, number) for number in numbers], **how)
     bar = tqdm(images, "drawing", len(parts), unit="batch", disable=None if runtime.is_main() else True)
+    require(decoder.unit == "images", f"{path} draws clips; draw them with sample.py --num-fid-samples, and "
+                                      f"judge the npz with video-generation")
     sides = [side * decoder.config.downsampling for side in model.config.grid]
     record = {"samples": {"path": str(path), "size": sides, "sha256": info["sha256"]}, "sampling": record}
     return n, tuple(sides), ((batch, torch.tensor(part)) for batch, part in zip(bar, parts)), record
@@ -1617,6 +1692,19 @@ def add_data_flags(parser, split, path, count):
     return group
 
 
+def add_clip_flags(parser, path, split, split_text, count):
+    """Flags that choose real clips, and the common ones. The texts: what each is if the flag is not given."""
+    group = parser.add_argument_group("real clips")
+    group.add_argument("--data-path", help=f"folder of videos, or generated ({path})")
+    group.add_argument("--split", choices=data.SPLITS, default=split, help=f"part of the data ({split_text})")
+    group.add_argument("--split-list", help="official UCF-101 list of the clips to use, as testlist01.txt")
+    group.add_argument("--max-clips", type=runtime.positive_int, help=f"how many, evenly spaced ({count})")
+    group.add_argument("--resize", type=runtime.positive_int,
+                       help="shorter side before the crop, for small crops of large videos")
+    add_common_flags(parser)
+    parser.set_defaults(batch_size=4)                                  # clips are larger than pictures
+
+
 def add_protocol_flag(parser):
     """The flag that decides how numbers are to be read."""
     parser.add_argument("--protocol", choices=("clean", "seed"), default="clean",
@@ -1655,15 +1743,14 @@ def get_args(argv=None):
     p.add_argument("--global-seed", type=runtime.non_negative_int, default=0,
                    help="for random crops and repeated clips of protocol seed, and generated clips")
     add_protocol_flag(p)
-    group = p.add_argument_group("real clips")
-    group.add_argument("--data-path", help="folder of videos, or generated (that of --ckpt, if it is ours)")
-    group.add_argument("--split", choices=data.SPLITS, help="part of the data (clean: test, seed: train)")
-    group.add_argument("--split-list", help="official UCF-101 list of the clips to use, as testlist01.txt")
-    group.add_argument("--max-clips", type=runtime.positive_int, help="how many, evenly spaced (all)")
-    group.add_argument("--resize", type=runtime.positive_int,
-                       help="shorter side before the crop, for small crops of large videos")
-    add_common_flags(p)
-    p.set_defaults(batch_size=4)                                       # clips are larger than pictures
+    add_clip_flags(p, "that of --ckpt, if it is ours", None, "clean: test, seed: train", "all")
+
+    p = commands.add_parser("video-generation", help="judge generated clips",
+                            description=video_generation.__doc__)
+    p.add_argument("--samples", help="npz with arr_0 (N, T, H, W, 3); the newest of runs/samples")
+    p.add_argument("--global-seed", type=runtime.non_negative_int, default=0, help="of generated real clips")
+    add_protocol_flag(p)
+    add_clip_flags(p, "generated", "train", "train, as for pictures", "as many as samples")
 
     p = commands.add_parser("generation", help="judge generated pictures", description=generation.__doc__)
     p.add_argument("--samples", help="npz with arr_0, or folder; not given: drawn from --ckpt, or else the "
@@ -1722,7 +1809,8 @@ def get_args(argv=None):
 def main(args):
     """Run the command."""
     {"everything": everything, "reconstruction": reconstruction, "generation": generation,
-     "video": video_reconstruction, "make-reference": make_reference, "table": table}[args.command](args)
+     "video": video_reconstruction, "video-generation": video_generation,
+     "make-reference": make_reference, "table": table}[args.command](args)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@
         --mixed-precision bf16 --compile                        # 50 a class; then: evaluate.py generation
 
 A checkpoint of ours and a published AR file contain the tokenizer that goes with them: one file is enough.
+A model of clips (train_ar.py on a tokenizer of video.py) makes animated grids, and npz files of clips.
 
 Pictures are numbered. Number n shows class n mod C and is drawn from the seed (--global-seed, n). So a set of
 N has N / C pictures of every class (where C does not divide N, the first classes have one more), and
@@ -14,7 +15,7 @@ consecutive numbers: which ones depends neither on the number of ranks nor on in
 does the set. The order is this fixed one; an evaluator that needs a random one (Inception Score) shuffles.
 
 In reading order: 1. from labels to pixels; 2. parts on disk; 3. flags; 4. grids and sets. Axis letters: B
-batch, C classes, H W picture, M sub-tokens of a token, N pictures.
+batch, C classes, H W picture, M sub-tokens of a token, N pictures, T frames of a clip.
 """
 import argparse
 import json
@@ -34,6 +35,7 @@ from tqdm import tqdm
 import ar_model
 import runtime
 import tokenizer as tok
+import video
 
 # ------------------------------------------------------------------------------------------------------------
 # 1. From labels to pixels
@@ -54,7 +56,8 @@ def to_pixels(images, rounding):
 @torch.no_grad()
 def generate(model, tokenizer, labels, seeds, batch_size=64, rounding="round", mixed_precision="fp32",
              compile=False, **settings):
-    """Yield pictures, uint8 (b, 3, H, W) on the CPU, in batches of `batch_size`, in the order of `labels`.
+    """Yield pictures, uint8 (b, 3, H, W), or clips (b, 3, T, H, W), on the CPU, `batch_size` at once, in the
+    order of `labels`.
 
     model: an ARModel on the device to use (`ar_model.prepare_for_sampling` makes it faster); tokenizer: that
     of its tokens, there too. labels (N,): ints or a tensor; seeds: as many, each an int >= 0 or a tuple of
@@ -76,7 +79,7 @@ def generate(model, tokenizer, labels, seeds, batch_size=64, rounding="round", m
         subtokens = sampler(labels[chosen], [seeds[i] for i in chosen])        # M x (B, tokens)
         ids = tok.subtokens_to_ids(subtokens, config.bits)                     # (B, tokens)
         with runtime.autocast(device, mixed_precision):
-            images = tokenizer.decode(ids.unflatten(1, config.grid))           # (B, 3, H, W)
+            images = tokenizer.decode(ids.unflatten(1, config.grid))           # (B, 3, [T,] H, W)
         yield to_pixels(images, rounding)[:len(labels) - first].cpu()
 
 
@@ -93,7 +96,7 @@ def load(ckpt, tokenizer=None, raw_weights=False, trust=False):
         stored = runtime.load_checkpoint(ckpt, trust, mmap=True)
         classes, info["preset"], first_stage = (stored[key] for key in ("classes", "preset", "first_stage"))
     if tokenizer:
-        decoder, its = tok.load_tokenizer(tokenizer, not raw_weights, trust)
+        decoder, its = video.load_any_tokenizer(tokenizer, not raw_weights, trust)
         runtime.require(
             not ours or its["sha256"] == origin["sha256"],
             f"--tokenizer {tokenizer} (sha256 {its['sha256'][:12]}) is not the one that {ckpt} was trained "
@@ -101,7 +104,10 @@ def load(ckpt, tokenizer=None, raw_weights=False, trust=False):
             f"as the checkpoint contains its tokenizer")
         origin = {"path": str(tokenizer), "sha256": its["sha256"], "weights": its["weights"]}
     elif ours:
-        decoder = tok.Tokenizer(tok.config_from_dict(first_stage["config"], ckpt)).eval()
+        # Checkpoints from before there were models of clips name no format.
+        clips = first_stage.get("format") == video.VideoTokenizer.format
+        kind = video.VideoTokenizer if clips else tok.Tokenizer
+        decoder = kind(tok.config_from_dict(first_stage["config"], ckpt, kind.config_type)).eval()
         runtime.load_state_strictly(decoder, first_stage["model"], f"the tokenizer inside {ckpt}")
     else:
         try:
@@ -110,7 +116,10 @@ def load(ckpt, tokenizer=None, raw_weights=False, trust=False):
             raise runtime.UserError(f"{ckpt} contains no whole tokenizer ({str(error)[:200]}); name the file "
                                     f"of one with --tokenizer") from None
         origin = {"path": str(ckpt), "sha256": its["sha256"], "weights": its["weights"]}
-    bits = model.config.bits
+    bits, grid = model.config.bits, model.config.grid
+    runtime.require(len(grid) == len(decoder.config.folds),
+                    f"{ckpt} draws {' x '.join(map(str, grid))} tokens, but its tokenizer {origin['path']} "
+                    f"has maps {decoder.code_map}")
     runtime.require(
         decoder.config.vocabulary == 2 ** sum(bits),
         f"{ckpt} draws tokens of {' + '.join(map(str, bits))} bits, but its tokenizer {origin['path']} has "
@@ -234,7 +243,8 @@ def get_args(argv=None):
     group.add_argument("--save-images", action="store_true", help="also save each picture of the grid alone")
     group.add_argument("--num-fid-samples", type=runtime.positive_int,
                        help="no grid, but an npz of so many pictures, equally many of every class")
-    group.add_argument("--output", help="PNG or npz to write, its settings beside it as .json; not given: a "
+    group.add_argument("--output", help="PNG or npz to write, of clips an animation (with a PNG of some "
+                                        "frames beside it), its settings beside it as .json; not given: a "
                                         "name in runs/samples that tells the model and the settings")
     group.add_argument("--global-seed", type=runtime.non_negative_int, default=0,
                        help="another seed, other pictures")
@@ -318,9 +328,11 @@ def main(args):
     record = {"command": "sample", "n": N, **how, "global_seed": args.global_seed, "device": device.type,
               "torch": torch.__version__, "tokenizer": info["tokenizer"],
               "checkpoint": {key: info[key] for key in info if key not in ("tokenizer", "classes")}}
-    output = pathlib.Path(args.output or default_output(info, settings, args))
-    suffix = ".png" if for_grid else ".npz"
-    runtime.require(output.suffix == suffix, f"--output {output}: this writes a {suffix} file")
+    suffixes = [".npz"] if not for_grid else [".png"] if tokenizer.unit == "images" else [
+        f".{name}" for name in video.FORMATS]
+    output = pathlib.Path(args.output or default_output(info, settings, args, suffixes[0]))
+    runtime.require(output.suffix in suffixes,
+                    f"--output {output}: this writes a {' or '.join(suffixes)} file")
     for name, value in (
         ("model", f"{ckpt}: {info['preset'] or 'custom'}, {info['weights']} weights, step {info['step']}"),
         ("pictures", f"{N:,} of {len(labels):,} classes, seed {args.global_seed}"),
@@ -346,7 +358,7 @@ def main(args):
     runtime.print_main(f"samples  {output}")
 
 
-def default_output(info, settings, args):
+def default_output(info, settings, args, suffix):
     """A file in runs/samples, its name telling what differs: model, what was asked for, settings, seed."""
     path = pathlib.Path(info["path"]).resolve()
     parts = [f"{path.parent.name}-{path.stem}" if info["source"] == "ours" else path.stem,
@@ -354,24 +366,33 @@ def default_output(info, settings, args):
     for short, name in (("cfg", "cfg_scale"), ("t", "temperature"), ("k", "top_k"), ("p", "top_p")):
         parts.append(short + "_".join(f"{value:g}" for value in dict.fromkeys(settings[name])))
     parts.append(f"seed{args.global_seed}")
-    return f"runs/samples/{'-'.join(parts)}{'.npz' if args.num_fid_samples else '.png'}"
+    return f"runs/samples/{'-'.join(parts)}{suffix}"
 
 
 def draw_grid(output, chosen, pictures, record, names, args):
-    """One row of pictures for each class, its name under each; if wanted, every picture on its own, too."""
+    """One row of pictures for each class, its name under each; if wanted, every picture on its own, too.
+
+    Clips move in the grid, and the PNG beside it shows frames of the first clip of each class.
+    """
     size = record["batch_size"]
     bar = tqdm(pictures(chosen), "drawing", math.ceil(len(chosen) / size), disable=None, unit="image",
                unit_scale=size)
-    images = torch.cat(list(bar))                                              # (N, 3, H, W)
+    images = torch.cat(list(bar))                                              # (N, 3, [T,] H, W)
     captions = [names[n % len(names)] for n in chosen] if names else None
     scale = max(1, 96 // images.shape[-1])                # toy pictures are too small to see, and to caption
-    runtime.save_png(output, runtime.image_grid(images, args.num_images, captions, scale))
+    if images.dim() == 4:
+        runtime.save_png(output, runtime.image_grid(images, args.num_images, captions, scale))
+    else:
+        video.save_animation(output, video.animated_grid(images, args.num_images, captions, scale))
+        first = captions and captions[::args.num_images]
+        runtime.save_png(output.with_suffix(".png"),
+                         video.strip(images[::args.num_images], labels=first, scale=scale))
     shown = {"classes": list(dict.fromkeys(captions)) if captions else None, "numbers": chosen}
     runtime.write_json(output.with_suffix(".json"), {**record, **shown})
-    if args.save_images:
-        for n, image in zip(chosen, images.permute(0, 2, 3, 1).numpy()):
-            i, label = divmod(n, max(1, len(names)))
-            runtime.save_png(output.with_suffix("") / f"class-{label:04d}-{i:03d}.png", image)
+    for n, image in zip(chosen, images.movedim(1, -1).numpy() if args.save_images else ()):
+        i, label = divmod(n, max(1, len(names)))
+        path = output.with_suffix("") / f"class-{label:04d}-{i:03d}{output.suffix}"
+        (runtime.save_png if image.ndim == 3 else video.save_animation)(path, image)
 
 
 def draw_set(output, pictures, record):
@@ -394,10 +415,10 @@ def draw_set(output, pictures, record):
     bar = tqdm(todo, "drawing", unit="image", unit_scale=size * runtime.world_size(),
                disable=None if runtime.is_main() else True)
     for part, images in zip(bar, pictures(chosen)):
-        save_part(folder, part, images.permute(0, 2, 3, 1).numpy())            # (b, H, W, 3)
+        save_part(folder, part, images.movedim(1, -1).numpy())                 # (b, [T,] H, W, 3)
     runtime.barrier()
     speed = min(N, missing * size) / (time.perf_counter() - start)
-    runtime.print_main(f"speed    {speed:.1f} images/s")
+    runtime.print_main(f"speed    {speed:.1f} samples/s")
     if runtime.is_main():
         shape = (N, *np.load(part_path(folder, 0), mmap_mode="r").shape[1:])
         runtime.write_json(output.with_suffix(".json"), record)

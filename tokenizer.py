@@ -321,6 +321,10 @@ class TokenizerConfig:
         """What one token stands for, in words."""
         return f"{self.downsampling} x {self.downsampling} pixels"
 
+    def grid(self, height, width):
+        """The axes (h, w) of the code map of a picture."""
+        return height // self.downsampling, width // self.downsampling
+
     @property
     def vocabulary(self):
         """The number of codes."""
@@ -446,14 +450,12 @@ def run_block(block, x, checkpointing):
     return block(x)
 
 
-FORMAT = "open-magvit2-tokenizer"                                         # marks our own checkpoint files
-
-
 class Tokenizer(nn.Module):
     """Encoder, quantiser and decoder (figure 2, stage I). video.py gives it an encoder and decoder of
     clips."""
 
-    format = FORMAT
+    format = "open-magvit2-tokenizer"        # marks our own checkpoint files
+    config_type, presets = TokenizerConfig, PRESETS
     unit = "images"                          # what a batch consists of
     code_map = "(B, h, w)"                   # the shape of its ids
 
@@ -599,46 +601,70 @@ def published_averages(groups, source):
     return {name: groups["ema"][name.replace(".", "")] for name in groups["model"]}
 
 
-def preset_name(config, presets=PRESETS):
+def preset_name(config, presets):
     """The preset that has this config, or "custom". Presets of equal shape go by the first one's name."""
     return next((name for name, preset in presets.items() if preset == config), "custom")
 
 
-def load_tokenizer(path, ema=True, trust=False):
+# Each causal convolution of a published video tokenizer is a module around a `conv_1`; ours has no wrapper.
+WRAPPER, VIDEO_FORMAT = ".conv_1.", "open-magvit2-video-tokenizer"
+
+
+def is_video(stored):
+    """Whether `stored`, a checkpoint as `runtime.load_checkpoint` gives it, is of a tokenizer of clips."""
+    names = stored.get("state_dict", ())
+    return stored.get("format") == VIDEO_FORMAT or any(WRAPPER in name for name in names)
+
+
+def load_tokenizer(path, ema=True, trust=False, kind=Tokenizer):
     """Load an image tokenizer from a checkpoint of ours, a published tokenizer, or a published AR file.
 
     ema: take the averaged weights where the file has them (published results are with EMA), else the raw
-    ones. trust: unpickle foreign classes too (see `runtime.load_checkpoint`).
+    ones. trust: unpickle foreign classes too (see `runtime.load_checkpoint`). kind: the class to load; see
+    `video.load_video_tokenizer` for the other one.
     Returns (Tokenizer in eval mode on the CPU, info), where info says "preset", "weights" ("EMA" or "raw"),
     "step", "source" ("ours" or "published"), the "sha256" of the file, and what it was trained on, if ours
-    ("data_path", "val_data_path", "resize"). Strict: raises `UserError` listing
-    missing and unexpected names.
+    (`TRAINED_ON`). Strict: raises `UserError` listing missing and unexpected names.
     """
     stored = runtime.load_checkpoint(path, trust, mmap=True)
-    if stored.get("format") == FORMAT:
-        config, source, step = config_from_dict(stored["config"], path), "ours", stored["step"]
+    marked = f" (it is marked {stored['format']})" if "format" in stored else ""
+    runtime.require(
+        stored.get("format") in (Tokenizer.format, VIDEO_FORMAT) or "state_dict" in stored,
+        f"{path} is no tokenizer checkpoint: it has neither our format mark nor a state_dict{marked}",
+    )
+    clips = is_video(stored)
+    runtime.require(
+        clips == (kind.format == VIDEO_FORMAT),
+        f"{path} is " + ("a video tokenizer; use it with video.py" if clips else "an image tokenizer; it can "
+                         "only be the start of a video tokenizer (train --inflate-from)"))
+    averages, ours = {}, "format" in stored
+    if ours:
+        config = config_from_dict(stored["config"], path, kind.config_type)
         raw, averages = stored["model"], stored["ema"] if ema else {}
     else:
-        mark = f" (it is marked {stored['format']})" if "format" in stored else ""
-        runtime.require(
-            "state_dict" in stored,
-            f"{path} is no tokenizer checkpoint: it has neither our format mark nor a state_dict{mark}",
-        )
         groups = published_groups(stored["state_dict"], path)
-        runtime.require("encoder.conv_in.conv_1.weight" not in groups["model"],
-                        f"{path} is a video tokenizer; use it with video.py")
-        config, source, step = config_from_names(groups["model"]), "published", stored.get("global_step")
-        raw, averages = groups["model"], {}
-    model = Tokenizer(config)
+        raw = without_wrapper(groups["model"])
+        config = kind.config_type(**vars(config_from_names(raw)))
+    model = kind(config)
     runtime.load_state_strictly(model, raw, str(path))
-    if source == "published" and ema and groups["ema"]:
-        averages = published_averages(groups, path)
+    if not ours and ema and groups["ema"]:
+        averages = without_wrapper(published_averages(groups, path))
     if averages:
         runtime.load_state_strictly(model, {**raw, **averages}, f"the EMA weights in {path}")
-    info = {"preset": preset_name(config), "weights": "EMA" if averages else "raw", "step": step,
-            "source": source, "sha256": runtime.sha256_of(path),
-            **{name: stored.get("args", {}).get(name) for name in ("data_path", "val_data_path", "resize")}}
+    info = {"preset": preset_name(config, kind.presets), "weights": "EMA" if averages else "raw",
+            "step": stored.get("step" if ours else "global_step"), "source": "ours" if ours else "published",
+            "sha256": runtime.sha256_of(path),
+            **{name: stored.get("args", {}).get(name) for name in TRAINED_ON}}
     return model.eval(), info
+
+
+# Flags of a tokenizer's training that say what it has seen; stage II and evaluation take them as defaults.
+TRAINED_ON = ("data_path", "val_data_path", "resize", "split_list", "val_split_list")
+
+
+def without_wrapper(state):
+    """Published names to ours, the same for pictures."""
+    return {name.replace(WRAPPER, "."): tensor for name, tensor in state.items()}
 
 
 def config_to_dict(config):

@@ -2,6 +2,7 @@
 
     python train_ar.py                                                # toy preset, on what stage I has left
     python train_ar.py --tokenizer photos.pt --split 6 8 --inter-blocks 6 --length 20ep
+    python train_ar.py --tokenizer clips.pt --results-dir runs/video_ar              # of video.py: clips
     torchrun --nproc-per-node=8 train_ar.py --preset AR-B --tokenizer imagenet_256_L.ckpt \\
         --data-path imagenet --mixed-precision bf16 --compile --resume                # the published recipe
 
@@ -13,6 +14,9 @@ sub-tokens:
     loss = mean over tokens t of the sum over m of -log p(x_t^m | class, x_1 .. x_{t-1}, x_t^1 .. x_t^{m-1})
 
 in nats. Divided by log 2, these are the bits that an ideal compressor would need for a token: at most K.
+
+The tokens of a clip are a sequence too, of (t, y, x) instead of (y, x): with a tokenizer of video.py, all of
+this trains a model of clips (the paper leaves that as future work). What is said of images holds for clips.
 
 In reading order: 1. tokens; 2. learning rate, weight decay, FLOPs; 3. recipes and flags; 4. the training
 loop. Axis letters as in ar_model.py: B batch, N tokens of an image, M sub-tokens of a token, D width. S: side
@@ -39,20 +43,24 @@ import data
 import runtime
 import sample
 import tokenizer as tok
+import video
 
 # ------------------------------------------------------------------------------------------------------------
 # 1. Tokens: the data set, encoded once
 # ------------------------------------------------------------------------------------------------------------
 
 MISSING = 2 ** 32 - 1                 # stands where the codes of an unreadable image would be
+TEN_CROPS = {"images": "four corners and the centre at 1.1 x the size",
+             "clips": "five, from the first frame to the last"}
 BATCHES_A_PART = 16                   # batches whose codes are saved together: what a kill can cost a rank
 
 
 class Crops:
     """A view of a data set for encoding: item `row` is (crops uint8 (n, 3, S, S), whether readable, row).
 
-    n is 1 (the centre) or 10. An unreadable image becomes black crops, so that batches keep their size and
-    every image its neighbours: then its codes are the same to the last bit on any number of ranks.
+    n is 1 (the centre) or 10; clips are (n, 3, T, S, S). An unreadable image becomes black crops, so that
+    batches keep their size and every image its neighbours: then its codes are the same to the last bit on any
+    number of ranks.
     """
 
     def __init__(self, dataset, chosen, ten_crop):
@@ -64,14 +72,13 @@ class Crops:
             crops = [self.ten_crops(index) for index in indices]
         else:
             crops = [item and item[0][None] for item in self.dataset.__getitems__(indices)]
-        size = self.dataset.image_size
-        black = torch.zeros(10 if self.ten_crop else 1, 3, size, size, dtype=torch.uint8)
+        black = torch.zeros(10 if self.ten_crop else 1, 3, *self.dataset.axes, dtype=torch.uint8)
         return [(black, 0, row) if c is None else (c, 1, row) for c, row in zip(crops, rows)]
 
     def ten_crops(self, index):
         """uint8 (10, 3, S, S), None for a broken image."""
         try:
-            return data.ten_crop(self.dataset.load(index), self.dataset.image_size)
+            return self.dataset.ten_crops(index)
         except Exception as error:                            # as in data.py: reported, counted, skipped
             self.dataset.report_broken(index, error)
             return None
@@ -108,7 +115,7 @@ class Tokens(data.Images):
 
 
 def encode(tokenizer, images, device, precision):
-    """uint8 images (B, 3, S, S) to codes (B, N), int64 on `device`.
+    """uint8 images (B, 3, S, S) or clips (B, 3, T, S, S) to codes (B, N), int64 on `device`.
 
     `precision` is fp32 by default, even where training is not: a code consists of the signs of z, and many a
     z is close to 0. The 8 bits of bf16 would flip some of them, and the transformer would learn codes that
@@ -139,20 +146,20 @@ def stored_tokens(path, dataset, tokenizer, made_with, args, device, ten_crop=Fa
     """
     path = pathlib.Path(path)
     chosen = np.linspace(0, len(dataset) - 1, min(limit or len(dataset), len(dataset))).round().astype(int)
-    side = dataset.image_size // tokenizer.config.downsampling
+    grid = tokenizer.config.grid(*dataset.axes)
     header = {
         "format": "open-magvit2-tokens",
         "tokenizer": made_with,
         "vocabulary": tokenizer.config.vocabulary,
-        "grid": [side, side],
+        "grid": list(grid),
         "image_size": dataset.image_size,
         "resize": dataset.resize or dataset.image_size,
-        "crops": "four corners and the centre at 1.1 x the size" if ten_crop else "centre",
+        "crops": TEN_CROPS[tokenizer.unit] if ten_crop else "centre",
         "flips": ten_crop,
         "precision": args.token_precision,
         "data": {"name": dataset.name, "length": len(dataset), "fingerprint": fingerprint(dataset)},
         "dtype": "uint32, little endian",
-        "shape": [len(chosen), 10 if ten_crop else 1, side * side],
+        "shape": [len(chosen), 10 if ten_crop else 1, math.prod(grid)],
         "classes": dataset.classes,
     }
     if not path.with_suffix(".json").exists():
@@ -282,14 +289,14 @@ PEAK_FLOPS = (("B200", 2250e12), ("GH200", 989e12), ("H200", 989e12), ("H100 PCI
               ("A6000", 155e12), ("A10", 125e12), ("V100", 125e12), ("4090", 165e12), ("3090", 71e12))
 
 
-def speed_report(config, images_per_second, device):
-    """Throughput over all ranks, and what a rank makes of its device, for the log.
+def speed_report(config, images_per_second, device, unit="images"):
+    """Throughput over all ranks, and what a rank makes of its device, for the log. unit: "images" or "clips".
 
     mfu, model FLOPs utilisation: `flops_per_image` times images/s of a rank, over the peak of its device in
     bf16, if that is known. It tells how much faster the same model could at best be trained there.
     """
     tflops = flops_per_image(config) * images_per_second / runtime.world_size() / 1e12
-    report = {"images/s": images_per_second, "tokens/s": images_per_second * config.tokens, "tflops": tflops}
+    report = {f"{unit}/s": images_per_second, "tokens/s": images_per_second * config.tokens, "tflops": tflops}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     peak = next((peak for words, peak in PEAK_FLOPS if re.search(rf"\b{words}\b", name)), None)
     return {**report, "mfu": tflops * 1e12 / peak} if peak else report
@@ -324,28 +331,34 @@ def get_args(argv=None):
     group = parser.add_argument_group("data and preset")
     group.add_argument("--preset", choices=ar_model.PRESETS, default="toy",
                        help="model and recipe: other defaults")
-    group.add_argument("--tokenizer", help="tokenizer checkpoint, ours or published; not given: the newest "
-                                           "of runs/tokenizer")
+    group.add_argument("--tokenizer", help="tokenizer checkpoint, of images or clips, ours or published; not "
+                                           "given: the newest of runs/tokenizer")
     group.add_argument("--raw-weights", action="store_true", help="not the tokenizer's averaged weights")
     group.add_argument("--data-path", help="folder of images, tar shards as in 'shards-{000..127}.tar', "
-                                           "generated or generated-plain; not given: what the tokenizer was "
-                                           "trained on, with its --val-data-path and --resize")
+                                           "generated or generated-plain; for clips, what video.py takes; "
+                                           "not given: what the tokenizer was trained on, with its "
+                                           "--val-data-path, --resize and split lists")
     group.add_argument("--val-data-path", help="held-out images, if --data-path has no val/")
+    group.add_argument("--split-list", help="of clips: official UCF-101 list of those to train on")
+    group.add_argument("--val-split-list", help="of clips: official UCF-101 list of the held-out ones")
     group.add_argument("--val-size", type=count, default=5000, help="held-out images used, at most")
     group.add_argument("--image-size", type=count, help="side of the crops (the tokenizer's resolution)")
     group.add_argument("--resize", type=count, help="shorter side before the crop, for small crops of large "
                                                     "images (--image-size)")
+    group.add_argument("--frames", type=count, help="of a clip (the tokenizer's)")
     group.add_argument("--unconditional", action="store_true", help="ignore the classes of the data set")
     group.add_argument("--tokens", help="file of stored tokens, made if there is none, those of held-out "
                                         "images beside it; not given: tokens.bin in --results-dir")
     group.add_argument("--ten-crop", action="store_true",
-                       help="store ten crops of an image: corners and centre, and all of them mirrored")
+                       help="store ten crops of an image: corners and centre, and all of them mirrored; of a "
+                            "video, ten clips: five from its first frame to its last, and mirrored")
     group.add_argument("--online", action="store_true",
                        help="store no tokens for training: encode random crops in every step")
     group.add_argument("--flip", action="store_true", help="with --online: mirror half of the images")
     group.add_argument("--token-precision", choices=("fp32", "bf16", "fp16"), default="fp32",
                        help="autocast dtype of the tokenizer; other than fp32 flips bits of some codes")
-    group.add_argument("--encode-batch-size", type=count, default=64, help="crops encoded at once on a rank")
+    group.add_argument("--encode-batch-size", type=count,
+                       help="crops encoded at once on a rank (64 of images, 16 of clips)")
     group.add_argument("--results-dir", default="runs/ar", help="for checkpoints, logs and pictures")
 
     group = parser.add_argument_group("model: sizes, dropouts and the baseline")
@@ -413,8 +426,8 @@ def get_args(argv=None):
     return parser.parse_args(argv)
 
 
-def config_from_args(args, tokenizer, classes):
-    """The `ARConfig` of the flags, for the codes of `tokenizer` and `classes` (a list of names).
+def config_from_args(args, tokenizer, axes, classes):
+    """The `ARConfig` of the flags, for samples of `axes` in the codes of `tokenizer` and `classes`, names.
 
     Raises `UserError` that names both sides where they do not fit.
     """
@@ -426,12 +439,51 @@ def config_from_args(args, tokenizer, classes):
     runtime.require(sum(args.split) == bits,
                     f"--split: {split} are {sum(args.split)} bits, but a code of --tokenizer "
                     f"{args.tokenizer} has {bits}; give parts that add up to {bits}")
-    runtime.require(args.image_size % config.downsampling == 0,
-                    f"--image-size {args.image_size} is no multiple of {config.downsampling}, the stride of "
-                    f"--tokenizer {args.tokenizer}")
-    side = args.image_size // config.downsampling
-    return ar_model.ARConfig(bits=tuple(args.split), grid=(side, side), num_classes=len(classes),
+    return ar_model.ARConfig(bits=tuple(args.split), grid=config.grid(*axes), num_classes=len(classes),
                              **{name: getattr(args, name) for name in MODEL_FLAGS})
+
+
+def build_datasets(args, tokenizer):
+    """(data to train on, held-out data or None) for a tokenizer of images or clips.
+
+    Fills in the sizes that `args` leave out. Raises `UserError` for flags that exclude each other, and for
+    sizes that `tokenizer` cannot take.
+    """
+    config, clips = tokenizer.config, isinstance(tokenizer, video.VideoTokenizer)
+    for one, other in (("online", "ten_crop"), ("online", "tokens"), *[("ten_crop", "resize")] * (not clips)):
+        runtime.require(not (getattr(args, one) and getattr(args, other)),
+                        f"--{one} and --{other} exclude each other; leave one of them out".replace("_", "-"))
+    runtime.require(args.online or not args.flip, "--flip goes with --online; stored tokens have --ten-crop")
+    for flag in ("frames", "split_list", "val_split_list"):
+        runtime.require(clips or not getattr(args, flag), f"--{flag.replace('_', '-')} is for clips, but "
+                        f"--tokenizer {args.tokenizer} is of images; leave it out")
+    args.image_size = size = args.image_size or config.resolution
+    runtime.require(size % config.downsampling == 0, f"--image-size {size} is no multiple of "
+                    f"{config.downsampling}, the stride of --tokenizer {args.tokenizer}")
+    crop, val_path = "random" if args.online else "center", args.val_data_path or args.data_path
+    if not clips:
+        dataset = data.build_dataset(args.data_path, "train", size, crop, args.flip, resize=args.resize)
+        held_out = data.build_dataset(val_path, "val", size, resize=args.resize)
+    else:
+        args.frames = args.frames or config.frames
+        runtime.require(args.frames % config.time_stride == 1 % config.time_stride,
+                        f"--frames {args.frames}: must be 1 + a multiple of {config.time_stride}, the stride "
+                        f"in time of --tokenizer {args.tokenizer}")
+        video.check_split_lists(args)
+        dataset = data.build_clips(args.data_path, "train", size, args.frames, crop, args.flip,
+                                   resize=args.resize, split_list=args.split_list)
+        held_out = data.build_clips(val_path, "val", size, args.frames, resize=args.resize,
+                                    split_list=args.val_split_list)
+        runtime.require(not (args.ten_crop and isinstance(dataset, data.GeneratedClips)), "--ten-crop: "
+                        "mirrored, a generated clip that moves left is one that moves right; leave it out")
+    generated = isinstance(dataset, (data.Generated, data.GeneratedClips))
+    if held_out.name == dataset.name and not generated and not args.split_list:
+        runtime.print_main(f"no validation: {dataset.name} has no held-out part, such as val/ or test/, and "
+                           f"there is no --val-data-path")
+        held_out = None
+    runtime.require(held_out is None or held_out.classes == dataset.classes,
+                    f"--val-data-path {held_out and held_out.name} has other classes than {dataset.name}")
+    return dataset, held_out
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -442,31 +494,22 @@ def main(args):
     """Train an AR model on images as `args` (from `get_args`) say."""
     device = runtime.setup_process_group(args.device)
     args.tokenizer = str(args.tokenizer or runtime.latest_checkpoint("runs/tokenizer", "tokenizer"))
-    tokenizer, info = tok.load_tokenizer(args.tokenizer, not args.raw_weights, args.trust_checkpoint)
+    tokenizer, info = video.load_any_tokenizer(args.tokenizer, not args.raw_weights,
+                                               args.trust_checkpoint)
     made_with = {"path": args.tokenizer, **{key: info[key] for key in ("sha256", "weights", "preset")}}
     if args.data_path is None:
         args.data_path, args.val_data_path = info["data_path"], args.val_data_path or info["val_data_path"]
-        args.resize = args.resize or (None if args.ten_crop else info["resize"])
-    args.image_size = args.image_size or tokenizer.config.resolution
-    for one, other in (("online", "ten_crop"), ("online", "tokens"), ("ten_crop", "resize")):
-        runtime.require(not (getattr(args, one) and getattr(args, other)),
-                        f"--{one} and --{other} exclude each other; leave one of them out".replace("_", "-"))
-    runtime.require(args.online or not args.flip, "--flip goes with --online; stored tokens have --ten-crop")
-
-    dataset = data.build_dataset(args.data_path, "train", args.image_size,
-                                 "random" if args.online else "center", args.flip, resize=args.resize)
-    held_out = data.build_dataset(args.val_data_path or args.data_path, "val", args.image_size,
-                                  resize=args.resize)
-    if held_out.name == dataset.name and not isinstance(dataset, data.Generated):
-        runtime.print_main(f"no validation: {dataset.name} has no val/, and there is no --val-data-path")
-        held_out = None
-    runtime.require(held_out is None or held_out.classes == dataset.classes,
-                    f"--val-data-path {held_out and held_out.name} has other classes than {dataset.name}")
+        if not (args.ten_crop and tokenizer.unit == "images"):           # ten crops bring their own resizing
+            args.resize = args.resize or info["resize"]
+        if not args.split_list and not args.val_split_list:
+            args.split_list, args.val_split_list = info["split_list"], info["val_split_list"]
+    args.encode_batch_size = args.encode_batch_size or {"images": 64, "clips": 16}[tokenizer.unit]
+    dataset, held_out = build_datasets(args, tokenizer)
     classes = [] if args.unconditional else dataset.classes
-    config = config_from_args(args, tokenizer, classes)
+    config = config_from_args(args, tokenizer, dataset.axes, classes)
     steps_per_epoch = len(dataset) // args.global_batch_size
     runtime.require(steps_per_epoch > 0, f"--global-batch-size {args.global_batch_size} is larger than the "
-                                         f"data set ({len(dataset)} images in {dataset.name})")
+                                         f"data set ({len(dataset)} {dataset.kind}s in {dataset.name})")
     resume_from = runtime.resume_path(args)
     print_plan(args, config, made_with, dataset, held_out, steps_per_epoch, device)
     if args.dry_run:
@@ -476,7 +519,7 @@ def main(args):
     # With the tokenizer inside, one file is enough to make pictures, as with the published ones.
     origin = {"classes": classes, "tokenizer": made_with,
               "dataset": {"name": dataset.name, "length": len(dataset), "fingerprint": fingerprint(dataset)},
-              "first_stage": {"config": tok.config_to_dict(tokenizer.config),
+              "first_stage": {"format": tokenizer.format, "config": tok.config_to_dict(tokenizer.config),
                               "model": {name: t.cpu() for name, t in tokenizer.state_dict().items()}}}
     path = pathlib.Path(args.tokens or pathlib.Path(args.results_dir) / "tokens.bin")
     if held_out is not None:
@@ -490,6 +533,7 @@ def main(args):
 def train(args, device, config, tokenizer, dataset, held_out, steps_per_epoch, origin, resume_from):
     """The loop of stage II. dataset: `Tokens`, or images to encode; held_out: `Tokens` or None."""
     world, rank, M = runtime.world_size(), runtime.rank(), len(config.bits)
+    pixels = args.image_size ** 2 * (args.frames or 1)                   # of a sample
     length, warmup = (runtime.to_steps(text, steps_per_epoch) for text in (args.length, args.warmup))
     stair = steps_per_epoch if rate_is_per_epoch(args) else 1            # steps that share a learning rate
 
@@ -576,13 +620,14 @@ def train(args, device, config, tokenizer, dataset, held_out, steps_per_epoch, o
         if step % args.log_every == 0 or last:
             images_per_second = args.global_batch_size * (step - window_start[1]) / (pause - window_start[0])
             window_start = pause, step
-            log = {**in_bits(meters.pop(), config, args.image_size), "lr": lr, "skipped_steps": skipped,
-                   "epoch": step / steps_per_epoch, **speed_report(config, images_per_second, device)}
+            log = {**in_bits(meters.pop(), config, pixels), "lr": lr, "skipped_steps": skipped,
+                   "epoch": step / steps_per_epoch,
+                   **speed_report(config, images_per_second, device, tokenizer.unit)}
             logger.log(step, log, show=("loss", *(f"bits/{m + 1}" for m in range(M)), "bits_per_pixel",
-                                        "grad_norm/model", "lr", "images/s", "tokens/s", "mfu"))
+                                        "grad_norm/model", "lr", f"{tokenizer.unit}/s", "tokens/s", "mfu"))
         with runtime.averaged_weights(model, averages) if averages else contextlib.nullcontext():
             if held_out and (step % args.val_every == 0 or last):
-                log = in_bits(validate(model, held_out, prepare, args, device), config, args.image_size)
+                log = in_bits(validate(model, held_out, prepare, args, device), config, pixels)
                 logger.log(step, {f"val_{name}": value for name, value in log.items()},
                            show=("val_loss", "val_perplexity", "val_bits_per_pixel"))
             if step % args.grid_every == 0 or last:
@@ -617,18 +662,19 @@ def train(args, device, config, tokenizer, dataset, held_out, steps_per_epoch, o
     runtime.print_main(f"AR model at step {step}: {runtime.checkpoint_path(args.results_dir, step)}")
 
 
-def in_bits(numbers, config, image_size):
+def in_bits(numbers, config, pixels):
     """`numbers` and, where there is a loss among them, what it says in other units.
 
     bits and bits/m: of a token and of its sub-tokens; perplexity: the number of equally likely codes between
-    which one hesitates as much; bits_per_pixel: what the tokens of an image could be compressed to.
+    which one hesitates as much; bits_per_pixel: what the tokens of a sample of `pixels` could be compressed
+    to.
     """
     report = dict(numbers)
     if "loss" in numbers:                                                # not if all steps were skipped
         report.update({name.replace("loss", "bits"): value / math.log(2)
                        for name, value in numbers.items() if name.startswith("loss")})
         report["perplexity"] = math.exp(min(numbers["loss"], 700))
-        report["bits_per_pixel"] = report["bits"] * config.tokens / image_size ** 2
+        report["bits_per_pixel"] = report["bits"] * config.tokens / pixels
     return report
 
 
@@ -658,10 +704,15 @@ def preview(step, logger, model, tokenizer, classes, args):
     scale = args.cfg_scale if classes else 1.0                           # no class, nothing to guide towards
     seeds = [(args.global_seed, i) for i in range(count)]
     batches = sample.generate(model, tokenizer, labels, seeds, min(count, 64), cfg_scale=scale)
-    images = torch.cat(list(batches))                                    # (count, 3, S, S)
+    samples = torch.cat(list(batches))                                   # (count, 3, [T,] S, S)
     captions = [classes[label] for label in labels] if classes else None
-    grid = runtime.image_grid(images, columns, captions, scale=max(1, 64 // images.shape[-1]))
-    logger.image(step, "samples", grid)
+    scale = max(1, 64 // samples.shape[-1])
+    if samples.dim() == 4:
+        logger.image(step, "samples", runtime.image_grid(samples, columns, captions, scale))
+    else:                                                                # frames of the first row; all moving
+        logger.image(step, "samples", video.strip(samples[:columns], labels=captions, scale=scale))
+        video.save_animation(pathlib.Path(args.results_dir) / f"samples-{step:08d}.webp",
+                             video.animated_grid(samples, columns, captions, scale))
 
 
 def print_plan(args, config, made_with, dataset, held_out, steps_per_epoch, device):
@@ -673,13 +724,13 @@ def print_plan(args, config, made_with, dataset, held_out, steps_per_epoch, devi
     intra = "separate heads" if config.separate_heads else f"{config.intra_blocks} intra blocks"
     crops = "encoded in every step" if args.online else "ten crops" if args.ten_crop else "centre crop"
     val = min(len(held_out), args.val_size) if held_out is not None else 0
+    sides = " x ".join(map(str, dataset.axes))
     grid, bits = " x ".join(map(str, config.grid)), " + ".join(map(str, config.bits))
     for name, value in (
         ("model", f"{args.preset}: {parameters:.2f} M parameters, width {config.width}, "
                   f"{config.inter_blocks} inter blocks, {intra}, {config.num_classes or 'no'} classes"),
         ("tokens", f"{grid} of {bits} bits, by {made_with['path']} ({made_with['weights']} weights)"),
-        ("data", f"{dataset.name}, {len(dataset):,} images, {args.image_size} x {args.image_size}, {crops}, "
-                 f"{val:,} held out"),
+        ("data", f"{dataset.name}, {len(dataset):,} {dataset.kind}s, {sides}, {crops}, {val:,} held out"),
         ("batch", f"{batch} = {batch // micro_batch // args.accumulation} ranks x {args.accumulation} "
                   f"micro-batches x {micro_batch}"),
         ("a step", f"{batch * config.tokens:,} tokens, {batch * flops_per_image(config) / 1e12:.3g} TFLOP"),

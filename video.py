@@ -161,6 +161,10 @@ class VideoTokenizerConfig(tok.TokenizerConfig):
         """How many samples along each axis `patch` folds into channels: pixels, but not frames."""
         return 1, self.patch, self.patch
 
+    def grid(self, frames, height, width):
+        """The axes (t, h, w) of the code map of a clip of 1 + k * time_stride frames."""
+        return 1 + (frames - 1) // self.time_stride, *super().grid(height, width)
+
 
 PRESETS = {
     "ucf-128": VideoTokenizerConfig(),
@@ -177,7 +181,8 @@ class VideoTokenizer(tok.Tokenizer):
     Everything but shapes is inherited: `forward`, `encode` (clips to ids (B, t, h, w)) and `decode`.
     """
 
-    format = "open-magvit2-video-tokenizer"
+    format = tok.VIDEO_FORMAT
+    config_type, presets = VideoTokenizerConfig, PRESETS
     unit = "clips"
     code_map = "(B, t, h, w)"
 
@@ -209,44 +214,15 @@ class VideoTokenizer(tok.Tokenizer):
 def load_video_tokenizer(path, ema=True, trust=False):
     """Load a video tokenizer from one of our checkpoints or from the published file.
 
-    ema: take the averaged weights where the file has them (published results are with EMA), else the raw
-    ones. trust: unpickle foreign classes too (see `runtime.load_checkpoint`). Returns (VideoTokenizer in eval
-    mode on the CPU, info) as `tokenizer.load_tokenizer` does. Strict: raises `UserError` listing missing and
-    unexpected names.
+    Arguments, results and errors are those of `tokenizer.load_tokenizer`, the model a `VideoTokenizer`.
     """
-    stored = runtime.load_checkpoint(path, trust, mmap=True)
-    if stored.get("format") == VideoTokenizer.format:
-        config = tok.config_from_dict(stored["config"], path, VideoTokenizerConfig)
-        source, step = "ours", stored["step"]
-        raw, averages = stored["model"], stored["ema"] if ema else {}
-    else:
-        runtime.require(
-            "state_dict" in stored,
-            f"{path} is no video tokenizer (its format mark: {stored.get('format')}); an image tokenizer can "
-            f"only be the start of one (train --inflate-from)",
-        )
-        groups = tok.published_groups(stored["state_dict"], path)
-        runtime.require("encoder.conv_in.weight" not in groups["model"],
-                        f"{path} is an image tokenizer; it can only be the start of a video tokenizer "
-                        f"(train --inflate-from)")
-        raw, averages = without_wrapper(groups["model"]), {}
-        config = VideoTokenizerConfig(**vars(tok.config_from_names(raw)))
-        source, step = "published", stored.get("global_step")
-    model = VideoTokenizer(config)
-    runtime.load_state_strictly(model, raw, str(path))
-    if source == "published" and ema and groups["ema"]:
-        averages = without_wrapper(tok.published_averages(groups, path))
-    if averages:
-        runtime.load_state_strictly(model, {**raw, **averages}, f"the EMA weights in {path}")
-    info = {"preset": tok.preset_name(config, PRESETS), "weights": "EMA" if averages else "raw", "step": step,
-            "source": source, "sha256": runtime.sha256_of(path),
-            **{name: stored.get("args", {}).get(name) for name in ("data_path", "val_data_path", "resize")}}
-    return model.eval(), info
+    return tok.load_tokenizer(path, ema, trust, VideoTokenizer)
 
 
-def without_wrapper(state):
-    """Published names to ours: there, each causal convolution is a module around a `conv_1`."""
-    return {name.replace(".conv_1.", "."): tensor for name, tensor in state.items()}
+def load_any_tokenizer(path, ema=True, trust=False):
+    """`tokenizer.load_tokenizer` or `load_video_tokenizer`, as the file demands: stage II works on both."""
+    clips = tok.is_video(runtime.load_checkpoint(path, trust, mmap=True))
+    return (load_video_tokenizer if clips else tok.load_tokenizer)(path, ema, trust)
 
 
 def inflate(image_state, video_model):
@@ -274,7 +250,7 @@ def inflate(image_state, video_model):
 # ------------------------------------------------------------------------------------------------------------
 
 FORMATS = ("webp", "gif", "mp4", "avi", "mkv")   # what data.write_video writes
-PREVIEW_FPS = 10                             # slow enough to see what became of a clip of 17 frames
+PREVIEW_FPS = 10                             # of pictures to look at: half the speed of most videos
 
 
 def as_frames(clip):
@@ -282,20 +258,31 @@ def as_frames(clip):
     return clip.permute(1, 2, 3, 0).numpy()
 
 
-def animated_rows(*rows, scale=1):
-    """Clips uint8 (N, 3, T, H, W) of each row over those of the next, as frames uint8 (T, h, w, 3)."""
-    clips = torch.cat(rows)
-    return np.stack([runtime.image_grid(clips[:, :, t], len(rows[0]), scale=scale)
+def animated_grid(clips, columns, labels=None, scale=1):
+    """`runtime.image_grid` of clips uint8 (N, 3, T, H, W), in motion: frames uint8 (T, h, w, 3)."""
+    return np.stack([runtime.image_grid(clips[:, :, t], columns, labels, scale)
                      for t in range(clips.shape[2])])
 
 
-def strip(clips, reconstructions, columns=6, scale=1):
-    """A uint8 picture (h, w, 3): for each of N clips uint8 (N, 3, T, H, W) a row of up to `columns` of its
-    frames, the first and last among them, and a row of the same frames of its reconstruction."""
+def strip(clips, columns=6, labels=None, scale=1):
+    """A uint8 picture (h, w, 3): a row for each of N clips uint8 (N, 3, T, H, W), of up to `columns` of its
+    frames, the first and the last among them. labels: a caption for each clip."""
     frames = clips.shape[2]
     shown = torch.linspace(0, frames - 1, min(columns, frames)).round().long()
-    pairs = torch.stack([clips, reconstructions], 1)[:, :, :, shown]                 # (N, 2, 3, F, H, W)
-    return runtime.image_grid(pairs.transpose(2, 3).flatten(0, 2), len(shown), scale=scale)
+    captions = [label for label in labels for _ in shown] if labels else None
+    pictures = clips[:, :, shown].transpose(1, 2).flatten(0, 1)                      # (N * F, 3, H, W)
+    return runtime.image_grid(pictures, len(shown), captions, scale)
+
+
+def save_animation(path, frames):
+    """Write frames uint8 (T, h, w, 3), slow enough to see what became of a clip of 17 frames, on rank 0."""
+    if runtime.is_main():
+        data.write_video(path, frames, PREVIEW_FPS)
+
+
+def above_each_other(clips, reconstructions):
+    """Each of N clips (N, 3, T, H, W), followed by its reconstruction: (2N, 3, T, H, W)."""
+    return torch.stack([clips, reconstructions], 1).flatten(0, 1)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -327,8 +314,7 @@ def train(args):
         inflate(image.state_dict(), model)
         runtime.print_main(f"inflated the {info['weights']} weights of {args.inflate_from}")
     discriminator = patchgan_3d() if args.gan_weight > 0 else None
-    runtime.require(bool(args.split_list) == bool(args.val_split_list), "--split-list and --val-split-list "
-                    "are a pair, such as trainlist01.txt and testlist01.txt; give both or neither")
+    check_split_lists(args)
     size, frames = config.resolution, config.frames
     dataset = data.build_clips(args.data_path, "train", size, frames, args.crop, args.flip,
                                resize=args.resize, split_list=args.split_list)
@@ -342,13 +328,18 @@ def train(args):
             reconstruction = torch.cat([runtime.to_uint8(model.decode(model.encode(x[None].to(device)))).cpu()
                                         for x in data.to_float(fixed)])
         scale = max(1, 64 // size)
-        logger.image(step, "reconstructions", strip(fixed, reconstruction, scale=scale))
-        if runtime.is_main():
-            data.write_video(pathlib.Path(args.results_dir) / f"reconstructions-{step:08d}.{args.animation}",
-                             animated_rows(fixed, reconstruction, scale=scale), PREVIEW_FPS)
+        logger.image(step, "reconstructions", strip(above_each_other(fixed, reconstruction), scale=scale))
+        save_animation(pathlib.Path(args.results_dir) / f"reconstructions-{step:08d}.{args.animation}",
+                       animated_grid(torch.cat([fixed, reconstruction]), len(fixed), scale=scale))
         logger.log(step, {"grid_psnr": psnr(fixed, reconstruction)}, show=("grid_psnr",))
 
     stage1.train(args, device, config, model, discriminator, dataset, preview)
+
+
+def check_split_lists(args):
+    """Raise `UserError` unless both split lists are given or neither."""
+    runtime.require(bool(args.split_list) == bool(args.val_split_list), "--split-list and --val-split-list "
+                    "are a pair, such as trainlist01.txt and testlist01.txt; give both or neither")
 
 
 def psnr(clips, reconstructions):

@@ -364,8 +364,8 @@ def test_our_checkpoint_round_trips_with_ema_and_raw(tmp_path):
     torch.manual_seed(0)
     raw, averages = tok.Tokenizer(TINY), tok.Tokenizer(TINY)
     runtime.save_checkpoint(tmp_path / "a.pt", {
-        "format": tok.FORMAT, "config": tok.config_to_dict(TINY), "step": 5, "model": raw.state_dict(),
-        "ema": {name: p.detach() for name, p in averages.named_parameters()}})
+        "format": tok.Tokenizer.format, "config": tok.config_to_dict(TINY), "step": 5,
+        "model": raw.state_dict(), "ema": {name: p.detach() for name, p in averages.named_parameters()}})
     model, info = tok.load_tokenizer(tmp_path / "a.pt")
     assert same_weights(model, averages) and (info["weights"], info["step"], info["source"]) == (
         "EMA",

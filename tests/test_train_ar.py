@@ -44,8 +44,8 @@ def save_tokenizer(path, data_path=None, seed=0, **changes):
     shape = dict(resolution=16, channels=32, channel_multipliers=(1, 2), blocks=1, mid_blocks=0, patch=2)
     config = tok.TokenizerConfig(**{**shape, "bits": 6, **changes})
     state = tok.Tokenizer(config).state_dict()
-    runtime.save_checkpoint(path, {"format": tok.FORMAT, "config": tok.config_to_dict(config), "step": 7,
-                                   "model": state, "ema": {}, "args": {"data_path": data_path}})
+    runtime.save_checkpoint(path, {"format": tok.Tokenizer.format, "config": tok.config_to_dict(config),
+                                   "step": 7, "model": state, "ema": {}, "args": {"data_path": data_path}})
     return str(path)
 
 
@@ -150,8 +150,8 @@ def test_presets_carry_the_published_hyper_parameters(preset, lr, warmup, epochs
     assert train_ar.rate_is_per_epoch(args)
     dropouts = (args.token_dropout, args.attention_dropout, args.ffn_dropout, args.label_dropout)
     assert dropouts == (0.1, 0.1, 0.1, 0.1) and args.split == [6, 12]
-    args.tokenizer, args.image_size = "it", 256
-    config = train_ar.config_from_args(args, tok.Tokenizer(tok.TokenizerConfig(blocks=1)), ["name"] * 1000)
+    args.tokenizer, tokenizer = "it", tok.Tokenizer(tok.TokenizerConfig(blocks=1))
+    config = train_ar.config_from_args(args, tokenizer, (256, 256), ["name"] * 1000)
     assert config == ar_model.PRESETS[preset]
     assert train_ar.flops_per_image(config) / 1e12 == pytest.approx(tera, abs=5e-4)
 

@@ -345,10 +345,16 @@ def test_our_checkpoint_round_trips_with_ema_and_raw(tmp_path):
 def test_image_and_video_files_are_told_apart(tmp_path):
     our_checkpoint(tmp_path / "image.pt", tok.Tokenizer, TINY_IMAGE)
     our_checkpoint(tmp_path / "video.pt", video.VideoTokenizer, TINY)
-    with pytest.raises(runtime.UserError, match="no video tokenizer"):
+    with pytest.raises(runtime.UserError, match="is an image tokenizer"):
         video.load_video_tokenizer(tmp_path / "image.pt")
-    with pytest.raises(runtime.UserError, match="no tokenizer checkpoint"):
+    with pytest.raises(runtime.UserError, match="is a video tokenizer"):
         tok.load_tokenizer(tmp_path / "video.pt")
+    torch.save({"format": "of something else"}, tmp_path / "other.pt")
+    for load in (tok.load_tokenizer, video.load_video_tokenizer, video.load_any_tokenizer):
+        with pytest.raises(runtime.UserError, match="no tokenizer checkpoint.*of something else"):
+            load(tmp_path / "other.pt")
+    for name, kind in (("image", tok.Tokenizer), ("video", video.VideoTokenizer)):
+        assert type(video.load_any_tokenizer(tmp_path / f"{name}.pt")[0]) is kind
     torch.save({"state_dict": tok.Tokenizer(TINY_IMAGE).state_dict()}, tmp_path / "image.ckpt")
     with pytest.raises(runtime.UserError, match="is an image tokenizer"):
         video.load_video_tokenizer(tmp_path / "image.ckpt")
@@ -406,7 +412,7 @@ def test_previews_are_an_animation_and_a_strip(tmp_path, animation):
 
 def test_a_strip_shows_first_and_last_frame_of_clip_over_reconstruction():
     clips = torch.arange(17, dtype=torch.uint8).view(1, 1, 17, 1, 1).expand(2, 3, 17, 4, 4).contiguous()
-    picture = video.strip(clips, clips + 100, columns=3)
+    picture = video.strip(video.above_each_other(clips, clips + 100), columns=3)
     assert [int(picture[3, 3 + 6 * i, 0]) for i in range(3)] == [0, 8, 16]
     assert [int(picture[9, 3 + 6 * i, 0]) for i in range(3)] == [100, 108, 116]
 
