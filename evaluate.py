@@ -1370,14 +1370,9 @@ def drawn_samples(path, args, device):
     pixel may differ from sample.py's by a level, because convolutions here do without TF32.)
     """
     model, decoder, info = sample.load(path, args.tokenizer, args.raw_weights, args.trust_checkpoint)
-    published = info["source"] == "published"
-    n = args.num_fid_samples = args.num_samples or (50_000 if published else 5_000)
-    settings, size = sample.settings_from_args(args, model, info), min(args.sampling_batch_size, n)
-    how = {**settings, "rounding": args.rounding or ("truncate" if published else "round"),
-           "batch_size": size, "mixed_precision": args.mixed_precision, "compile": args.compile}
-    record = {"command": "sample", "n": n, **how, "global_seed": args.global_seed, "device": device.type,
-              "torch": torch.__version__, "tokenizer": info["tokenizer"],
-              "checkpoint": {key: info[key] for key in info if key not in ("tokenizer", "classes")}}
+    n = args.num_fid_samples = args.num_samples or (50_000 if info["source"] == "published" else 5_000)
+    how, record = sample.plan(args, model, info, n, args.sampling_batch_size, device)
+    size = how["batch_size"]
     runtime.print_main(f"drawing     {', '.join(f'{name} {value}' for name, value in how.items())}")
     dtype = runtime.AUTOCAST_DTYPES[args.mixed_precision] or torch.float32
     ar_model.prepare_for_sampling(model.to(device), dtype)
@@ -1761,24 +1756,9 @@ def get_args(argv=None):
     p.add_argument("--adm-fp16", action="store_true",
                    help="float16 distances for precision and recall, like ADM and protocol seed")
     add_protocol_flag(p)
-    group = p.add_argument_group("drawing from a checkpoint (sample.py explains these flags)")
-    group.add_argument("--ckpt", help="AR checkpoint, ours or published, to draw from instead of --samples")
-    group.add_argument("--num-samples", type=runtime.positive_int,
-                       help="how many (50,000 of a published checkpoint, 5,000 of ours)")
-    group.add_argument("--tokenizer", help="tokenizer checkpoint, for an AR file that contains none")
-    group.add_argument("--raw-weights", action="store_true", help="use no averaged weights, even if stored")
-    group.add_argument("--trust-checkpoint", action="store_true", help="unpickle classes (can run code)")
-    for flag, kind, text in (("--cfg-scale", float, "guidance (1: none)"),
-                             ("--temperature", float, "divides the logits (0: greedy)"),
-                             ("--top-k", int, "draw among the k likeliest entries (0: all)"),
-                             ("--top-p", float, "draw among the likeliest that reach p (1: all)")):
-        group.add_argument(flag, type=sample.numbers(kind), help=f"{text}; sample.py's defaults")
-    group.add_argument("--rounding", choices=("truncate", "round"), help="to uint8; sample.py's default")
-    group.add_argument("--sampling-batch-size", type=runtime.positive_int, default=64,
-                       help="pictures drawn at once on a rank, what sample.py calls --batch-size")
-    group.add_argument("--mixed-precision", choices=runtime.AUTOCAST_DTYPES, default="fp32",
-                       help="precision of drawing; that of the metrics is always fp32")
-    group.add_argument("--compile", action="store_true", help="compiled blocks in CUDA graphs (GPU only)")
+    p.add_argument("--num-samples", type=runtime.positive_int,
+                   help="how many to draw (50,000 of a published checkpoint, 5,000 of ours)")
+    sample.add_drawing_flags(p, "--sampling-batch-size")
     add_data_flags(p, "train", "generated", "as many as samples")
     add_common_flags(p)
 

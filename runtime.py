@@ -589,6 +589,56 @@ def write_json(path, value):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Parts on disk: long work that may be interrupted, by any number of ranks
+# ------------------------------------------------------------------------------------------------------------
+
+# The work is cut into numbered parts, the same ones whoever does them. A part is a file that appears whole,
+# by renaming, so that "is it done?" means "does it exist?", also after a kill or on another number of ranks,
+# and no list of what is done can disagree with the files.
+
+def open_parts(folder, count, settings):
+    """The parts, of 0 .. count - 1, that this rank has to make: every R-th of those missing. A collective.
+
+    settings: all that decides what is in the parts, a dict for JSON. Raises `UserError` where `folder` holds
+    parts of other settings.
+    """
+    folder, settings = pathlib.Path(folder), json.loads(json.dumps(settings))
+    path = folder / "settings.json"
+    if not path.exists():
+        write_json(path, settings)
+    barrier()
+    require(path.exists(), f"{folder} was made by rank 0, but rank {rank()} does not see it; "
+                                   f"put it on a disk that all machines share")
+    check_same(json.loads(path.read_text()), settings,
+                       f"{folder} holds what an interrupted run has left; delete it, or continue with that "
+                       f"run's settings: what it was made with")
+    missing = [part for part in range(count) if not part_path(folder, part).exists()]
+    missing = gather_objects(missing)[0]                     # rank 0 looked before anyone went on
+    return missing[rank()::world_size()]
+
+
+def part_path(folder, part):
+    """The file of a part."""
+    return pathlib.Path(folder) / f"{part:06d}.npy"
+
+
+def save_part(folder, part, array):
+    """Write `array` as the finished part `part`."""
+    path = part_path(folder, part)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        np.save(file, array)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_parts(folder, count):
+    """The arrays of all parts in order, one at a time."""
+    return (np.load(part_path(folder, part)) for part in range(count))
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Downloads
 # ------------------------------------------------------------------------------------------------------------
 

@@ -14,8 +14,8 @@ N has N / C pictures of every class (where C does not divide N, the first classe
 consecutive numbers: which ones depends neither on the number of ranks nor on interruptions, and so neither
 does the set. The order is this fixed one; an evaluator that needs a random one (Inception Score) shuffles.
 
-In reading order: 1. from labels to pixels; 2. parts on disk; 3. flags; 4. grids and sets. Axis letters: B
-batch, C classes, H W picture, M sub-tokens of a token, N pictures, T frames of a clip.
+In reading order: 1. from labels to pixels; 2. flags; 3. grids and sets. Axis letters: B batch, C classes, H W
+picture, M sub-tokens of a token, N pictures, T frames of a clip.
 """
 import argparse
 import json
@@ -140,75 +140,7 @@ def class_names(stored, count):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 2. Parts on disk: long work that may be interrupted, by any number of ranks
-# ------------------------------------------------------------------------------------------------------------
-
-# The work is cut into numbered parts, the same ones whoever does them. A part is a file that appears whole,
-# by renaming, so that "is it done?" means "does it exist?", also after a kill or on another number of ranks,
-# and no list of what is done can disagree with the files.
-
-def open_parts(folder, count, settings):
-    """The parts, of 0 .. count - 1, that this rank has to make: every R-th of those missing. A collective.
-
-    settings: all that decides what is in the parts, a dict for JSON. Raises `UserError` where `folder` holds
-    parts of other settings.
-    """
-    folder, settings = pathlib.Path(folder), json.loads(json.dumps(settings))
-    path = folder / "settings.json"
-    if not path.exists():
-        runtime.write_json(path, settings)
-    runtime.barrier()
-    runtime.require(path.exists(), f"{folder} was made by rank 0, but rank {runtime.rank()} does not see it; "
-                                   f"put it on a disk that all machines share")
-    runtime.check_same(json.loads(path.read_text()), settings,
-                       f"{folder} holds what an interrupted run has left; delete it, or continue with that "
-                       f"run's settings: what it was made with")
-    missing = [part for part in range(count) if not part_path(folder, part).exists()]
-    missing = runtime.gather_objects(missing)[0]                     # rank 0 looked before anyone went on
-    return missing[runtime.rank()::runtime.world_size()]
-
-
-def part_path(folder, part):
-    """The file of a part."""
-    return pathlib.Path(folder) / f"{part:06d}.npy"
-
-
-def save_part(folder, part, array):
-    """Write `array` as the finished part `part`."""
-    path = part_path(folder, part)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        np.save(file, array)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def read_parts(folder, count):
-    """The arrays of all parts in order, one at a time."""
-    return (np.load(part_path(folder, part)) for part in range(count))
-
-
-def write_npz(path, shape, arrays):
-    """Write uint8 `arrays`, which joined have the shape `shape`, as `arr_0` of an npz file, atomically.
-
-    `np.savez` needs the whole array in memory: 9.8 GB for 50,000 pictures of 256 x 256. But an npz is a zip
-    of npy files, and an npy is a short header before the raw bytes, so parts can follow each other into it.
-    Nothing is compressed, because evaluators map the file and pictures hardly shrink. A bare `ZipInfo` holds
-    no time of day, so equal pictures make equal files.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-    with (zipfile.ZipFile(temporary, "w") as archive,
-          archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member):
-        np.lib.format.write_array_header_1_0(member, header)
-        for array in arrays:
-            member.write(array.tobytes())
-    os.replace(temporary, path)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# 3. Flags
+# 2. Flags
 # ------------------------------------------------------------------------------------------------------------
 
 # Where nothing is published: mild guidance, from which every model gains.
@@ -227,15 +159,34 @@ def numbers(kind):
     return parse
 
 
-def get_args(argv=None):
-    """Parse the command line."""
-    parser = runtime.ArgumentParser(__doc__)
-    group = parser.add_argument_group("model")
+def add_drawing_flags(parser, batch_size_flag):
+    """The flags that decide what a model draws, here and in `evaluate.py generation`."""
+    group = parser.add_argument_group("model to draw from")
     group.add_argument("--ckpt", help="AR checkpoint, ours or published; not given: the newest of runs/ar")
     group.add_argument("--tokenizer", help="tokenizer checkpoint, for an AR file that contains none")
     group.add_argument("--raw-weights", action="store_true", help="use no averaged weights, even if stored")
     group.add_argument("--trust-checkpoint", action="store_true", help="unpickle classes (can run code)")
 
+    group = parser.add_argument_group(
+        "how to draw: one value, or one for each sub-token as in 1.9,2.0. Defaults: for AR-B, L and XL those "
+        "of table 5 for an npz, and what the authors show pictures with for a grid; else guidance 2")
+    group.add_argument("--cfg-scale", type=numbers(float), help="classifier-free guidance (1: none)")
+    group.add_argument("--temperature", type=numbers(float), help="divides the logits (0: greedy)")
+    group.add_argument("--top-k", type=numbers(int), help="draw among the k likeliest entries (0: all)")
+    group.add_argument("--top-p", type=numbers(float), help="draw among the likeliest that reach p (1: all)")
+    group.add_argument("--rounding", choices=("truncate", "round"),
+                       help="from float pixels to uint8; not given: truncate for published files, as their "
+                            "numbers were measured that way, else round")
+    group.add_argument(batch_size_flag, type=runtime.positive_int, default=64,
+                       help="samples drawn at once on a rank (another size moves the last bit of logits)")
+    group.add_argument("--mixed-precision", choices=("fp32", "bf16", "fp16"), default="fp32",
+                       help="dtype of the transformer's weights, and of autocast in the decoder")
+    group.add_argument("--compile", action="store_true", help="compiled blocks in CUDA graphs (GPU only)")
+
+
+def get_args(argv=None):
+    """Parse the command line."""
+    parser = runtime.ArgumentParser(__doc__)
     group = parser.add_argument_group("what to draw")
     group.add_argument("--classes", help="a grid of these classes, numbers or names as in 207,otter; not "
                                          "given: all classes, or a well-known few if there are more than 16")
@@ -249,23 +200,8 @@ def get_args(argv=None):
     group.add_argument("--global-seed", type=runtime.non_negative_int, default=0,
                        help="another seed, other pictures")
 
-    group = parser.add_argument_group(
-        "how to draw: one value, or one for each sub-token as in 1.9,2.0. Defaults: for AR-B, L and XL those "
-        "of table 5 for an npz, and what the authors show pictures with for a grid; else guidance 2")
-    group.add_argument("--cfg-scale", type=numbers(float), help="classifier-free guidance (1: none)")
-    group.add_argument("--temperature", type=numbers(float), help="divides the logits (0: greedy)")
-    group.add_argument("--top-k", type=numbers(int), help="draw among the k likeliest entries (0: all)")
-    group.add_argument("--top-p", type=numbers(float), help="draw among the likeliest that reach p (1: all)")
-    group.add_argument("--rounding", choices=("truncate", "round"),
-                       help="from float pixels to uint8; not given: truncate for published files, as their "
-                            "numbers were measured that way, else round")
-
+    add_drawing_flags(parser, "--batch-size")
     group = parser.add_argument_group("speed")
-    group.add_argument("--batch-size", type=runtime.positive_int, default=64,
-                       help="pictures drawn at once on a rank (another size moves the last bit of logits)")
-    group.add_argument("--mixed-precision", choices=("fp32", "bf16", "fp16"), default="fp32",
-                       help="dtype of the transformer's weights, and of autocast in the decoder")
-    group.add_argument("--compile", action="store_true", help="compiled blocks in CUDA graphs (GPU only)")
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to sample")
     return parser.parse_args(argv)
 
@@ -283,6 +219,17 @@ def settings_from_args(args, model, info):
     settings.update({name: getattr(args, name) for name in settings if getattr(args, name) is not None})
     columns = zip(*ar_model.sampling_settings(len(model.config.bits), **settings))
     return dict(zip(ar_model.Settings._fields, map(list, columns)))
+
+
+def plan(args, model, info, n, batch_size, device):
+    """What decides the pixels of `n` samples: (keyword arguments for `generate`, the record to store)."""
+    rounding = args.rounding or ("truncate" if info["source"] == "published" else "round")
+    how = {**settings_from_args(args, model, info), "rounding": rounding, "batch_size": min(batch_size, n),
+           "mixed_precision": args.mixed_precision, "compile": args.compile}
+    record = {"command": "sample", "n": n, **how, "global_seed": args.global_seed, "device": device.type,
+              "torch": torch.__version__, "tokenizer": info["tokenizer"],
+              "checkpoint": {key: info[key] for key in info if key not in ("tokenizer", "classes")}}
+    return how, record
 
 
 def find_classes(text, names):
@@ -305,7 +252,7 @@ def find_classes(text, names):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 4. Grids and sets
+# 3. Grids and sets
 # ------------------------------------------------------------------------------------------------------------
 
 def main(args):
@@ -317,20 +264,15 @@ def main(args):
                     "to a grid; leave one or the other out")
     ckpt = args.ckpt or runtime.latest_checkpoint("runs/ar", "AR model")
     model, tokenizer, info = load(ckpt, args.tokenizer, args.raw_weights, args.trust_checkpoint)
-    settings, names = settings_from_args(args, model, info), info["classes"]
+    names = info["classes"]
     C = max(1, len(names))                                # an unconditional model has one nameless class
     runtime.require(names or not args.classes, f"--classes: {ckpt} is an unconditional model; leave it out")
     labels = range(C) if not for_grid or not names else find_classes(args.classes, names)
     N = args.num_fid_samples or len(labels) * args.num_images
-    rounding = args.rounding or ("truncate" if info["source"] == "published" else "round")
-    how = {**settings, "rounding": rounding, "batch_size": min(args.batch_size, N),
-           "mixed_precision": args.mixed_precision, "compile": args.compile}
-    record = {"command": "sample", "n": N, **how, "global_seed": args.global_seed, "device": device.type,
-              "torch": torch.__version__, "tokenizer": info["tokenizer"],
-              "checkpoint": {key: info[key] for key in info if key not in ("tokenizer", "classes")}}
+    how, record = plan(args, model, info, N, args.batch_size, device)
     suffixes = [".npz"] if not for_grid else [".png"] if tokenizer.unit == "images" else [
         f".{name}" for name in video.FORMATS]
-    output = pathlib.Path(args.output or default_output(info, settings, args, suffixes[0]))
+    output = pathlib.Path(args.output or default_output(info, how, args, suffixes[0]))
     runtime.require(output.suffix in suffixes,
                     f"--output {output}: this writes a {' or '.join(suffixes)} file")
     for name, value in (
@@ -395,6 +337,24 @@ def draw_grid(output, chosen, pictures, record, names, args):
         (runtime.save_png if image.ndim == 3 else video.save_animation)(path, image)
 
 
+def write_npz(path, shape, arrays):
+    """Write uint8 `arrays`, which joined have the shape `shape`, as `arr_0` of an npz file, atomically.
+
+    `np.savez` needs the whole array in memory: 9.8 GB for 50,000 pictures of 256 x 256. But an npz is a zip
+    of npy files, and an npy is a short header before the raw bytes, so parts can follow each other into it.
+    Nothing is compressed, because evaluators map the file and pictures hardly shrink. A bare `ZipInfo` holds
+    no time of day, so equal pictures make equal files.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    with (zipfile.ZipFile(temporary, "w") as archive,
+          archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member):
+        np.lib.format.write_array_header_1_0(member, header)
+        for array in arrays:
+            member.write(array.tobytes())
+    os.replace(temporary, path)
+
+
 def draw_set(output, pictures, record):
     """The npz of pictures 0 .. N - 1. Every rank draws parts of one batch each; then rank 0 joins them."""
     if output.exists():
@@ -406,7 +366,7 @@ def draw_set(output, pictures, record):
         return
     N, size, folder = record["n"], record["batch_size"], pathlib.Path(f"{output}.parts")
     count = math.ceil(N / size)
-    todo = open_parts(folder, count, record)
+    todo = runtime.open_parts(folder, count, record)
     missing, start = sum(map(len, runtime.gather_objects(todo))), time.perf_counter()
     if missing < count:
         runtime.print_main(f"found    {count - missing} of {count} parts of an interrupted run")
@@ -415,14 +375,14 @@ def draw_set(output, pictures, record):
     bar = tqdm(todo, "drawing", unit="image", unit_scale=size * runtime.world_size(),
                disable=None if runtime.is_main() else True)
     for part, images in zip(bar, pictures(chosen)):
-        save_part(folder, part, images.movedim(1, -1).numpy())                 # (b, [T,] H, W, 3)
+        runtime.save_part(folder, part, images.movedim(1, -1).numpy())                 # (b, [T,] H, W, 3)
     runtime.barrier()
     speed = min(N, missing * size) / (time.perf_counter() - start)
     runtime.print_main(f"speed    {speed:.1f} samples/s")
     if runtime.is_main():
-        shape = (N, *np.load(part_path(folder, 0), mmap_mode="r").shape[1:])
+        shape = (N, *np.load(runtime.part_path(folder, 0), mmap_mode="r").shape[1:])
         runtime.write_json(output.with_suffix(".json"), record)
-        write_npz(output, shape, read_parts(folder, count))
+        write_npz(output, shape, runtime.read_parts(folder, count))
         shutil.rmtree(folder)
     runtime.barrier()
 

@@ -198,13 +198,14 @@ def make_tokens(path, header, labels, crops, tokenizer, args, device):
     images, n, N = header["shape"]
     parts, size = pathlib.Path(f"{path}.parts"), BATCHES_A_PART * args.encode_batch_size
     count, batch = math.ceil(images / size), max(1, args.encode_batch_size // n)
-    todo = sample.open_parts(parts, count, {**header, "encode_batch_size": args.encode_batch_size})
+    todo = runtime.open_parts(parts, count, {**header, "encode_batch_size": args.encode_batch_size})
     requests = []                                             # rows of each batch, none of them in two parts
     for part in todo:
         rows = list(range(part * size, min((part + 1) * size, images)))
         requests += [rows[first:first + batch] for first in range(0, len(rows), batch)]
-    runtime.print_main(f"encoding {images:,} images of {header['data']['name']} to {path}")
-    codes, bar = [], tqdm(total=sum(map(len, requests)), desc="encoding", unit="image",
+    kind = crops.dataset.kind
+    runtime.print_main(f"encoding {images:,} {kind}s of {header['data']['name']} to {path}")
+    codes, bar = [], tqdm(total=sum(map(len, requests)), desc="encoding", unit=kind,
                           disable=None if runtime.is_main() else True)
     loader = data.batches(crops.dataset, crops, requests, args.num_workers)
     for rows, (x, readable, _) in zip(requests, loader):                                  # (b, n, 3, S, S)
@@ -214,21 +215,21 @@ def make_tokens(path, header, labels, crops, tokenizer, args, device):
         codes.append(ids)
         bar.update(len(rows))
         if (rows[-1] + 1) % size == 0 or rows[-1] + 1 == images:
-            sample.save_part(parts, rows[-1] // size, np.concatenate(codes))
+            runtime.save_part(parts, rows[-1] // size, np.concatenate(codes))
             codes = []
     bar.close()
     runtime.barrier()
     if runtime.is_main():
         temporary, missing, row = path.with_name(f".{path.name}.tmp"), [], 0
         with open(temporary, "wb") as file:
-            for codes in sample.read_parts(parts, count):
+            for codes in runtime.read_parts(parts, count):
                 missing += (row + np.flatnonzero(codes[:, 0, 0] == MISSING)).tolist()
                 codes.tofile(file)
                 row += len(codes)
             file.flush()
             os.fsync(file.fileno())
         runtime.require(len(missing) <= data.BROKEN_LIMIT * images,
-                        f"{len(missing)} of {images} images of {header['data']['name']} are broken, more "
+                        f"{len(missing)} of {images} {kind}s of {header['data']['name']} are broken, more "
                         f"than 1 %; copy or download the data again, delete {parts} and start anew")
         os.replace(temporary, path)
         runtime.write_json(path.with_suffix(".json"), {**header, "missing": missing, "labels": labels})

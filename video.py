@@ -168,9 +168,9 @@ class VideoTokenizerConfig(tok.TokenizerConfig):
 
 PRESETS = {
     "ucf-128": VideoTokenizerConfig(),
-    # For a laptop: 17 frames of 32 x 32, 5 x 4 x 4 tokens. With --channel-multipliers 1 2 2 the toy image
+    # For a laptop: 17 frames of 32 x 32, 5 x 4 x 4 tokens. With --channel-multipliers 1 1 2 the toy image
     # tokenizer has the same names and shapes, and can be inflated.
-    "toy": VideoTokenizerConfig(resolution=32, channels=32, channel_multipliers=(1, 2, 2), blocks=1,
+    "toy": VideoTokenizerConfig(resolution=32, channels=32, channel_multipliers=(1, 1, 2), blocks=1,
                                 mid_blocks=0, patch=2, bits=10, time_strides=(2, 2)),
 }
 

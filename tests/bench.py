@@ -1,10 +1,13 @@
 """Benchmarks that anyone can run: `make bench`, or with flags
 
     python tests/bench.py entropy                    # the exact entropy term against the dense softmax
-    python tests/bench.py sampling --ar-preset AR-B --batch-size 4 python tests/bench.py sampling --ar-preset
-    AR-B --batch-size 64 --mixed-precision bf16 --compile     # on a GPU python tests/bench.py train-ar
-    --ar-preset AR-B --batch-size 64 --mixed-precision bf16 --compile python tests/bench.py tokenize
-    train-tokenizer --tokenizer-preset in1k-256 --mixed-precision bf16 --compile
+    python tests/bench.py sampling --ar-preset AR-B --batch-size 4
+    python tests/bench.py sampling train-ar --ar-preset AR-B --batch-size 64 --mixed-precision bf16 \\
+        --compile                                                          # on a GPU
+    python tests/bench.py tokenize train-tokenizer --tokenizer-preset in1k-256 --mixed-precision bf16 \\
+        --compile
+    python tests/bench.py tokenize-clips train-video --batch-size 4
+    python tests/bench.py train-video --video-preset ucf-128 --batch-size 2 --mixed-precision bf16
 
 Weights are random, which does not change the time. Two variants are always timed in turns and in one process,
 but measurements of memory run in a process of their own, because the peak of a process never falls.
@@ -26,6 +29,7 @@ import plain_sampler                                                       # noq
 import runtime                                                             # noqa: E402
 import tokenizer as tok                                                    # noqa: E402
 import train_tokenizer                                                     # noqa: E402
+import video                                                               # noqa: E402
 
 GUIDANCE = 2.0
 
@@ -68,26 +72,39 @@ def measure_entropy(method, tokens, bits=18):
         (per_token - codebook).backward()
 
     terms(z[:1].detach())                                                  # libraries load their kernels once
-    before = int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    before = resident()
     step()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-    return {"seconds": best_time(step), "mib": peak / 2 ** 20}
+    mib = peak_above(before)
+    return {"seconds": best_time(step), "mib": mib}
 
 
-def in_own_process(method, tokens):
-    """What `measure_entropy` says in a fresh process."""
-    command = [sys.executable, __file__, "measure-entropy", method, str(tokens)]
-    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+def resident():
+    """Bytes of memory that this process has now."""
+    return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def peak_above(before):
+    """The largest memory this process ever had, in MiB above `before` bytes."""
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 2 ** 20
+
+
+def in_own_process(function, **arguments):
+    """What `function(**arguments)` of this file returns in a fresh process."""
+    command = [sys.executable, __file__, "measure", function.__name__, json.dumps(arguments)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(done.returncode)
+    return json.loads(done.stdout)
 
 
 def entropy(args, device):
     """Exact against dense, K = 18, for growing N: time and memory of forward and backward."""
     rows = []
     for tokens in (64, 256, 1024, 65536):
-        exact = in_own_process("exact", tokens)
+        exact = in_own_process(measure_entropy, method="exact", tokens=tokens)
         row = [tokens, f"{exact['seconds'] * 1e3:.1f} ms", f"{exact['mib']:.0f} MiB"]
         if tokens <= 1024:
-            dense = in_own_process("dense", tokens)
+            dense = in_own_process(measure_entropy, method="dense", tokens=tokens)
             row += [f"{dense['seconds'] * 1e3:.0f} ms", f"{dense['mib']:.0f} MiB",
                     ratio(dense["seconds"], exact["seconds"]), ratio(dense["mib"], exact["mib"])]
         else:
@@ -186,26 +203,60 @@ def train_ar_step(args, device):
 
 # ---- the tokenizer ----------------------------------------------------------------------------------------
 
-def tokenize(args, device):
+def random_batch(config, batch_size, device, layout):
+    """Noise of the shape that a tokenizer of `config` is trained on."""
+    frames = [config.frames] if isinstance(config, video.VideoTokenizerConfig) else []
+    x = torch.rand(batch_size, 3, *frames, config.resolution, config.resolution, device=device) * 2 - 1
+    return x.to(memory_format=layout)
+
+
+def tokenize(args, device, kind=tok.Tokenizer, layout=torch.channels_last):
     """Pictures into tokens and back."""
-    config, rows = tok.PRESETS[args.tokenizer_preset], []
-    x = torch.rand(args.batch_size, 3, config.resolution, config.resolution, device=device) * 2 - 1
-    x = x.to(memory_format=torch.channels_last)
+    preset = args.tokenizer_preset if kind is tok.Tokenizer else args.video_preset
+    config, rows = kind.presets[preset], []
+    x = random_batch(config, args.batch_size, device, layout)
     for compile in dict.fromkeys((False, args.compile)):
-        model = tok.Tokenizer(config).to(device, memory_format=torch.channels_last).eval()
+        model = kind(config).to(device, memory_format=layout).eval()
         if compile:
             model.encoder.compile(dynamic=False), model.decoder.compile(dynamic=False)
         with runtime.autocast(device, args.mixed_precision):
             ids = model.encode(x)
             times = [best_time(f, device) for f in (lambda: model.encode(x), lambda: model.decode(ids))]
         rows.append(["compiled" if compile else "eager", *(f"{args.batch_size / t:.1f}" for t in times)])
-    print(f"tokenizer {args.tokenizer_preset}, batch {args.batch_size}, {args.mixed_precision}, {device}")
-    runtime.print_table(rows, ["", "encode images/s", "decode images/s"])
+    print(f"tokenizer {preset}, batch {args.batch_size}, {args.mixed_precision}, {device}")
+    runtime.print_table(rows, ["", f"encode {kind.unit}/s", f"decode {kind.unit}/s"])
+
+
+def tokenize_clips(args, device):
+    """Clips into tokens and back."""
+    tokenize(args, device, video.VideoTokenizer, torch.channels_last_3d)
+
+
+def stage1_step(flags, model, critic, lpips, x, precision):
+    """A function that makes one step of stage I, generator and discriminator, as train_tokenizer.py does."""
+    device = x.device
+    adam = [torch.optim.Adam(m.parameters(), fused=device.type == "cuda") for m in (model, critic)]
+
+    def step():
+        critic.requires_grad_(False)
+        with runtime.autocast(device, precision):
+            outputs = model(x)
+            terms = train_tokenizer.generator_terms(flags, x, outputs, lpips, 0)
+            loss = sum(t * w for t, w in terms.values())
+            if flags.gan_weight:
+                loss = loss + flags.gan_weight * train_tokenizer.non_saturating_loss(critic(outputs[0]))
+        loss.backward()
+        adam[0].step(), adam[0].zero_grad(set_to_none=True)
+        if flags.gan_weight:
+            critic.requires_grad_(True)
+            with runtime.autocast(device, precision):
+                train_tokenizer.hinge_loss(critic(x), critic(outputs[0].detach())).backward()
+            adam[1].step(), adam[1].zero_grad(set_to_none=True)
+    return step
 
 
 def train_tokenizer_step(args, device):
-    """One step of stage I, generator and discriminator, as train_tokenizer.py makes it. LPIPS is random
-    here."""
+    """One step of stage I. LPIPS has random weights here."""
     rows = []
     for compile in dict.fromkeys((False, args.compile)):
         flags = train_tokenizer.get_args(["--preset", args.tokenizer_preset])
@@ -217,25 +268,8 @@ def train_tokenizer_step(args, device):
         if compile:
             for module in filter(None, (model.encoder, model.decoder, critic, lpips)):
                 module.compile(dynamic=False)
-        optimizers = [torch.optim.Adam(m.parameters(), fused=device.type == "cuda") for m in (model, critic)]
-        x = torch.rand(args.batch_size, 3, config.resolution, config.resolution, device=device) * 2 - 1
-        x = x.to(memory_format=torch.channels_last)
-
-        def step():
-            critic.requires_grad_(False)
-            with runtime.autocast(device, args.mixed_precision):
-                outputs = model(x)
-                terms = train_tokenizer.generator_terms(flags, x, outputs, lpips, 0)
-                loss = sum(t * w for t, w in terms.values())
-                if flags.gan_weight:
-                    loss = loss + flags.gan_weight * train_tokenizer.non_saturating_loss(critic(outputs[0]))
-            loss.backward()
-            optimizers[0].step(), optimizers[0].zero_grad(set_to_none=True)
-            if flags.gan_weight:
-                critic.requires_grad_(True)
-                with runtime.autocast(device, args.mixed_precision):
-                    train_tokenizer.hinge_loss(critic(x), critic(outputs[0].detach())).backward()
-                optimizers[1].step(), optimizers[1].zero_grad(set_to_none=True)
+        x = random_batch(config, args.batch_size, device, torch.channels_last)
+        step = stage1_step(flags, model, critic, lpips, x, args.mixed_precision)
         step()
         seconds = best_time(step, device)
         memory = f"{torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB" if device.type == "cuda" else "-"
@@ -247,8 +281,52 @@ def train_tokenizer_step(args, device):
     runtime.print_table(rows, ["step", "time", "images/s", "peak memory"])
 
 
+def measure_video_step(preset, batch_size, precision, checkpointing, compile, device):
+    """Time (s) of a training step of a video tokenizer, and its peak memory (GiB); run in a fresh process.
+
+    The memory is what PyTorch allocates on a GPU, and on a CPU what the process needs more than before it
+    had a model: weights, gradients, both Adam states and the activations.
+    """
+    device, before = torch.device(device), resident()
+    flags = video.get_args(["train", "--preset", preset])
+    config = train_tokenizer.config_from_args(flags, video.VideoTokenizerConfig)
+    model, critic = video.VideoTokenizer(config), video.patchgan_3d()
+    lpips = train_tokenizer.LPIPS().to(device) if flags.perceptual_weight else None
+    for module in (model, critic):
+        module.to(device, memory_format=torch.channels_last_3d)
+    model.encoder.checkpointing = model.decoder.checkpointing = checkpointing
+    if compile:
+        for module in filter(None, (model.encoder, model.decoder, critic, lpips)):
+            module.compile(dynamic=False)
+    x = random_batch(config, batch_size, device, torch.channels_last_3d)
+    step = stage1_step(flags, model, critic, lpips, x, precision)
+    began = time.perf_counter()
+    step()                                                                 # a minute or more, if it is large
+    first = time.perf_counter() - began
+    gib = torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else peak_above(before) / 1024
+    slow = first > 30 and not compile and device.type == "cpu"             # nothing to warm up there
+    return {"seconds": first if slow else best_time(step, device), "gib": gib}
+
+
+def train_video_step(args, device):
+    """One step of `video.py train`, with and without activation checkpointing. LPIPS has random weights."""
+    rows = []
+    for checkpointing in (True, False)[:1 if args.checkpointing_only else 2]:
+        for compile in dict.fromkeys((False, args.compile)):
+            got = in_own_process(measure_video_step, preset=args.video_preset, batch_size=args.batch_size,
+                                 precision=args.mixed_precision, checkpointing=checkpointing, compile=compile,
+                                 device=device.type)
+            kind = f"{'compiled' if compile else 'eager'}{', checkpointing' * checkpointing}"
+            rows.append([kind, f"{got['seconds']:.3g} s", f"{args.batch_size / got['seconds']:.3g}",
+                         f"{got['gib']:.2f} GiB"])
+    print(f"training step of video {args.video_preset}, batch {args.batch_size}, {args.mixed_precision}, "
+          f"{device}")
+    runtime.print_table(rows, ["step", "time", "clips/s", "peak memory"])
+
+
 BENCHMARKS = {"entropy": entropy, "sampling": sampling, "train-ar": train_ar_step, "tokenize": tokenize,
-              "train-tokenizer": train_tokenizer_step}
+              "train-tokenizer": train_tokenizer_step, "tokenize-clips": tokenize_clips,
+              "train-video": train_video_step}
 
 
 def main(args):
@@ -265,7 +343,10 @@ def get_args(argv=None):
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}; none: all")
     parser.add_argument("--ar-preset", choices=ar_model.PRESETS, default="toy", help="transformer")
     parser.add_argument("--tokenizer-preset", choices=tok.PRESETS, default="toy", help="tokenizer")
-    parser.add_argument("--batch-size", type=runtime.positive_int, default=8, help="images at once")
+    parser.add_argument("--video-preset", choices=video.PRESETS, default="toy", help="tokenizer of clips")
+    parser.add_argument("--batch-size", type=runtime.positive_int, default=8, help="images or clips at once")
+    parser.add_argument("--checkpointing-only", action="store_true",
+                        help="train-video: leave out the step that keeps all activations")
     parser.add_argument("--steps", type=runtime.positive_int, help="tokens to sample (all of an image)")
     parser.add_argument("--mixed-precision", choices=runtime.AUTOCAST_DTYPES, default="bf16",
                         help="precision of the fast variant, beside fp32 where both are timed")
@@ -279,7 +360,7 @@ def get_args(argv=None):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["measure-entropy"]:
-        print(json.dumps(measure_entropy(sys.argv[2], int(sys.argv[3]))))
+    if sys.argv[1:2] == ["measure"]:                                       # see `in_own_process`
+        print(json.dumps(globals()[sys.argv[2]](**json.loads(sys.argv[3]))))
     else:
         runtime.run_script(main, get_args)

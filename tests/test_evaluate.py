@@ -594,7 +594,9 @@ def test_clips_are_measured_alike_in_any_batches_and_broken_ones_left_out(video_
              "--metrics", "psnr", "usage", "--max-clips", 5)
     first, second = results()
     assert first["n"] == 4 and first["skipped"] == 1
-    assert values(first) == pytest.approx(values(second), rel=1e-9)
+    # Convolutions of another batch size add in another order, which may tip a pixel to the next level: one
+    # did, 3e-7 of the PSNR. A clip counted twice, or a broken one, would change 1e-2 of it.
+    assert values(first) == pytest.approx(values(second), rel=1e-6)
     assert "broken clip skipped" in capfd.readouterr().err
 
 

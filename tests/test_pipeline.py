@@ -2,10 +2,9 @@
 import numpy as np
 import pytest
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
 
 import data
+import judge
 import runtime
 import sample
 import train_ar
@@ -19,25 +18,6 @@ def run(script, *flags):
     script.main(script.get_args([str(flag) for flag in flags]))
 
 
-def shape_classifier():
-    """A small network that learns the ten generated shapes here; returns a function of uint8 pictures."""
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 32, 3, 2, 1), nn.ReLU(),
-                        nn.Conv2d(32, 64, 3, 2, 1), nn.BatchNorm2d(64), nn.ReLU(),
-                        nn.Conv2d(64, 128, 3, 2, 1), nn.BatchNorm2d(128), nn.ReLU(),
-                        nn.Flatten(), nn.Linear(128 * 4, 10))
-    loader = iter(data.train_loader(data.build_dataset("generated-plain", "train", SIDE), 64, seed=0))
-    optimizer = torch.optim.Adam(net.parameters(), 1e-3)
-    for _ in range(250):
-        images, labels, _ = next(loader)
-        loss = F.cross_entropy(net(data.to_float(images)), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    net.eval()
-    return lambda images: net(data.to_float(images)).argmax(1)
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A folder in which the toy tokenizer and, on its tokens, a toy transformer were trained for a minute."""
@@ -49,17 +29,18 @@ def trained(tmp_path_factory):
 
 
 def test_samples_are_of_the_class_that_was_asked_for(trained):
-    classify = shape_classifier()
+    train = data.build_dataset("generated-plain", "train", SIDE)
+    classify = judge.learn_classes(train, steps=250)
     held_out = data.build_dataset("generated-plain", "val", SIDE, length=200)
     images, labels, _ = next(iter(data.eval_loader(held_out, 200, 0, 1)))
-    agreement = {"real pictures": (classify(images) == labels).float().mean().item()}
+    agreement = {"real pictures": judge.agreement(classify, images, labels)}
     for scale in (1, 2):
         output = trained / f"guided-{scale}.npz"
         run(sample, "--ckpt", runtime.latest_checkpoint(trained / "ar"), "--num-fid-samples", 200,
             "--cfg-scale", scale, "--output", output)
         with np.load(output) as file:
             images = torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2)
-        agreement[f"guidance {scale}"] = (classify(images) == torch.arange(200) % 10).float().mean().item()
+        agreement[f"guidance {scale}"] = judge.agreement(classify, images, torch.arange(200) % 10)
     print(f"classifier agrees with the asked class (chance 0.10): {agreement}")
     assert agreement["real pictures"] > 0.9
     assert agreement["guidance 2"] > 0.3, agreement         # measured: 0.46; after the demo's length: 0.99

@@ -72,17 +72,17 @@ def test_killed_after_half_and_restarted_on_other_ranks_gives_the_same_samples(t
 
 
 def test_finished_parts_are_not_drawn_again(tmp_path, trained, monkeypatch):
-    save_part, drawn = sample.save_part, []
+    save_part, drawn = runtime.save_part, []
 
     def interrupted(folder, part, array):
         if len(drawn) == 5:
             raise KeyboardInterrupt
         drawn.append(part)
         save_part(folder, part, array)
-    monkeypatch.setattr(sample, "save_part", interrupted)
+    monkeypatch.setattr(runtime, "save_part", interrupted)
     with pytest.raises(KeyboardInterrupt):
         draw("--ckpt", trained[0], *SET, "--output", tmp_path / "a.npz")
-    monkeypatch.setattr(sample, "save_part", lambda *args: (drawn.append(args[1]), save_part(*args)))
+    monkeypatch.setattr(runtime, "save_part", lambda *args: (drawn.append(args[1]), save_part(*args)))
     draw("--ckpt", trained[0], *SET, "--output", tmp_path / "a.npz")
     assert drawn == list(range(8))
 

@@ -226,7 +226,7 @@ def test_a_broken_image_is_recorded_as_missing_and_skipped(tmp_path):
 def test_encoding_continues_where_it_was_interrupted(tmp_path, stage1, monkeypatch):
     flags = [*TINY, "--tokenizer", stage1[0], "--length", 1]
     train(tmp_path / "whole", *flags)
-    saved, save_part, parts = [], sample.save_part, tmp_path / "cut" / "tokens.bin.parts"
+    saved, save_part, parts = [], runtime.save_part, tmp_path / "cut" / "tokens.bin.parts"
 
     def killed(folder, part, array):
         if folder == parts and len(saved) == 2:
@@ -234,14 +234,14 @@ def test_encoding_continues_where_it_was_interrupted(tmp_path, stage1, monkeypat
         saved.append((folder, part))
         save_part(folder, part, array)
     # The held-out tokens are done first: 15 images in one part. Then 120 images in parts of 32.
-    monkeypatch.setattr(sample, "save_part", killed)
+    monkeypatch.setattr(runtime, "save_part", killed)
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "cut", *flags)
     assert [part for _, part in saved] == [0, 0] and not (tmp_path / "cut" / "tokens.bin").exists()
 
     with pytest.raises(runtime.UserError, match="tokens.bin.parts .*encode_batch_size: 2 there, 4 here"):
         train(tmp_path / "cut", *flags, "--encode-batch-size", 4)
-    monkeypatch.setattr(sample, "save_part", lambda *args: (saved.append(args[:2]), save_part(*args)))
+    monkeypatch.setattr(runtime, "save_part", lambda *args: (saved.append(args[:2]), save_part(*args)))
     train(tmp_path / "cut", *flags)
     assert [part for _, part in saved[2:]] == [1, 2, 3]
     for name in ("tokens.bin", "tokens-val.bin", "tokens.json"):
