@@ -8,6 +8,7 @@
         --compile
     python tests/bench.py tokenize-clips train-video --batch-size 4
     python tests/bench.py train-video --video-preset ucf-128 --batch-size 2 --mixed-precision bf16
+    python tests/bench.py video-memory --video-preset ucf-128 --batch-size 2         # counted, without a GPU
 
 Weights are random, which does not change the time. Two variants are always timed in turns and in one process,
 but measurements of memory run in a process of their own, because the peak of a process never falls.
@@ -18,11 +19,16 @@ import resource
 import subprocess
 import sys
 import time
+import weakref
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch                                                               # noqa: E402
+import torch.nn.functional as F                                            # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensorMode                   # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode                 # noqa: E402
+from torch.utils._pytree import tree_leaves                                # noqa: E402
 
 import ar_model                                                            # noqa: E402
 import plain_sampler                                                       # noqa: E402
@@ -324,9 +330,65 @@ def train_video_step(args, device):
     runtime.print_table(rows, ["step", "time", "clips/s", "peak memory"])
 
 
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors that exist: `now`, and the largest number so far, `peak`."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.now, self.peak = {}, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and id(tensor.untyped_storage()) not in self.sizes:
+                storage = tensor.untyped_storage()
+                self.sizes[id(storage)] = storage.nbytes()
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.forget, id(storage))
+        return out
+
+    def forget(self, key):
+        """A tensor's memory was freed."""
+        self.now -= self.sizes.pop(key)
+
+
+def video_memory(args, device):
+    """Memory of a training step of a video tokenizer on a GPU, counted here, without one and without computing.
+
+    Tensors are fakes that have shapes only. Counted are weights, gradients, Adam's states, the moving average
+    and all activations, norms in float32 as under CUDA's autocast; cuDNN's workspaces come on top.
+    """
+    rows, group_norm = [], F.group_norm
+    half = args.mixed_precision != "fp32"
+    for checkpointing in (True, False):
+        with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as count:
+            flags = video.get_args(["train", "--preset", args.video_preset])
+            config = train_tokenizer.config_from_args(flags, video.VideoTokenizerConfig)
+            model, critic = video.VideoTokenizer(config), video.patchgan_3d()
+            lpips = train_tokenizer.LPIPS() if flags.perceptual_weight else None
+            averages = [p.detach().clone() for p in model.parameters()]
+            model.encoder.checkpointing = model.decoder.checkpointing = checkpointing
+            x = random_batch(config, args.batch_size, torch.device("cpu"), torch.contiguous_format)
+            step = stage1_step(flags, model, critic, lpips, x, args.mixed_precision)
+            F.group_norm = lambda x, *rest: group_norm(x.float() if half else x, *rest)
+            try:
+                step()                                                     # makes Adam's states
+                between, count.peak = count.now, count.now
+                step()
+            finally:
+                F.group_norm = group_norm
+            rows.append([f"{'with' if checkpointing else 'without'} checkpointing",
+                         f"{between / 2 ** 30:.2f} GiB", f"{count.peak / 2 ** 30:.2f} GiB"])
+            del averages, model, critic, lpips, x, step
+    print(f"memory of a training step of video {args.video_preset}, batch {args.batch_size}, "
+          f"{args.mixed_precision}, counted")
+    runtime.print_table(rows, ["step", "between steps", "peak"])
+
+
 BENCHMARKS = {"entropy": entropy, "sampling": sampling, "train-ar": train_ar_step, "tokenize": tokenize,
               "train-tokenizer": train_tokenizer_step, "tokenize-clips": tokenize_clips,
-              "train-video": train_video_step}
+              "train-video": train_video_step, "video-memory": video_memory}
 
 
 def main(args):

@@ -79,7 +79,7 @@ def get_args(argv=None):
     """Parse the command line."""
     parser = runtime.ArgumentParser(__doc__)
     parser.add_argument("samples", help="npz of sample.py --num-fid-samples, of a model of generated data")
-    parser.add_argument("--steps", type=runtime.positive_int, default=600, help="to train the classifier")
+    parser.add_argument("--steps", type=runtime.positive_int, default=400, help="to train the classifier")
     return parser.parse_args(argv)
 
 
