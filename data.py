@@ -16,8 +16,10 @@ Axis letters: B pictures, 3 colours, H and W as stored, S the side after croppin
     python data.py --data-path generated-plain --image-size 32         # its easier variety
     python data.py --data-path imagenet --split val --image-size 256   # train/ and val/ with class subfolders
     python data.py --data-path 'shards-{000..127}.tar' --check-all     # read all, list the broken images
+    python data.py --data-path ucf101 --frames 17 --image-size 128     # clips; without a path, generated ones
 
-Each prints a summary and writes a labelled grid of what the networks would see to runs/data.png.
+Each prints a summary and writes a labelled grid of what the networks would see to runs/data.png, or for clips
+an animated one to runs/data.webp.
 """
 import dataclasses
 import fractions
@@ -889,7 +891,7 @@ class GeneratedClips(Images):
 
     def __init__(self, split, image_size, frames=17, length=None, seed=0):
         self.split, self.frames = split, frames
-        length = (20_000 if split == "train" else 1_000) if length is None else length
+        length = (10_000 if split == "train" else 1_000) if length is None else length
         super().__init__("generated", list(MOTIONS), length, image_size, "center", False, seed)
 
     @property
@@ -968,7 +970,7 @@ def build_clips(data_path, split, image_size, frames=17, crop="center", flip=Fal
                 resize=None, start=None, split_list=None):
     """The clips behind `--data-path`: a data set of (clip uint8 (3, T, S, S), label, index), T = `frames`.
 
-    * None or "generated": scenes of ten motions, `length` of them (None: 20,000 to train on, else 1,000).
+    * None or "generated": scenes of ten motions, `length` of them (None: 10,000 to train on, else 1,000).
     * a folder: train|test/<class>/*.avi (mp4, webm, mkv, gif), or classes alone, or videos alone. With
       `split_list`, the path of an official UCF-101 list such as trainlist01.txt, the folder of the classes.
 
@@ -1124,6 +1126,8 @@ def get_args(argv=None):
     group = parser.add_argument_group("data")
     group.add_argument("--data-path", default="generated", help="a folder of images, tar files such as "
                        "'shards-{000..127}.tar', or the built-in sets generated and generated-plain")
+    group.add_argument("--frames", type=runtime.positive_int,
+                       help="look at clips of so many frames: a folder of videos, or generated")
     group.add_argument("--split", choices=SPLITS, default="train", help="which part of the data")
     group.add_argument("--image-size", type=runtime.positive_int, default=64, help="side of the square crop")
     group.add_argument(
@@ -1133,7 +1137,8 @@ def get_args(argv=None):
     group.add_argument("--flip", action="store_true", help="mirror every second image at random")
     group.add_argument("--global-seed", type=int, default=0, help="seed of pictures, crops and flips")
     group = parser.add_argument_group("output")
-    group.add_argument("--output", default="runs/data.png", help="the grid of images to write (PNG)")
+    group.add_argument("--output", help="the grid to write, PNG, or of clips webp or gif (runs/data.png or "
+                                        "runs/data.webp)")
     group.add_argument("--rows", type=runtime.positive_int, default=8, help="rows of the grid, of 10 columns")
     group.add_argument("--check-all", action="store_true", help="read every image, not just those shown")
     group.add_argument("--num-workers", type=runtime.non_negative_int, default=0,
@@ -1157,36 +1162,46 @@ def choose_for_grid(dataset, rows, columns=10):
 
 def main(args):
     """Write the grid and print what the data set holds."""
-    dataset = build_dataset(args.data_path, args.split, args.image_size, args.crop, args.flip,
-                            seed=args.global_seed, resize=args.resize)
+    options = dict(crop=args.crop, flip=args.flip, seed=args.global_seed, resize=args.resize)
+    if args.frames:
+        dataset = build_clips(args.data_path, args.split, args.image_size, args.frames, **options)
+    else:
+        dataset = build_dataset(args.data_path, args.split, args.image_size, **options)
+    output = args.output or f"runs/data{'.webp' if args.frames else '.png'}"
+    require(not args.frames or output.lower().endswith(PILLOW_SUFFIXES),
+            f"--output {output}: a grid of clips is written as {' or '.join(PILLOW_SUFFIXES)}")
     chosen, columns = choose_for_grid(dataset, args.rows)
     start = time.perf_counter()
     shown = [item for item in dataset.__getitems__(chosen) if item]
     milliseconds = (time.perf_counter() - start) / len(chosen) * 1000
     dataset.raise_if_broken()
-    require(shown, f"none of the {len(chosen)} images chosen from {dataset.name} can be read")
+    require(shown, f"none of the {len(chosen)} {dataset.kind}s chosen from {dataset.name} can be read")
     if args.check_all:
         parts = eval_loader(dataset, 64, num_workers=args.num_workers)
         for _ in tqdm(parts, "reading", math.ceil(len(dataset) / 64), disable=None):
             pass
-    sizes = sorted({dataset.load(index).size for _, _, index in shown}, key=math.prod)
+    stored = (np.asarray(dataset.load(index)).shape[-3:-1] for _, _, index in shown)      # (H, W)
+    sizes = sorted({(width, height) for height, width in stored}, key=math.prod)
     labels = [dataset.label(index) for index in range(len(dataset))]
     counts = np.bincount(labels, minlength=len(dataset.classes))
     names = [f"{name} {count}" for name, count in zip(dataset.classes, counts)]
     print(f"data     {dataset.name}\n"
-          f"images   {len(dataset)}, {milliseconds:.2f} ms to read one, "
+          f"{dataset.kind + 's':<8} {len(dataset)}, {milliseconds:.2f} ms to read one, "
           f"{int(dataset.broken.sum())} broken of {len(dataset) if args.check_all else len(chosen)} read\n"
           f"classes  {len(names)}{': ' * bool(names)}{', '.join(names[:10])}{', ...' * (len(names) > 10)}\n"
           f"sizes    {' to '.join(f'{w} x {h}' for w, h in dict.fromkeys([sizes[0], sizes[-1]]))}, "
-          f"seen as {args.image_size} x {args.image_size}, {dataset.crop} crop")
+          f"seen as {' x '.join(map(str, dataset.axes))}, {dataset.crop} crop")
     captions = [dataset.classes[label] if dataset.classes else str(index) for _, label, index in shown]
-    grid = runtime.image_grid(torch.stack([image for image, _, _ in shown]), columns, captions,
-                              scale=max(1, 96 // args.image_size))
+    images, scale = torch.stack([image for image, _, _ in shown]), max(1, 96 // args.image_size)
     try:
-        runtime.save_png(args.output, grid)
+        if args.frames:
+            grids = [runtime.image_grid(frame, columns, captions, scale) for frame in images.unbind(2)]
+            write_video(output, np.stack(grids), fps=10)
+        else:
+            runtime.save_png(output, runtime.image_grid(images, columns, captions, scale))
     except OSError as error:
-        raise UserError(f"--output {args.output} cannot be written ({error}); choose another path") from None
-    print(f"wrote    {args.output}")
+        raise UserError(f"--output {output} cannot be written ({error}); choose another path") from None
+    print(f"wrote    {output}")
 
 
 if __name__ == "__main__":

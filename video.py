@@ -292,7 +292,7 @@ def above_each_other(clips, reconstructions):
 RECIPES = {                                                            # what get_args takes as defaults
     "ucf-128": dict(stage1.PUBLISHED, length="2000ep", global_batch_size=128, lr_schedule="cosine",
                     warmup="2ep", milestones=[], final_lr=0.01, gan_weight=0.3, lecam_weight=0.05),
-    "toy": dict(stage1.RECIPES["toy"], data_path="generated", length="600", global_batch_size=8, lr=2e-3),
+    "toy": dict(stage1.RECIPES["toy"], data_path="generated", length="900", global_batch_size=8, lr=2e-3),
 }
 
 

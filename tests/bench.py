@@ -354,7 +354,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def video_memory(args, device):
-    """Memory of a training step of a video tokenizer on a GPU, counted here, without one and without computing.
+    """Memory of a training step of a video tokenizer on a GPU, counted without one, and without computing.
 
     Tensors are fakes that have shapes only. Counted are weights, gradients, Adam's states, the moving average
     and all activations, norms in float32 as under CUDA's autocast; cuDNN's workspaces come on top.

@@ -945,6 +945,19 @@ def test_a_turn_to_the_right_is_one_to_the_left_backwards():
     assert np.bincount(ys[0], minlength=64).argmax() < 32 and np.bincount(xs[1], minlength=64).argmax() < 32
 
 
+def test_the_script_shows_clips_in_motion_and_counts_them(tmp_path, capsys):
+    for name, suffix in (("a", "webp"), ("b", "gif")):
+        data.write_video(tmp_path / "clips" / name / "1.gif", noise_video(6, 32, 24))
+        output = tmp_path / f"grid.{suffix}"
+        data.main(data.get_args(["--frames", "5", "--image-size", "16", "--output", str(output),
+                                 "--data-path", str(tmp_path / "clips")]))
+    printed = capsys.readouterr().out
+    assert "clips    2," in printed and "32 x 24, seen as 5 x 16 x 16" in printed
+    assert data.read_video(output).shape == (5, 96 + 18, 2 * 98 + 2, 3)
+    with pytest.raises(UserError, match="--output a.png: a grid of clips"):
+        data.main(data.get_args(["--frames", "5", "--output", "a.png"]))
+
+
 def test_a_generated_clip_is_the_same_alone_in_a_batch_and_at_any_time():
     dataset = data.build_clips("generated", "val", 32, frames=9)
     assert len(dataset) == 1000 and dataset.name == "generated"

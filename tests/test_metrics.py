@@ -257,8 +257,8 @@ def test_streaming_moments_equal_numpy_cov():
     x = features(500, 24, 1) + 20                                      # a large mean: float32 sums would fail
     mean, covariance = moments_of(x).mean_and_covariance()
     assert np.abs(mean - x.double().numpy().mean(0)).max() < 1e-12
-    # A difference of second moments of 430: their last bit is 6e-14, and sums of 500 of them end in other bits
-    # in another order of addition (1.4e-12 was seen). In float32 the last bit is 3e-5.
+    # A difference of second moments of 430: their last bit is 6e-14, and a sum of 500 of them ends in other
+    # bits in another order of addition (1.4e-12 was seen). In float32 the last bit is 3e-5.
     assert np.abs(covariance - np.cov(x.double().numpy(), rowvar=False)).max() < 1e-11
     with pytest.raises(runtime.UserError, match="two pictures"):
         moments_of(x[:1]).mean_and_covariance()
