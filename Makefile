@@ -1,4 +1,5 @@
 # make demo    install into .venv, train the toy models on generated pictures, leave pictures and numbers in runs/
+# make demo-video   the same for clips: an image tokenizer, inflated to one of clips; a transformer that draws clips
 # make test    install into .venv with the test tools, run all tests
 # make bench   time and memory of what this project claims to do fast
 # PYTHON picks the interpreter that makes .venv (3.10 or newer); TORCH_INDEX another wheel index for torch.
@@ -9,7 +10,7 @@ VENV := .venv
 # a busy or virtual machine; without any, waking up costs a factor of two on an idle one.
 RUN := GOMP_SPINCOUNT=10000 $(VENV)/bin/python
 
-.PHONY: demo test bench clean
+.PHONY: demo demo-video test bench clean
 
 demo: $(VENV)/installed
 	$(RUN) train_tokenizer.py --resume
@@ -17,6 +18,14 @@ demo: $(VENV)/installed
 	$(RUN) train_ar.py --resume
 	$(RUN) sample.py
 	@echo; echo "Look at runs/evaluation/*.png (reconstructions) and runs/samples/*.png (generated pictures)."
+
+demo-video: $(VENV)/installed
+	$(RUN) train_tokenizer.py --channel-multipliers 1 1 2 --results-dir runs/video_start --resume
+	$(RUN) video.py train --inflate-from runs/video_start/step-00001200.pt --resume
+	$(RUN) evaluate.py video
+	$(RUN) train_ar.py --tokenizer runs/video/step-00000900.pt --results-dir runs/video_ar --resume
+	$(RUN) sample.py --ckpt runs/video_ar/step-00001500.pt --num-images 4
+	@echo; echo "Look at runs/video/*.webp and runs/video_ar/*.webp, and at runs/samples/*.webp: a row for each motion."
 
 test: $(VENV)/tested
 	$(RUN) -m pytest
