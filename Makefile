@@ -1,8 +1,8 @@
-# make demo    install into .venv, train the toy models on generated pictures, leave pictures and numbers in runs/
-# make demo-video   the same for clips: an image tokenizer, inflated to one of clips; a transformer that draws clips
-# make test    install into .venv with the test tools, run all tests
-# make bench   time and memory of what this project claims to do fast
-# PYTHON picks the interpreter that makes .venv (3.10 or newer); TORCH_INDEX another wheel index for torch.
+# make demo        install into .venv, train the toy models on generated pictures, leave pictures and numbers in runs/
+# make demo-video  the same for clips: an image tokenizer, inflated to one of clips, and a transformer that draws clips
+# make test        install into .venv with the test tools, run all tests
+# make bench       time and memory of what this project claims to do fast
+# PYTHON picks the interpreter that makes .venv (3.10 or newer).
 
 PYTHON ?= python3
 VENV := .venv

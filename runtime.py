@@ -162,6 +162,12 @@ def print_main(*values):
         print(*values, flush=True)
 
 
+def print_facts(*facts):
+    """Print (name, value) pairs, a line each, from rank 0: what is about to happen."""
+    for name, value in facts:
+        print_main(f"{name:<8} {value}")
+
+
 def barrier():
     """Wait until every rank is here."""
     if world_size() > 1:
@@ -342,6 +348,12 @@ def check_same(saved, current, what, ignore=()):
                  for key in sorted(saved.keys() | current.keys())
                  if key not in ignore and saved.get(key) != current.get(key)]
     require(not differing, f"{what} differs ({'; '.join(differing)})")
+
+
+def check_flags(saved, args, names, source):
+    """Raise `UserError` unless the flags `names` are in `args` what they were in the dict `saved`."""
+    check_same({name: saved.get(name) for name in names}, {name: getattr(args, name) for name in names},
+               f"--resume {source}: a flag that must stay as it was")
 
 
 def load_state_strictly(module, state, source):

@@ -275,13 +275,12 @@ def main(args):
     output = pathlib.Path(args.output or default_output(info, how, args, suffixes[0]))
     runtime.require(output.suffix in suffixes,
                     f"--output {output}: this writes a {' or '.join(suffixes)} file")
-    for name, value in (
+    runtime.print_facts(
         ("model", f"{ckpt}: {info['preset'] or 'custom'}, {info['weights']} weights, step {info['step']}"),
         ("pictures", f"{N:,} of {len(labels):,} classes, seed {args.global_seed}"),
         ("settings", ", ".join(f"{name} {value}" for name, value in how.items())),
         ("running", f"{device}, {runtime.world_size()} ranks"),
-    ):
-        runtime.print_main(f"{name:<8} {value}")
+    )
 
     dtype = runtime.AUTOCAST_DTYPES[args.mixed_precision] or torch.float32
     ar_model.prepare_for_sampling(model.to(device), dtype)

@@ -39,8 +39,7 @@ import runtime
 
 
 def ids_to_bits(ids, bits):
-    """Token ids (...), int64 in 0 .. 2^bits - 1, to their bits (..., bits), int64 0 or 1, bit 0 first (eq.
-    2)."""
+    """Token ids (...), int64 in 0 .. 2^bits - 1, to bits (..., bits), int64 0 or 1, bit 0 first (eq. 2)."""
     return ids.unsqueeze(-1) >> torch.arange(bits, device=ids.device) & 1
 
 
@@ -451,8 +450,7 @@ def run_block(block, x, checkpointing):
 
 
 class Tokenizer(nn.Module):
-    """Encoder, quantiser and decoder (figure 2, stage I). video.py gives it an encoder and decoder of
-    clips."""
+    """Encoder, quantiser and decoder (figure 2, stage I). video.py gives it those of clips."""
 
     format = "open-magvit2-tokenizer"        # marks our own checkpoint files
     config_type, presets = TokenizerConfig, PRESETS

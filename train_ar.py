@@ -681,8 +681,7 @@ def in_bits(numbers, config, pixels):
 
 @torch.no_grad()
 def validate(model, held_out, prepare, args, device):
-    """The mean losses over all `held_out` tokens, without any dropout: {"loss": nats, "loss/1": ..}. A
-    collective."""
+    """The mean losses over all `held_out` tokens, without dropout: {"loss": nats, ..}. A collective."""
     M, batch_size = len(model.config.bits), runtime.micro_batch_size(args)
     sums = torch.zeros(M + 1, dtype=torch.float64, device=device)        # of the terms, and of the images
     model.eval()
@@ -727,7 +726,7 @@ def print_plan(args, config, made_with, dataset, held_out, steps_per_epoch, devi
     val = min(len(held_out), args.val_size) if held_out is not None else 0
     sides = " x ".join(map(str, dataset.axes))
     grid, bits = " x ".join(map(str, config.grid)), " + ".join(map(str, config.bits))
-    for name, value in (
+    runtime.print_facts(
         ("model", f"{args.preset}: {parameters:.2f} M parameters, width {config.width}, "
                   f"{config.inter_blocks} inter blocks, {intra}, {config.num_classes or 'no'} classes"),
         ("tokens", f"{grid} of {bits} bits, by {made_with['path']} ({made_with['weights']} weights)"),
@@ -740,8 +739,7 @@ def print_plan(args, config, made_with, dataset, held_out, steps_per_epoch, devi
                f"{'epoch' if rate_is_per_epoch(args) else 'step'}"),
         ("running", f"{device}, {args.mixed_precision}{', compiled' * args.compile}"),
         ("results", args.results_dir),
-    ):
-        runtime.print_main(f"{name:<8} {value}")
+    )
 
 
 def check_resumable(saved, args, config, origin, source):
@@ -758,9 +756,7 @@ def check_resumable(saved, args, config, origin, source):
                        ignore=("name",))
     fixed = ("global_batch_size", "global_seed", "mixed_precision", "online", "ten_crop", "flip",
              "weight_decay", "beta1", "beta2")                           # the last ones are the optimizer's
-    runtime.check_same({name: saved["args"].get(name) for name in fixed},
-                       {name: getattr(args, name) for name in fixed},
-                       f"--resume {source}: a flag that must stay as it was")
+    runtime.check_flags(saved["args"], args, fixed, source)
     runtime.require(bool(saved["ema"]) == (args.ema_decay > 0),
                     f"--resume {source}: --ema-decay cannot be switched on or off in the middle of a run")
 

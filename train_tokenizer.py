@@ -1,7 +1,7 @@
 """Stage I: train the image tokenizer, on a laptop or with torchrun on many machines.
 
-    python train_tokenizer.py                                            # the toy preset on generated
-    pictures python train_tokenizer.py --data-path photos --preset toy --image-size 64 --bits 14
+    python train_tokenizer.py                                            # the toy preset, generated pictures
+    python train_tokenizer.py --data-path photos --preset toy --image-size 64 --bits 14
     torchrun --nproc-per-node=8 train_tokenizer.py --preset in1k-256 --data-path imagenet --num-workers 8 \\
         --mixed-precision bf16 --channels-last --compile --resume        # the published recipe
 
@@ -196,8 +196,7 @@ DISCRIMINATORS = {"patchgan": PatchGAN, "blurpool": BlurPoolDiscriminator}
 # ------------------------------------------------------------------------------------------------------------
 
 def non_saturating_loss(fake_logits):
-    """The generator's loss: softplus(-mean logit of each picture), averaged over pictures. logits (B, 1,
-    ...)."""
+    """The generator's loss of logits (B, 1, ...): softplus(-mean logit), averaged over pictures."""
     return F.softplus(-fake_logits.float().flatten(1).mean(1)).mean()
 
 
@@ -763,17 +762,16 @@ def print_plan(args, config, model, discriminator, dataset, length, micro_batch,
     if discriminator is not None:
         critic = f"{args.discriminator} {sum(p.numel() for p in discriminator.parameters()) / 1e6:.2f} M"
     world, batch = runtime.world_size(), args.global_batch_size
-    for name, value in (
+    runtime.print_facts(
         ("model", f"{args.preset}: encoder {encoder:.2f} M, decoder {decoder:.2f} M parameters, {critic}"),
         ("codes", f"{config.quantizer}, {config.vocabulary:,} codes, one for {config.token_size}"),
-        ("data", f"{dataset.name}, {len(dataset):,} samples at {config.resolution} x {config.resolution}"),
+        ("data", f"{dataset.name}, {len(dataset):,} {dataset.kind}s of {' x '.join(map(str, dataset.axes))}"),
         ("batch", f"{batch} = {world} ranks x {args.accumulation} micro-batches x {micro_batch}"),
         ("length", f"{length:,} steps = {length * batch / len(dataset):.1f} epochs"),
         ("lr", f"{args.lr:g}, {args.lr_schedule}"),
         ("running", f"{device}, {args.mixed_precision}{', compiled' * args.compile}"),
         ("results", args.results_dir),
-    ):
-        runtime.print_main(f"{name:<8} {value}")
+    )
 
 
 def check_resumable(saved, args, model, dataset, source):
@@ -784,8 +782,7 @@ def check_resumable(saved, args, model, dataset, source):
     runtime.check_same(saved["dataset"], {"name": dataset.name, "length": len(dataset)},
                        f"--resume {source}: the data set", ignore=("name",))
     fixed = ("global_batch_size", "global_seed", "discriminator", "mixed_precision")
-    runtime.check_same({k: saved["args"].get(k) for k in fixed}, {k: getattr(args, k) for k in fixed},
-                       f"--resume {source}: a flag that must stay as it was")
+    runtime.check_flags(saved["args"], args, fixed, source)
     runtime.require(bool(saved["discriminator"]) == (args.gan_weight > 0),
                     f"--resume {source}: --gan-weight cannot be switched on or off in the middle of a run")
 

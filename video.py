@@ -92,8 +92,7 @@ def drop_second_frame(x):
 
 
 class CausalUpsample(tok.Upsample):
-    """A causal conv, depth-to-space in the order (dt, dy, dx), and, where time was doubled, one frame
-    dropped."""
+    """A causal conv, depth-to-space in the order (dt, dy, dx), and one frame less where time was doubled."""
 
     def forward(self, x):
         """x (B, C, T, H, W) to (B, C, 2T - 1 or T, 2H, 2W)."""
@@ -102,8 +101,7 @@ class CausalUpsample(tok.Upsample):
 
 
 class CausalNearestUpsample(tok.NearestUpsample):
-    """The baseline of table 3 for clips: repeat, drop the repetition of the first frame, then a causal
-    conv."""
+    """The baseline of table 3 for clips: repeat, drop the first frame's repetition, then a causal conv."""
 
     def forward(self, x):
         """x (B, C, T, H, W) to (B, C, 2T - 1 or T, 2H, 2W)."""
@@ -141,8 +139,7 @@ class VideoTokenizerConfig(tok.TokenizerConfig):
 
     @property
     def time_stride(self):
-        """Frames that one step of the code map stands for; its first step stands for the first frame
-        alone."""
+        """Frames that one step of the code map stands for; the first step stands for one frame alone."""
         return math.prod(stride[0] for stride in self.strides)
 
     @property
