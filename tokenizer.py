@@ -453,7 +453,7 @@ class Tokenizer(nn.Module):
     """Encoder, quantiser and decoder (figure 2, stage I). video.py gives it those of clips."""
 
     format = "open-magvit2-tokenizer"        # marks our own checkpoint files
-    config_type, presets = TokenizerConfig, PRESETS
+    config_type, presets = TokenizerConfig, PRESETS                # what `load_tokenizer` builds and names
     unit = "images"                          # what a batch consists of
     code_map = "(B, h, w)"                   # the shape of its ids
 
@@ -604,8 +604,15 @@ def preset_name(config, presets):
     return next((name for name, preset in presets.items() if preset == config), "custom")
 
 
+# Flags of a tokenizer's training that say what it has seen; stage II and evaluation take them as defaults.
+TRAINED_ON = ("data_path", "val_data_path", "resize", "split_list", "val_split_list")
 # Each causal convolution of a published video tokenizer is a module around a `conv_1`; ours has no wrapper.
 WRAPPER, VIDEO_FORMAT = ".conv_1.", "open-magvit2-video-tokenizer"
+
+
+def without_wrapper(state):
+    """The names of a published video tokenizer to ours; those of an image tokenizer stay as they are."""
+    return {name.replace(WRAPPER, "."): tensor for name, tensor in state.items()}
 
 
 def is_video(stored):
@@ -654,15 +661,6 @@ def load_tokenizer(path, ema=True, trust=False, kind=Tokenizer):
             "sha256": runtime.sha256_of(path),
             **{name: stored.get("args", {}).get(name) for name in TRAINED_ON}}
     return model.eval(), info
-
-
-# Flags of a tokenizer's training that say what it has seen; stage II and evaluation take them as defaults.
-TRAINED_ON = ("data_path", "val_data_path", "resize", "split_list", "val_split_list")
-
-
-def without_wrapper(state):
-    """Published names to ours, the same for pictures."""
-    return {name.replace(WRAPPER, "."): tensor for name, tensor in state.items()}
 
 
 def config_to_dict(config):
