@@ -411,7 +411,7 @@ def resume_path(args):
         return existing[-1] if existing else None
     require(
         args.resume or not existing,
-        f"{args.results_dir} already holds a run up to {existing[-1:]}; continue "
+        f"{args.results_dir} already holds a run up to {existing and existing[-1]}; continue "
         f"it with --resume, or choose another --results-dir",
     )
     return args.resume

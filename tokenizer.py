@@ -640,8 +640,9 @@ def load_tokenizer(path, ema=True, trust=False, kind=Tokenizer):
     clips = is_video(stored)
     runtime.require(
         clips == (kind.format == VIDEO_FORMAT),
-        f"{path} is " + ("a video tokenizer; use it with video.py" if clips else "an image tokenizer; it can "
-                         "only be the start of a video tokenizer (train --inflate-from)"))
+        f"{path} is " + ("a video tokenizer, but one of images is needed here; `video.py` and `evaluate.py "
+                         "video` take it" if clips else "an image tokenizer, but one of clips is needed here; "
+                         "it can only be the start of one (video.py train --inflate-from)"))
     averages, ours = {}, "format" in stored
     if ours:
         config = config_from_dict(stored["config"], path, kind.config_type)

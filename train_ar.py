@@ -509,8 +509,9 @@ def main(args):
     classes = [] if args.unconditional else dataset.classes
     config = config_from_args(args, tokenizer, dataset.axes, classes)
     steps_per_epoch = len(dataset) // args.global_batch_size
-    runtime.require(steps_per_epoch > 0, f"--global-batch-size {args.global_batch_size} is larger than the "
-                                         f"data set ({len(dataset)} {dataset.kind}s in {dataset.name})")
+    runtime.require(steps_per_epoch > 0,
+                    f"--global-batch-size {args.global_batch_size} is larger than the data set "
+                    f"({len(dataset)} {dataset.kind}s in {dataset.name}); lower it")
     resume_from = runtime.resume_path(args)
     print_plan(args, config, made_with, dataset, held_out, steps_per_epoch, device)
     if args.dry_run:

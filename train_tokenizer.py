@@ -539,7 +539,7 @@ def train(args, device, config, model, discriminator, dataset, preview):
     runtime.require(
         steps_per_epoch > 0,
         f"--global-batch-size {args.global_batch_size} is larger than the data "
-        f"set ({len(dataset)} samples in {dataset.name})",
+        f"set ({len(dataset)} {dataset.kind}s in {dataset.name}); lower it",
     )
     runtime.require(args.gan_start >= args.disc_start, "--gan-start must not come before --disc-start: the "
                                                        "generator would listen to an untrained discriminator")
