@@ -640,9 +640,10 @@ def load_tokenizer(path, ema=True, trust=False, kind=Tokenizer):
     clips = is_video(stored)
     runtime.require(
         clips == (kind.format == VIDEO_FORMAT),
-        f"{path} is " + ("a video tokenizer, but one of images is needed here; `video.py` and `evaluate.py "
-                         "video` take it" if clips else "an image tokenizer, but one of clips is needed here; "
-                         "it can only be the start of one (video.py train --inflate-from)"))
+        f"{path} is " + ("a video tokenizer, but one of images is needed here; video.py and `evaluate.py "
+                         "video` take it" if clips else
+                         "an image tokenizer, but one of clips is needed here; it can only be the start of "
+                         "one (video.py train --inflate-from)"))
     averages, ours = {}, "format" in stored
     if ours:
         config = config_from_dict(stored["config"], path, kind.config_type)
