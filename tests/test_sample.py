@@ -269,7 +269,9 @@ def test_classes_go_by_number_or_by_name():
     assert sample.find_classes(" 207, Otter", imagenet) == [207, 360]
     assert sample.class_names([f"n{i:08d}" for i in range(1000)], 1000) == imagenet
     assert sample.class_names(None, 3) == ["0", "1", "2"] and sample.find_classes(None, ["a", "b"]) == [0, 1]
-    assert len(sample.find_classes(None, imagenet)) == 8
+    assert sample.find_classes(None, imagenet) == list(sample.WELL_KNOWN)
+    spread = sample.find_classes(None, [str(i) for i in range(101)])      # as many as UCF-101 has
+    assert spread == [0, 12, 25, 37, 50, 63, 75, 88]
     assert sample.find_classes("10", ["10", "9", "2"]) == [0]             # a folder called 10
     with pytest.raises(runtime.UserError, match=r"'crane' names the classes \[1, 3\]; give a number"):
         sample.find_classes("crane", ["bird", "crane", "lift", "Crane"])
