@@ -706,9 +706,13 @@ def open_samples(path):
 
 
 def loader_of(dataset, indices, args, title, source=None):
-    """This rank's share of `dataset[indices]` in batches, unpadded, unrepeated; a progress bar on rank 0."""
-    mine = indices[runtime.rank()::runtime.world_size()]
-    requests = [mine[i:i + args.batch_size] for i in range(0, len(mine), args.batch_size)]
+    """This rank's share of `dataset[indices]` in batches, unpadded, unrepeated; a progress bar on rank 0.
+
+    Ranks share out whole batches, the same ones on any number of ranks. So an item always has the same
+    neighbours, and its numbers the same last bits: a row of a matrix product may depend on its place.
+    """
+    requests = [indices[i:i + args.batch_size] for i in range(0, len(indices), args.batch_size)]
+    requests = requests[runtime.rank()::runtime.world_size()]
     batches = data.batches(dataset, source or dataset, requests, args.num_workers)
     return tqdm(batches, title, len(requests), unit="batch", disable=None if runtime.is_main() else True)
 
