@@ -1,6 +1,6 @@
-# make demo        install into .venv, train the toy models on generated pictures, leave pictures and numbers in runs/
+# make demo        install into .venv, train the toy models on generated images, leave images and numbers in runs/
 # make demo-video  the same for clips: an image tokenizer, inflated to one of clips, and a transformer that draws clips
-# make test        install into .venv with the test tools, run all tests
+# make test        install into .venv with the test tools, run all tests; make test-fast those of seconds
 # make bench       time and memory of what this project claims to do fast
 # PYTHON picks the interpreter that makes .venv (3.10 or newer).
 
@@ -9,26 +9,31 @@ VENV := .venv
 # Threads that wait spin for some 20 microseconds, then sleep. Without a limit, spinning can cost a factor of ten on
 # a busy or virtual machine; without any, waking up costs a factor of two on an idle one.
 RUN := GOMP_SPINCOUNT=10000 $(VENV)/bin/python
+# Tests are many small runs: two at a time, one thread each.
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2
 
-.PHONY: demo demo-video test bench clean
+.PHONY: demo demo-video test test-fast bench clean
 
 demo: $(VENV)/installed
 	$(RUN) train_tokenizer.py --resume
-	$(RUN) evaluate.py reconstruction
+	$(RUN) evaluate.py
 	$(RUN) train_ar.py --resume
 	$(RUN) sample.py
-	@echo; echo "Look at runs/evaluation/*.png (reconstructions) and runs/samples/*.png (generated pictures)."
+	@echo; echo "Look at runs/evaluation/*.png (reconstructions) and runs/samples/*.png (generated images)."
 
 demo-video: $(VENV)/installed
 	$(RUN) train_tokenizer.py --channel-multipliers 1 1 2 --results-dir runs/video_start --resume
-	$(RUN) video.py train --inflate-from runs/video_start/step-00001200.pt --resume
-	$(RUN) evaluate.py video
+	$(RUN) train_tokenizer.py --preset toy-video --inflate-from runs/video_start/step-00001200.pt --resume
+	$(RUN) evaluate.py reconstruction --ckpt runs/video/step-00000900.pt
 	$(RUN) train_ar.py --tokenizer runs/video/step-00000900.pt --results-dir runs/video_ar --resume
 	$(RUN) sample.py --ckpt runs/video_ar/step-00001500.pt --num-images 4
 	@echo; echo "Look at runs/video/*.webp and runs/video_ar/*.webp, and at runs/samples/*.webp: a row for each motion."
 
 test: $(VENV)/tested
-	$(RUN) -m pytest
+	$(PYTEST)
+
+test-fast: $(VENV)/tested
+	$(PYTEST) -m "not slow"
 
 bench: $(VENV)/installed
 	$(RUN) tests/bench.py

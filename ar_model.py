@@ -1,63 +1,71 @@
-"""The auto-regressive transformer of Open-MAGVIT2: it draws an image code by code, and each code in M steps.
+"""The auto-regressive transformer of Open-MAGVIT2 draws an image token by token, and each token in M steps.
 
 A vocabulary of 2^18 is too large for one softmax, so a token is factorised into sub-tokens of 2^6 and 2^12
 entries (asymmetric token factorisation, section 2.3). Predicting them with separate heads would ignore that
-they belong to one code; instead a second, much shallower transformer predicts one sub-token after the other
-("next sub-token prediction"). In reading order:
+they belong together; instead a second, much shallower transformer predicts one sub-token after the other
+("next sub-token prediction"). It is trained by train_ar.py and makes images in sample.py. From Python:
 
-    1. layers     RMSNorm, rotary positions, SwiGLU, the Llama block between tokens and the one within a token
-    2. model      ARConfig, presets, ARModel: C_t from all earlier tokens (eq. 5), sub-tokens from C_t (eq. 6)
-    3. sampling   guidance, temperature, top-k, top-p, a draw; one token; a batch of images, eager or compiled
-    4. loading    our own checkpoints, and the ones that the authors published
+    model, tokenizer, info = checkpoints.load_ar("AR-B")          # published; or runs/ar/step-00001000.pt
+    settings = ar_model.sampling_settings(2, cfg_scale=(1.9, 2.0))
+    noise = torch.rand(256, 2, 1, dtype=torch.float64)            # (N, M, B)
+    ar_model.sample(model, torch.tensor([207]), noise, settings)  # a golden retriever: 2 x (1, 256)
 
-It is trained by train_ar.py and makes pictures in sample.py. To draw tokens from Python:
-
-    import torch, ar_model
-    model, info = ar_model.load_ar("AR_256_B.ckpt")               # or runs/ar/step-00001000.pt
-    ar_model.prepare_for_sampling(model, torch.bfloat16)
-    labels = torch.tensor([207, 360])                             # golden retriever, otter
-    subtokens = ar_model.sample(model, labels, seeds=[0, 1], cfg_scale=(1.9, 2.0))        # 2 x (2, 256)
-
-Axis letters: B batch, R rows of a sampling step (B, or 2B with guidance), N tokens of an image, M sub-tokens
-of a token, V = 2^(k_m) entries of a sub-vocabulary, D width, H heads, d = D / H.
+In reading order: 1. tokens; 2. layers; 3. model (eq. 5 to 7); 4. drawing, at the end the sampler that one
+writes first. Axis letters: B batch, N tokens of an image, M sub-tokens of a token, V = 2^(k_m) entries of a
+sub-vocabulary, D width, H heads, d = D / H, L positions, R rows of a sampling step (2B with guidance).
 """
 import dataclasses
 import math
 import typing
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-import runtime
+# ---- 1. Tokens ---------------------------------------------------------------------------------------------
 
-# ------------------------------------------------------------------------------------------------------------
-# 1. Layers
-# ------------------------------------------------------------------------------------------------------------
+def ids_to_subtokens(ids, bits):
+    """Asymmetric token factorisation (section 2.3): ids (...) to a list of M sub-tokens (...), int64.
+
+    bits: (6, 12) makes sub-token 1 (0 .. 63) of the first six channels of the tokenizer and sub-token 2
+    (0 .. 4095) of the other twelve, each with its own first channel as bit 0.
+    """
+    subtokens = []
+    for count in bits:
+        subtokens.append(ids & (1 << count) - 1)
+        ids = ids >> count
+    return subtokens
+
+
+def subtokens_to_ids(subtokens, bits):
+    """The inverse of `ids_to_subtokens`: a list of M sub-tokens (...) back to token ids (...), int64."""
+    ids = torch.zeros_like(subtokens[0])
+    for subtoken, count in zip(reversed(subtokens), reversed(bits), strict=True):
+        ids = ids << count | subtoken
+    return ids
+
+
+# ---- 2. Layers ---------------------------------------------------------------------------------------------
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight, the norm in float32 whatever the precision around it."""
 
-    def __init__(self, width, eps=1e-5):
+    def __init__(self, width):
         super().__init__()
-        self.eps = eps
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x):
-        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).type_as(x) * self.weight
+        return F.rms_norm(x.float(), x.shape[-1:], eps=1e-5).type_as(x) * self.weight
 
 
 def rope_table(grid, head_dim, base=10000.0):
     """Rotary positions (1 + N, 1, 1, d/2, 2): cos and sin of the angle by which a pair of channels is turned.
 
-    The d/2 pairs of a head are shared out over the axes of `grid`, in order: on an image the first half turns
-    with the row and the second with the column, pair i of p by base^(-i/p) radians a cell. Three axes (t, y,
-    x) get a third each, and the last ones what is left over. Entry 1 + n is cell n in raster order.
-
-    Entry 0 belongs to the class token and is all zeros, cos too: not a rotation by nothing but a vanishing
-    query and key, so that everybody attends to the class with the same score 0.
+    The axes of `grid` share the d/2 pairs of a head: on an image the first half turns with the row and the
+    second with the column, pair i of p by base^(-i/p) radians a cell; the last axes get what is left over.
+    Entry 1 + n is cell n in raster order. Entry 0, of the class token, is all zeros, cos too: not a rotation
+    by nothing but a vanishing query and key, so that everybody attends to the class with the same score 0.
     """
     pairs = head_dim // 2
     cells = torch.cartesian_prod(*(torch.arange(size, dtype=torch.float32) for size in grid))
@@ -74,20 +82,12 @@ def rotate(x, rope):
     """Turn each pair of neighbouring channels of x (..., d) by its angle in `rope` (..., d/2, 2), in fp32."""
     pairs = x.float().unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():           # written out, because the compiler fuses real arithmetic only
-        (a, b), (cos, sin) = pairs.unbind(-1), rope.unbind(-1)
+        a, b = pairs.unbind(-1)
+        cos, sin = rope.unbind(-1)
         turned = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
     else:                                       # (a + ib)(cos + i sin): the same, much faster on a CPU
         turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rope))
     return turned.flatten(-2).type_as(x)
-
-
-class Attention(nn.Module):
-    """The two matrices of attention, under Llama's names. The blocks below say who attends to what."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.wqkv = nn.Linear(width, 3 * width, bias=False)     # rows: all of q, all of k, all of v
-        self.wo = nn.Linear(width, width, bias=False)
 
 
 class FeedForward(nn.Module):
@@ -98,82 +98,36 @@ class FeedForward(nn.Module):
         self.w1 = nn.Linear(width, hidden, bias=False)
         self.w3 = nn.Linear(width, hidden, bias=False)
         self.w2 = nn.Linear(hidden, width, bias=False)
-        self.w13 = None
-
-    def fuse(self):
-        """Join w1 and w3 for sampling, where a step is a chain of small products, each with a fixed cost."""
-        self.w13 = nn.Linear(self.w2.out_features, 2 * self.w2.in_features, bias=False, device="meta")
-        self.w13.weight = nn.Parameter(torch.cat([self.w1.weight, self.w3.weight]), requires_grad=False)
-        self.w1 = self.w3 = None
 
     def forward(self, x):
-        gate, value = (self.w1(x), self.w3(x)) if self.w13 is None else self.w13(x).chunk(2, dim=-1)
-        return self.w2(F.silu(gate) * value)
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
-class LlamaBlock(nn.Module):
-    """Pre-norm Llama block without biases, in three acts: `project` to q, k and v; attend; `finish`.
+def attention(q, k, v):
+    """Causal softmax(q k^T / sqrt(d)) v for each head, position t seeing 0 .. t: (..., L, H, d), all four."""
+    q, k, v = (z.transpose(-3, -2) for z in (q, k, v))                                    # (..., H, L, d)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(-3, -2)
 
-    Attending differs between tokens (InterBlock) and within a token (IntraBlock), in training and in
-    sampling; the first and the last act are the same everywhere.
+
+def attention_within_token(q, k, v):
+    """`attention` for the little sequences [context, sub-token 1, .., sub-token M - 1], in closed form.
+
+    q, k, v (..., M, H, d) -> (..., M, H, d), where an attention kernel would run over B x N sequences of 2.
     """
-
-    def __init__(self, config):
-        super().__init__()
-        self.heads = config.heads
-        self.attention_norm = RMSNorm(config.width)
-        self.attention = Attention(config.width)
-        self.ffn_norm = RMSNorm(config.width)
-        self.feed_forward = FeedForward(config.width, config.ffn_hidden)
-        self.attention_dropout = nn.Dropout(config.attention_dropout)
-        self.ffn_dropout = nn.Dropout(config.ffn_dropout)
-
-    def project(self, x, rope):
-        """x (..., D) to q, k, v (..., H, d), q and k turned by `rope`."""
-        qkv = self.attention.wqkv(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1))
-        q, k = rotate(qkv[..., :2, :, :], rope).unbind(-3)
-        return q, k, qkv[..., 2, :, :]
-
-    def finish(self, x, attended):
-        """Output projection and feed-forward, each added to the residual stream x (..., D)."""
-        x = x + self.attention_dropout(self.attention.wo(attended))
-        return x + self.ffn_dropout(self.feed_forward(self.ffn_norm(x)))
+    q, k, v = (z.unbind(-3) for z in (q, k, v))                                           # M x (..., H, d)
+    return torch.stack([last_within_token(q[m], k[1:m + 1], v[:m + 1]) for m in range(len(q))], dim=-3)
 
 
-class InterBlock(LlamaBlock):
-    """Llama block between tokens (eq. 5): position t attends to the class and to the tokens before t."""
+def last_within_token(q, keys, values):
+    """What the last position of such a sequence gets, from its q, m keys and 1 + m values, each (..., H, d).
 
-    def forward(self, x, rope):
-        """All positions at once: x (B, N, D) -> (B, N, D)."""
-        q, k, v = (z.transpose(1, 2) for z in self.project(x, rope))                      # (B, H, N, d)
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.finish(x, attended.transpose(1, 2).flatten(2))
-
-    def store(self, x, rope, keys, values, position):
-        """x (R, D) to its query (R, H, d); its key and value go into slot `position` (1,) of the cache."""
-        q, k, v = self.project(x, rope)
-        keys[:, :, position] = k.unsqueeze(2)
-        values[:, :, position] = v.unsqueeze(2)
-        return q
-
-    def step(self, x, rope, keys, values, position, length, mask):
-        """One position: x (R, D) -> (R, D), reading the first `length` slots of the cache (R, H, N, d)."""
-        q = self.store(x, rope, keys, values, position).unsqueeze(2)                      # (R, H, 1, d)
-        keys, values = keys[:, :, :length], values[:, :, :length]
-        attended = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
-        return self.finish(x, attended.flatten(1))
-
-
-def attend_within_token(q, keys, values):
-    """Attention of the last position of the little sequence [context, sub-token 1, .., sub-token m].
-
-    q (..., H, d), m keys and 1 + m values of that shape. The context's key is zero (its rotary entry is), so
-    its score is 0 and its value v_0 the start. Every sub-token of score s then pulls the result towards its
-    value by its share of the softmax so far, e^s / (e^total + e^s) = sigmoid(s - total). With M = 2 that is
-    one gate a head, v_0 + sigmoid(q.k / sqrt(d)) (v_1 - v_0): no cache tensor, no mask, and no attention
-    kernel that would have to run over B x N sequences of length 2.
+    The context's key is zero (its rotary entry is), so its score is 0 and its value v_0 the start. Every
+    sub-token of score s then pulls the result towards its value by its share of the softmax so far,
+    e^s / (e^total + e^s) = sigmoid(s - total). With M = 2 that is one gate a head and no kernel at all:
+    v_0 + sigmoid(q k / sqrt(d)) (v_1 - v_0).
     """
-    attended, total = values[0], 0.0            # total: log of the softmax's denominator, e^0 for the context
+    attended = values[0]
+    total = 0.0                                 # log of the softmax's denominator: e^0 for the context
     for k, v in zip(keys, values[1:]):
         score = (q.float() * k.float()).sum(-1, keepdim=True) * q.shape[-1] ** -0.5 - total
         attended = attended + torch.sigmoid(score).type_as(v) * (v - attended)
@@ -181,70 +135,90 @@ def attend_within_token(q, keys, values):
     return attended
 
 
-class IntraBlock(LlamaBlock):
-    """Llama block within a token (eq. 6): the sequence [C_t, sub-token 1, .., sub-token M - 1], causal."""
+class Attention(nn.Module):
+    """Attention with rotary positions; who attends to whom, `attend` says."""
 
-    def forward(self, x, rope):
-        """All sub-tokens of all positions at once: x (B, N, M, D) -> (B, N, M, D)."""
-        q, k, v = (z.unbind(2) for z in self.project(x, rope))                            # M x (B, N, H, d)
-        attended = [attend_within_token(q[m], k[1:m + 1], v[:m + 1]) for m in range(len(q))]
-        return self.finish(x, torch.stack(attended, dim=2).flatten(3))
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.wqkv = nn.Linear(width, 3 * width, bias=False)     # rows: all of q, all of k, all of v
+        self.wo = nn.Linear(width, width, bias=False)
 
-    def step(self, x, rope, keys, values):
-        """Sub-token step m: x (R, D) -> (R, D), and the lists of m keys and m + 1 values (R, H, d) so far."""
-        q, k, v = self.project(x, rope)
-        keys, values = [*keys, k] if values else [], [*values, v]       # the context's key is zero: left out
-        return self.finish(x, attend_within_token(q, keys, values).flatten(1)), keys, values
+    def forward(self, x, rope, attend):
+        return self.wo(attend(*self.project(x, rope)).flatten(-2))
+
+    def project(self, x, rope):
+        """x (..., D) to q, k, v (..., H, d), q and k turned by `rope`."""
+        qkv = self.wqkv(x).unflatten(-1, (3, self.heads, -1))
+        q, k = rotate(qkv[..., :2, :, :], rope).unbind(-3)
+        return q, k, qkv[..., 2, :, :]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 2. Model
-# ------------------------------------------------------------------------------------------------------------
+class LlamaBlock(nn.Module):
+    """Pre-norm Llama block without biases, between tokens (eq. 5) and within a token (eq. 6): only the way to
+    attend differs, also between training and sampling, and so it is an argument."""
 
-@dataclasses.dataclass
+    def __init__(self, config):
+        super().__init__()
+        self.attention_norm = RMSNorm(config.width)
+        self.attention = Attention(config.width, config.heads)
+        self.attention_dropout = nn.Dropout(config.attention_dropout)
+        self.ffn_norm = RMSNorm(config.width)
+        self.feed_forward = FeedForward(config.width, config.ffn_hidden)
+        self.ffn_dropout = nn.Dropout(config.ffn_dropout)
+
+    def forward(self, x, rope, attend):
+        """x (..., L, D) -> (..., L, D); rope: L entries of `rope_table`; attend(q, k, v): see `attention`."""
+        x = x + self.attention_dropout(self.attention(self.attention_norm(x), rope, attend))
+        return x + self.ffn_dropout(self.feed_forward(self.ffn_norm(x)))
+
+
+# ---- 3. Model ----------------------------------------------------------------------------------------------
+
+def flag(default, text):
+    """A field that has a flag in train_ar.py."""
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclasses.dataclass(frozen=True)
 class ARConfig:
-    """The shape of a transformer, by default AR-B of table 2. Raises `UserError` for impossible shapes."""
-    width: int = 1024
-    heads: int = 16
-    inter_blocks: int = 24              # N in table 2: blocks between tokens
-    intra_blocks: int = 2               # L in table 2: blocks within a token
+    """The shape of a transformer, by default AR-B of table 2. Raises ValueError for impossible shapes."""
     bits: tuple = (6, 12)               # k_m of each sub-token; their sum is the tokenizer's K
-    grid: tuple = (16, 16)              # (rows, columns) of an image's tokens, or (t, y, x) of a video's
+    grid: tuple = (16, 16)              # (rows, columns) of an image's tokens, or (t, y, x) of a clip's
     num_classes: int = 1000             # 0: unconditional, the one entry of the class table means "no class"
-    token_dropout: float = 0.1          # on the input sequence, class embedding included
-    attention_dropout: float = 0.1      # on the output of attention, before it joins the residual stream
-    ffn_dropout: float = 0.1            # on the output of the feed-forward network
-    label_dropout: float = 0.1          # how often training shows "no class", from which guidance leads away
     ffn_multiple: int = 256             # the hidden width of the feed-forward network is rounded up to this
-    separate_heads: bool = False        # baseline: M heads on C_t, no intra blocks ("intuitive solution")
+    width: int = flag(1024, "width D of the residual stream")
+    heads: int = flag(16, "attention heads")
+    inter_blocks: int = flag(24, "blocks between tokens (N in table 2)")
+    intra_blocks: int = flag(2, "blocks within a token (L in table 2)")
+    separate_heads: bool = flag(False, "M heads on C_t and no intra blocks: the paper's intuitive solution")
+    token_dropout: float = flag(0.1, "dropout of the input sequence, class embedding included")
+    attention_dropout: float = flag(0.1, "dropout of attention's output, before the residual stream")
+    ffn_dropout: float = flag(0.1, "dropout of the feed-forward network's output")
+    label_dropout: float = flag(0.1, 'share of samples trained as "no class", for guidance')
 
     def __post_init__(self):
-        self.bits, self.grid = tuple(self.bits), tuple(self.grid)
         for name in ("width", "heads", "inter_blocks", "ffn_multiple"):
-            runtime.require(getattr(self, name) >= 1, f"{name} of an AR model must be 1 or more")
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} of an AR model must be 1 or more")
         for name in ("token_dropout", "attention_dropout", "ffn_dropout", "label_dropout"):
-            runtime.require(0 <= getattr(self, name) <= 1, f"{name} must lie between 0 and 1")
-        runtime.require(self.bits and min(self.bits) >= 1, f"bits {self.bits}: a sub-token needs 1 or more")
-        runtime.require(self.grid and min(self.grid) >= 1, f"grid {self.grid}: an axis needs 1 cell or more")
-        runtime.require(self.num_classes >= 0, "num_classes must be 0 (unconditional) or more")
-        runtime.require(self.width % (2 * self.heads) == 0 and self.head_dim >= 2 * len(self.grid),
-                        f"width {self.width} does not suit {self.heads} heads on {len(self.grid)} axes; make "
-                        f"it an even multiple of the heads, with 2 channels an axis or more")
-        runtime.require(self.separate_heads or self.intra_blocks >= (1 if len(self.bits) > 1 else 0),
-                        "intra_blocks must be 1 or more: later sub-tokens see the context through them alone "
-                        "(or set separate_heads)")
-        # Sub-token m takes entry m of the rotary table, which has one entry more than the grid has cells.
-        runtime.require(len(self.bits) <= self.tokens + 1, f"{len(self.bits)} sub-tokens need a larger grid")
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie between 0 and 1")
+        if min(self.bits, default=0) < 1 or min(self.grid, default=0) < 1 or self.num_classes < 0:
+            raise ValueError(f"bits {self.bits}, grid {self.grid}, num_classes {self.num_classes}: too small")
+        if self.width % (2 * self.heads) or self.width // self.heads < 2 * len(self.grid):
+            raise ValueError(f"width {self.width} does not suit {self.heads} heads on {len(self.grid)} axes; "
+                             f"make it an even multiple of the heads, with 2 channels an axis or more")
+        if not self.separate_heads and self.intra_blocks < min(1, len(self.bits) - 1):
+            raise ValueError("intra_blocks must be 1 or more: later sub-tokens see the context through them "
+                             "alone (or set separate_heads)")
+        if len(self.bits) > self.tokens + 1:    # sub-token m takes entry m of the rotary table
+            raise ValueError(f"{len(self.bits)} sub-tokens need a larger grid")
 
     @property
     def tokens(self):
         """N, the number of tokens of an image."""
         return math.prod(self.grid)
-
-    @property
-    def head_dim(self):
-        """d, the channels of a head."""
-        return self.width // self.heads
 
     @property
     def ffn_hidden(self):
@@ -262,35 +236,24 @@ PRESETS = {
                     token_dropout=0.0, attention_dropout=0.0, ffn_dropout=0.0),
 }
 
-# How the rows of table 5 were sampled and, as "looking" (any model of M = 2), what suits pictures to look at.
-SAMPLING = {
-    "AR-B": {"cfg_scale": (1.9, 2.0), "temperature": (1.0, 1.0), "top_k": (0, 0), "top_p": (1.0, 1.0)},
-    "AR-L": {"cfg_scale": (1.9, 1.9), "temperature": (1.1, 1.0), "top_k": (0, 0), "top_p": (1.0, 1.0)},
-    "AR-XL": {"cfg_scale": (1.75, 1.85), "temperature": (1.1, 1.0), "top_k": (0, 0), "top_p": (1.0, 1.0)},
-    "looking": {"cfg_scale": (4.0, 4.0), "temperature": (1.0, 1.0), "top_k": (0, 0), "top_p": (0.96, 0.96)},
-}
-
 
 class ARModel(nn.Module):
-    """p(x_t^m | class, x_1 .. x_{t-1}, x_t^1 .. x_t^{m-1}) for all tokens t and their sub-tokens m (eq. 7).
-
-    `checkpointing` = True computes the blocks' activations again in the backward pass instead of keeping
-    them: a third more time for far less memory.
-    """
+    """p(x_t^m | class, x_1 .. x_{t-1}, x_t^1 .. x_t^{m-1}) for all tokens t, sub-tokens m (eq. 7)."""
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.checkpointing = config, False
+        self.config = config
+        self.checkpointing = False          # True: activations again in backward, a third slower, far smaller
         D = config.width
         self.token_embeddings = nn.ModuleList(nn.Embedding(2 ** bits, D) for bits in config.bits)
         self.class_embedding = nn.Embedding(config.num_classes + 1, D)         # the last entry is "no class"
         self.token_dropout = nn.Dropout(config.token_dropout)
-        self.inter_blocks = nn.ModuleList(InterBlock(config) for _ in range(config.inter_blocks))
-        self.intra_blocks = nn.ModuleList(
-            IntraBlock(config) for _ in range(0 if config.separate_heads else config.intra_blocks))
+        self.inter_blocks = nn.ModuleList(LlamaBlock(config) for _ in range(config.inter_blocks))
+        intra_blocks = 0 if config.separate_heads else config.intra_blocks
+        self.intra_blocks = nn.ModuleList(LlamaBlock(config) for _ in range(intra_blocks))
         self.norm = RMSNorm(D)
         self.heads = nn.ModuleList(nn.Linear(D, 2 ** bits, bias=False) for bits in config.bits)
-        self.register_buffer("rope", rope_table(config.grid, config.head_dim), persistent=False)
+        self.register_buffer("rope", rope_table(config.grid, config.width // config.heads), persistent=False)
         self.initialise()
 
     def initialise(self):
@@ -301,88 +264,64 @@ class ARModel(nn.Module):
         for head in self.heads:
             nn.init.zeros_(head.weight)                     # uniform predictions: the loss starts at K log 2
 
-    def run(self, block, x, rope):
-        """`block(x, rope)`, its activations kept for the backward pass or, under `checkpointing`, not."""
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, rope, use_reentrant=False)
-        return block(x, rope)
-
     def forward(self, subtokens, labels, return_loss=False):
         """Logits of every sub-token, given the true ones before it (teacher forcing).
 
-        subtokens: list of M int64 tensors (B, N) in raster order, the m-th in 0 .. 2^(k_m) - 1; labels (B,)
-        int64, of which `num_classes` means "no class". Returns a list of M logits (B, N, V), or with
-        `return_loss` what `loss` makes of them: so a call goes through DistributedDataParallel and
-        torch.compile. In training mode, labels and activations drop out by torch's global generator.
+        subtokens: M int64 tensors (B, N) in raster order, the m-th in 0 .. 2^(k_m) - 1; labels (B,) int64, of
+        which `num_classes` means "no class". Returns M logits (B, N, V), or with `return_loss` what `loss`
+        makes of them. In training mode, labels and activations drop out by torch's global generator.
         """
-        N, M = subtokens[0].shape[1], len(self.heads)
-        assert len(subtokens) == M and N <= self.config.tokens, "tokens of another factorisation or grid"
+        N = subtokens[0].shape[1]
+        M = len(self.heads)
+        if len(subtokens) != M or N > self.config.tokens:
+            raise ValueError(f"{len(subtokens)} x {N} sub-tokens for a model of {M} x {self.config.tokens}")
         if self.training:
             dropped = torch.rand(labels.shape, device=labels.device) < self.config.label_dropout
             labels = labels.masked_fill(dropped, self.config.num_classes)
+
+        def run(block, *inputs):                        # under checkpointing, activations are not kept
+            return checkpoint(block, *inputs, use_reentrant=False) if self.checkpointing else block(*inputs)
 
         embeddings = [table(ids) for table, ids in zip(self.token_embeddings, subtokens)] # M x (B, N, D)
         start = self.class_embedding(labels).unsqueeze(1)                                 # (B, 1, D)
         x = torch.cat([start, sum(embeddings)[:, :-1]], dim=1)                            # (B, N, D)
         x = self.token_dropout(x)
         for block in self.inter_blocks:                 # eq. 5: position t becomes the context C_t
-            x = self.run(block, x, self.rope[:N])                                         # (B, N, D)
+            x = run(block, x, self.rope[:N], attention)                                   # (B, N, D)
 
         if self.config.separate_heads:                  # every head sees C_t and nothing of its token
             x = x.unsqueeze(2).expand(-1, -1, M, -1)                                      # (B, N, M, D)
         else:                                           # eq. 6: position m (from 0) predicts sub-token m + 1
             x = torch.stack([x, *embeddings[:-1]], dim=2)                                 # (B, N, M, D)
         for block in self.intra_blocks:
-            x = self.run(block, x, self.rope[:M])                                         # (B, N, M, D)
+            x = run(block, x, self.rope[:M], attention_within_token)                      # (B, N, M, D)
         logits = [self.predict(m, h) for m, h in enumerate(self.norm(x).unbind(2))]       # M x (B, N, V)
         return loss(logits, subtokens) if return_loss else logits
 
     def predict(self, m, h):
         """Logits (..., V) of sub-token m (from 0), float32, from the normalised h (..., D)."""
-        head = self.heads[m]
-        return head(h.to(head.weight.dtype)).float()
-
-    def inter_step(self, x, cache, position, length, masked=False):
-        """The context of one sequence position: x (R, D), the class or the token before, -> C_t (R, D).
-
-        cache: see `allocate_cache`; position (1,) int64 on the model's device. The first `length` > position
-        slots are read; `masked` hides those behind `position`, so that one length serves many positions.
-        """
-        rope, mask = self.rope[position], None
-        if masked:                              # additive, made once: a bool mask is converted in every layer
-            hidden = torch.arange(length, device=x.device) > position
-            mask = torch.zeros(length, dtype=x.dtype, device=x.device).masked_fill(hidden, -math.inf)
-            mask = mask.expand(x.shape[0], 1, 1, length)
-        for block, (keys, values) in zip(self.inter_blocks, cache):
-            x = block.step(x, rope, keys, values, position, length, mask)                 # (R, D)
-        return x
-
-    def intra_step(self, m, x, history):
-        """Logits (R, V) of sub-token m (from 0) and the history for the step after.
-
-        x (R, D): the context C_t for m = 0 (with separate heads always), else the embedding of the sub-token
-        before. history: keys and values of every intra block as step m - 1 returned them, None for m = 0.
-        """
-        history, grown = history or [([], [])] * len(self.intra_blocks), []
-        for block, (keys, values) in zip(self.intra_blocks, history):
-            x, keys, values = block.step(x, self.rope[m], keys, values)                   # (R, D)
-            grown.append((keys, values))
-        return self.predict(m, self.norm(x)), grown
+        return self.heads[m](h.to(self.heads[m].weight.dtype)).float()
 
 
 def loss(logits, subtokens):
     """The training objective: the cross entropies of the sub-tokens, added (eq. 7: -log p of a whole token).
 
-    Takes what `ARModel.forward` returns and takes. Returns the sum, a scalar, and its M terms (M,) without
-    gradient, in nats a token.
+    logits M x (B, N, V), subtokens M x (B, N). Returns, in nats, the sum, and its M terms without gradient.
     """
     terms = [F.cross_entropy(z.flatten(0, 1), ids.flatten()) for z, ids in zip(logits, subtokens)]
     return sum(terms), torch.stack(terms).detach()
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 3. Sampling
-# ------------------------------------------------------------------------------------------------------------
+# ---- 4. Drawing --------------------------------------------------------------------------------------------
+
+# How the rows of table 5 were sampled and, as "looking", what suits images of any model to look at.
+SAMPLING = {
+    "AR-B": {"cfg_scale": (1.9, 2.0)},
+    "AR-L": {"cfg_scale": (1.9, 1.9), "temperature": (1.1, 1.0)},
+    "AR-XL": {"cfg_scale": (1.75, 1.85), "temperature": (1.1, 1.0)},
+    "looking": {"cfg_scale": 4.0, "top_p": 0.96},
+}
+
 
 class Settings(typing.NamedTuple):
     """How one sub-token is drawn: guidance, then temperature, then top-k, then top-p."""
@@ -392,34 +331,27 @@ class Settings(typing.NamedTuple):
     top_p: float = 1.0                  # 1: all
 
 
-def sampling_settings(count, cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0):
-    """One `Settings` for each of `count` sub-tokens; an argument is a sequence of that length or one value.
-
-    Raises `UserError` for another number of values, and for values that mean nothing.
-    """
-    def spread(flag, values, valid, rule):
-        values = tuple(values) if isinstance(values, (tuple, list)) else (values,)
-        runtime.require(len(values) in (1, count), f"{flag} has {len(values)} values for {count} sub-tokens; "
-                        f"give {count}, or one for all")
-        for value in values:
-            runtime.require(valid(value), f"{flag} {value}: must be {rule}")
-        return values * count if len(values) == 1 else values
-
-    def finite(value):
-        return 0 <= value < math.inf
-
-    columns = (spread("--cfg-scale", cfg_scale, finite, "0 or more (1 is no guidance)"),
-               spread("--temperature", temperature, finite, "0 (greedy) or more"),
-               spread("--top-k", top_k, lambda k: finite(k) and k == int(k), "an integer, 0 (off) or more"),
-               spread("--top-p", top_p, lambda p: 0 < p <= 1, "above 0, and 1 (off) at most"))
-    return [Settings(scale, t, int(k), p) for scale, t, k, p in zip(*columns)]
+def sampling_settings(count, **values):
+    """One `Settings` for each of `count` sub-tokens; a value is a sequence of that length, or one for all.
+    Raises ValueError, in the words of the flags, for another number of values and for meaningless ones."""
+    columns = []
+    for name, column in Settings(**values)._asdict().items():
+        flag = "--" + name.replace("_", "-")
+        column = column if isinstance(column, (tuple, list)) else [column]
+        if len(column) not in (1, count):
+            raise ValueError(f"{flag} has {len(column)} values for {count} sub-tokens; give {count}, or 1")
+        for value in column:
+            if not 0 <= value < math.inf or name == "top_k" and not isinstance(value, int):
+                raise ValueError(f"{flag} {value}: must be a number of 0 or more; --top-k an integer")
+            if name == "top_p" and not 0 < value <= 1:
+                raise ValueError(f"{flag} {value}: must be above 0, and 1 (off) at most")
+        columns.append(column if len(column) == count else [column[0]] * count)
+    return [Settings(*row) for row in zip(*columns)]
 
 
 def guide(logits, scale):
-    """Classifier-free guidance: logits (2B, V), conditional ones first, to uncond + s (cond - uncond) (B, V).
-
-    `lerp` is that formula, and at s = 1 it returns the conditional logits to the last bit.
-    """
+    """Classifier-free guidance: logits (2B, V), conditional ones first, to uncond + s (cond - uncond) (B, V),
+    which is what `lerp` means; at s = 1 it returns the conditional logits to the last bit."""
     conditional, unconditional = logits.float().chunk(2)
     return torch.lerp(unconditional, conditional, scale)
 
@@ -451,301 +383,35 @@ def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):
 def draw(p, noise):
     """An index (B,) int64 from each row of p (B, V): its cumulative sum inverted at `noise` (B,) in [0, 1).
 
-    One number a draw makes 256 x 2 an image: few enough to fix in advance, which makes every image a function
-    of its own seed. In float64, noise < 1 stays below the last sum, and an entry of probability zero adds
-    nothing to the sum before: none is ever drawn. Nothing here waits for the GPU, as torch.multinomial may.
+    Numbers fixed in advance make every image a function of its own seed. In float64, noise < 1 stays below
+    the last sum, and an entry of probability 0 adds nothing to it: none is ever drawn.
     """
     sums = p.cumsum(-1, dtype=torch.float64)
     return (sums <= noise.unsqueeze(-1) * sums[:, -1:]).sum(-1)
 
 
-def image_noise(seeds, tokens, count):
-    """Uniform noise (tokens, count, B), float64; column b depends on seeds[b] alone, an int >= 0 or a tuple.
+def draw_subtoken(logits, noise, setting):
+    """Sub-tokens (B,) from logits (B, V), or from (2B, V) under guidance, at noise (B,) with a `Settings`."""
+    if len(logits) == 2 * len(noise):
+        logits = guide(logits, setting.cfg_scale)                                         # (B, V)
+    return draw(probabilities(logits, setting.temperature, setting.top_k, setting.top_p), noise)
 
-    A seed such as (run, number of the image) gives every image of every run its own stream: NumPy's generator
-    mixes all bits of all numbers, where torch's on the CPU looks at the last 32 bits of one.
+
+@torch.no_grad()
+def sample(model, labels, noise, settings):
+    """The sub-tokens of an image for each of labels (B,) int64: a list of M int64 tensors (B, N).
+
+    model: in eval mode; noise (N, M, B) float64 in [0, 1), a number a draw; settings: M `Settings`. This is
+    what one writes first: a pass of the whole model for every draw, in 2B rows, of which the first B know the
+    class and the others do not. What is not drawn yet is 0, and nobody sees it. sample.py draws the same
+    tokens, faster.
     """
-    seeds = seeds.tolist() if isinstance(seeds, torch.Tensor) else seeds
-    noise = [np.random.default_rng(seed).random((tokens, count)) for seed in seeds]
-    return torch.from_numpy(np.stack(noise, axis=-1))
-
-
-def allocate_cache(model, rows):
-    """Static key and value cache: one tensor of each, (rows, H, N, d), for every inter block.
-
-    N slots hold the class and all tokens but the last, which nobody reads. One tensor a layer, since a
-    compiler copies a stacked one at every write; zeros, since a masked slot holding NaN would spoil the sum.
-    """
-    config, like = model.config, model.class_embedding.weight
-    shape = (rows, config.heads, config.tokens, config.head_dim)
-    return [(like.new_zeros(shape), like.new_zeros(shape)) for _ in model.inter_blocks]
-
-
-def prefill(model, labels, guided):
-    """The first input x (R, D): the class embeddings of labels (B,) and, if `guided`, B times "no class".
-
-    The prompt is that single token: there is nothing to compute ahead, the first step puts it in the cache.
-    """
-    if guided:
-        labels = torch.cat([labels, torch.full_like(labels, model.config.num_classes)])
-    return model.class_embedding(labels)
-
-
-def decode_one_token(model, x, cache, position, length, settings, noise, masked=False):
-    """One token: an inter step, then M sub-token steps, each drawn before the next.
-
-    x (R, D): the embedding of the class or of the token before, conditional rows and, under guidance, as many
-    unconditional ones; both halves go on with the same sub-tokens. settings: M `Settings`; noise (M, B); the
-    rest as in `ARModel.inter_step`. Returns the sub-tokens (M, B) int64 and the next x (R, D).
-    """
-    guided = x.shape[0] == 2 * noise.shape[1]
-    context = model.inter_step(x, cache, position, length, masked)                        # (R, D)
-    subtokens, x, history, total = [], context, None, 0
-    for m, setting in enumerate(settings):
-        logits, history = model.intra_step(m, x, history)                                 # (R, V)
-        logits = guide(logits, setting.cfg_scale) if guided else logits                   # (B, V)
-        p = probabilities(logits, setting.temperature, setting.top_k, setting.top_p)      # (B, V)
-        subtokens.append(draw(p, noise[m]))                                               # (B,)
-        embedding = model.token_embeddings[m](subtokens[m])                               # (B, D)
-        embedding = torch.cat([embedding, embedding]) if guided else embedding            # (R, D)
-        total = total + embedding
-        x = context if model.config.separate_heads else embedding
-    return torch.stack(subtokens), total
-
-
-class PackedLinear(nn.Module):
-    """nn.Linear for sampling on a CPU, its weight kept in the order that oneDNN's kernels read.
-
-    F.linear sorts it anew at every call, which for a few rows is most of the work: without, float32 on 8 rows
-    (batch 4, guided) is twice as fast, bfloat16 on 2 rows 1.4 times. PyTorch offers this only through the two
-    operators that torch.compile emits for frozen weights.
-    """
-
-    def __init__(self, linear):
-        super().__init__()
-        packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight)
-        self.weight = nn.Parameter(packed, requires_grad=False)
-        self(linear.weight[:1])                 # a processor without such kernels fails here, not in the loop
-
-    def forward(self, x):
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
-
-
-def prepare_for_sampling(model, dtype=torch.float32):
-    """Turn `model`, on its final device, into its fastest form for sampling: never to train or save again.
-
-    Weights in `dtype`, w1 and w3 joined, packed on a CPU. The rotary table and the heads stay in float32:
-    logits of bfloat16 carry 8 bits, and guidance magnifies their rounding. Returns the model, in eval mode.
-    """
-    model.to(dtype).eval().requires_grad_(False)
-    model.heads.float()
-    model.rope = rope_table(model.config.grid, model.config.head_dim).to(model.rope.device)
-    for block in [*model.inter_blocks, *model.intra_blocks]:
-        block.feed_forward.fuse()
-    parents = [module for module in model.modules() if not isinstance(module, nn.Linear)]
-    try:
-        for parent in parents if model.rope.device.type == "cpu" else []:
-            for name, child in list(parent.named_children()):
-                if isinstance(child, nn.Linear):
-                    setattr(parent, name, PackedLinear(child))
-    except (AttributeError, RuntimeError):      # no such operators or kernels: the rest stays F.linear
-        pass
-    return model
-
-
-def compile_blocks(model, **options):
-    """torch.compile the sampling steps of the blocks: regions of fixed shape, compiled once for all layers.
-
-    Attention over the cache stays outside: its length changes, and there is nothing in it left to fuse.
-    """
-    options = {"fullgraph": True, "dynamic": False, **options}
-    for block in model.inter_blocks:
-        block.store = torch.compile(block.store, **options)
-        block.finish = torch.compile(block.finish, **options)
-    for block in model.intra_blocks:            # one graph for each sub-token, as its history is one longer
-        block.step = torch.compile(block.step, **options)
-
-
-class Sampler:
-    """Draws batches of one size: `sampler(labels, seeds)`. All buffers are allocated here, none in the loop.
-
-    The four settings are those of `sampling_settings`; if every cfg_scale is 1 there is no unconditional
-    pass. A step reads the filled slots of the cache, rounded up to a multiple of `bucket`. With `compile` (on
-    CUDA) the blocks are compiled and the whole step is recorded as a CUDA graph for each of those lengths, by
-    default multiples of 32: some 300 kernels a step take longer to launch than to run at small batches.
-    """
-
-    @torch.no_grad()
-    def __init__(self, model, batch_size, cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0, bucket=None,
-                 compile=False):
-        config, weight = model.config, model.class_embedding.weight
-        N, M, device = config.tokens, len(config.bits), weight.device
-        runtime.require(not compile or device.type == "cuda", "--compile needs a CUDA GPU; leave it out here")
-        self.model, self.batch_size, self.bucket = model, batch_size, bucket or (32 if compile else 1)
-        self.settings = sampling_settings(M, cfg_scale, temperature, top_k, top_p)
-        self.guided = any(setting.cfg_scale != 1 for setting in self.settings)
-        runtime.require(config.num_classes > 0 or not self.guided,
-                        "--cfg-scale: an unconditional model has no class to guide it; use --cfg-scale 1")
-        rows = 2 * batch_size if self.guided else batch_size
-        self.cache = allocate_cache(model, rows)
-        self.x = weight.new_zeros(rows, config.width)
-        self.position = torch.zeros(1, dtype=torch.int64, device=device)
-        self.noise = torch.zeros(N, M, batch_size, dtype=torch.float64, device=device)
-        self.subtokens = torch.zeros(N, M, batch_size, dtype=torch.int64, device=device)
-        self.lengths = [min(-(-(t + 1) // self.bucket) * self.bucket, N) for t in range(N)]
-        self.graphs = {}
-        if compile:
-            model.eval()
-            compile_blocks(model)
-            self.capture()
-
-    def step(self, length):
-        """One token, from and to the static buffers; the host neither awaits nor looks at what is drawn."""
-        noise = self.noise[self.position][0]                                              # (M, B)
-        with torch.autocast(noise.device.type, enabled=False):  # the weights' own precision, as the cache's
-            subtokens, x = decode_one_token(self.model, self.x, self.cache, self.position, length,
-                                            self.settings, noise, masked=self.bucket > 1)
-        self.subtokens[self.position] = subtokens.unsqueeze(0)
-        self.x.copy_(x)
-        self.position += 1
-
-    def capture(self):
-        """Record `step` as a CUDA graph for every cache length; the graphs share a pool of scratch memory."""
-        stream, pool = torch.cuda.Stream(), None
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):         # warm-up: compiles, and lets libraries allocate workspaces
-            for length in sorted(set(self.lengths)) * 2:
-                self.position.zero_()
-                self.step(length)
-        torch.cuda.current_stream().wait_stream(stream)
-        for length in sorted(set(self.lengths)):
-            self.graphs[length] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graphs[length], pool=pool):
-                self.step(length)
-            pool = self.graphs[length].pool()
-
-    @torch.no_grad()
-    def __call__(self, labels, seeds):
-        """One image for each of labels (B,) and seeds (B,): its sub-tokens, a list of M int64 tensors (B, N).
-
-        An image depends on its label and its seed (see `image_noise`), not on its place or its neighbours in
-        the batch. Matrix products of another batch size, though, differ in their last bits and can tip a
-        draw: to get the same images again, keep the batch size.
-        """
-        config, model, device = self.model.config, self.model, self.x.device
-        labels = torch.as_tensor(labels, device=device)
-        assert len(labels) == len(seeds) == self.batch_size, "a Sampler draws batches of one size"
-        runtime.require(0 <= int(labels.min()) and int(labels.max()) <= config.num_classes,
-                        f"--classes {labels.tolist()}: the model has {config.num_classes} classes, from 0, "
-                        f"and the number {config.num_classes} for no class")
-        training = model.training
-        model.eval()
-        self.noise.copy_(image_noise(seeds, config.tokens, len(config.bits)))
-        self.x.copy_(prefill(model, labels, self.guided))
-        self.position.zero_()
-        for length in self.lengths:
-            if self.graphs:
-                self.graphs[length].replay()
-            else:
-                self.step(length)
-        model.train(training)
-        return [subtokens.T.contiguous() for subtokens in self.subtokens.unbind(1)]
-
-
-def sample(model, labels, seeds, **settings):
-    """One batch of images' sub-tokens, a list of M (B, N) int64: `Sampler` for those who need it once."""
-    return Sampler(model, len(labels), **settings)(labels, seeds)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# 4. Loading
-# ------------------------------------------------------------------------------------------------------------
-
-FORMAT = "open-magvit2-ar"              # the mark of our own checkpoints, under the key "format"
-
-# Our names, after the paper, and the published ones. Inside a block and for the final norm they are the same.
-PUBLISHED_NAMES = (("token_embeddings.0.", "pre_emb."), ("token_embeddings.1.", "post_emb."),
-                   ("class_embedding.", "class_emb.embedding_table."), ("inter_blocks.", "spatial_blocks."),
-                   ("intra_blocks.", "factorized_blocks."), ("heads.", "head."))
-
-
-def published_name(name):
-    """Our parameter name in the published files: "class_embedding.weight" is "transformer.class_emb. .."."""
-    for ours, theirs in PUBLISHED_NAMES:
-        if name.startswith(ours):
-            return f"transformer.{theirs}{name[len(ours):]}"
-    return f"transformer.{name}"
-
-
-class PublishedView:
-    """A model's parameters under the published names, to load or save; errors then speak of those names."""
-
-    def __init__(self, model):
-        self.model = model
-
-    def state_dict(self):
-        """The model's tensors as {published name: tensor}."""
-        return {published_name(name): tensor for name, tensor in self.model.state_dict().items()}
-
-    def load_state_dict(self, state):
-        """The inverse: `state` has exactly the names of `state_dict`."""
-        self.model.load_state_dict({name: state[published_name(name)] for name in self.model.state_dict()})
-
-
-def published_config(state, source):
-    """The `ARConfig` of a published state dict, read off its shapes. All have heads of 64 channels."""
-    def block_count(name):
-        numbers = [key.split(".")[2] for key in state if key.startswith(published_name(name))]
-        return 1 + max((int(number) for number in numbers if number.isdigit()), default=-1)
-
-    tables = [published_name(f"{table}.weight") for table in ("token_embeddings.0", "token_embeddings.1",
-                                                              "class_embedding")]
-    missing = [name for name in tables if name not in state]
-    runtime.require(not missing, f"{source} is no published AR model; missing: {', '.join(missing)}")
-    first, second, (classes, width) = (state[name].shape for name in tables)
-    return ARConfig(width=width, heads=max(1, width // 64), grid=(16, 16), num_classes=classes - 1,
-                    bits=(first[0].bit_length() - 1, second[0].bit_length() - 1),
-                    inter_blocks=block_count("inter_blocks."), intra_blocks=block_count("intra_blocks."))
-
-
-def config_from_dict(values, source):
-    """An `ARConfig` from `dataclasses.asdict` of one. Raises `UserError` for another version's fields."""
-    differing = {field.name for field in dataclasses.fields(ARConfig)} ^ values.keys()
-    runtime.require(not differing, f"{source} was written by another version of this project: its config "
-                    f"differs in {', '.join(sorted(differing))}")
-    return ARConfig(**values)
-
-
-def load_ar(path, trust=False, ema=True):
-    """Load an AR model from one of our checkpoints or from a published file.
-
-    trust: unpickle foreign classes too (see `runtime.load_checkpoint`).
-    ema: take the averaged weights where the file has them, else the raw ones (published AR files have those).
-    Returns (ARModel in eval mode on the CPU, info), where info says "preset" (or None), "weights" ("EMA" or
-    "raw"), "step", "source" ("ours" or "published"), "sha256" of the file, and "tokenizer": what our
-    checkpoints say of the tokenizer of their tokens, None for a published file, which contains it
-    (`first_stage_model.*`). Strict: raises `UserError` listing missing, unexpected and misshapen names.
-    """
-    stored = runtime.load_checkpoint(path, trust, mmap=True)
-    published = "format" not in stored and "state_dict" in stored
-    runtime.require(published or stored.get("format") == FORMAT, f"{path} is no checkpoint of an AR model"
-                    + (f" but of {stored['format']}" if "format" in stored else ""))
-    weights = "raw"
-    if published:
-        state = {name: tensor for name, tensor in stored["state_dict"].items()
-                 if not name.startswith("first_stage_model.")}
-        config = published_config(state, path)
-    else:
-        config, state = config_from_dict(stored["config"], path), stored["model"]
-        if ema and stored.get("ema"):
-            state, weights = stored["ema"], "EMA"
-    with torch.device("meta"):                  # no time for random weights that are overwritten at once
-        model = ARModel(config)
-    model.to_empty(device="cpu")
-    model.rope = rope_table(config.grid, config.head_dim)       # a constant, and so in no checkpoint
-    runtime.load_state_strictly(PublishedView(model) if published else model, state, str(path))
-    info = {"preset": next((name for name, preset in PRESETS.items() if preset == config), None),
-            "weights": weights, "step": stored.get("global_step" if published else "step"),
-            "source": "published" if published else "ours", "tokenizer": stored.get("tokenizer"),
-            "sha256": runtime.sha256_of(path)}
-    return model.eval(), info
+    N, M, B = noise.shape
+    both = torch.cat([labels, torch.full_like(labels, model.config.num_classes)])         # (2B,)
+    subtokens = [labels.new_zeros(B, N) for _ in range(M)]
+    for t in range(N):
+        for m, setting in enumerate(settings):
+            so_far = [ids[:, :t + 1].repeat(2, 1) for ids in subtokens]                   # M x (2B, t + 1)
+            logits = model(so_far, both)[m][:, t]                                         # (2B, V)
+            subtokens[m][:, t] = draw_subtoken(logits, noise[t, m], setting)              # (B,)
+    return subtokens

@@ -1,392 +1,442 @@
-"""Pictures from an auto-regressive checkpoint: labelled grids to look at, and large sets for evaluators.
+"""Images from an auto-regressive checkpoint: labelled grids to look at, and large sets for evaluators.
 
     python sample.py                                            # a grid of what train_ar.py has learned
-    python sample.py --ckpt AR_256_B.ckpt --classes 207,otter --num-images 8 --mixed-precision bf16
-    torchrun --nproc-per-node=8 sample.py --ckpt AR_256_B.ckpt --num-fid-samples 50000 \\
-        --mixed-precision bf16 --compile                        # 50 a class; then: evaluate.py generation
+    python sample.py --ckpt AR-B --classes 207,otter --num-images 8 --mixed-precision bf16
+    torchrun --nproc-per-node=8 sample.py --ckpt AR-B --num-fid-samples 50000 --mixed-precision bf16 --compile
 
-A checkpoint of ours and a published AR file contain the tokenizer that goes with them: one file is enough.
-A model of clips (train_ar.py on a tokenizer of video.py) makes animated grids, and npz files of clips.
-
-Pictures are numbered. Number n shows class n mod C and is drawn from the seed (--global-seed, n). So a set of
-N has N / C pictures of every class (where C does not divide N, the first classes have one more), and
-`--classes` shows the first pictures of just these classes. Batches, and with them parts on disk, hold
-consecutive numbers: which ones depends neither on the number of ranks nor on interruptions, and so neither
-does the set. The order is this fixed one; an evaluator that needs a random one (Inception Score) shuffles.
-
-In reading order: 1. from labels to pixels; 2. flags; 3. grids and sets. Axis letters: B batch, C classes, H W
-picture, M sub-tokens of a token, N pictures, T frames of a clip.
+A checkpoint of ours and a published AR file contain their tokenizer. Models of clips make animated grids, and
+npz files of clips. Sample number n shows class n mod C and is drawn from the seed (--global-seed, n): a set
+has equally many of every class (as far as C divides N), `--classes` shows the first samples of just these,
+and a set depends neither on the number of ranks nor on interruptions. Axis letters as in ar_model.py, and R
+rows of a step (B, or 2B with guidance), C classes, T frames, N samples or (in 1.) tokens of an image.
 """
-import argparse
+import contextlib
+import dataclasses
 import json
 import math
-import os
 import pathlib
 import re
 import shutil
-import time
-import zipfile
 
 import numpy as np
 import torch
-from torchvision.models._meta import _IMAGENET_CATEGORIES
+import torch.nn as nn
+import torch.nn.functional as F
+from torchvision.models import VGG16_Weights
 from tqdm import tqdm
 
 import ar_model
+import checkpoints
+import pictures
 import runtime
-import tokenizer as tok
-import video
+from runtime import require
 
-# ------------------------------------------------------------------------------------------------------------
-# 1. From labels to pixels
-# ------------------------------------------------------------------------------------------------------------
+# ---- 1. The same tokens, faster ----------------------------------------------------------------------------
+#
+# FACTORS
+
+def pack(linear):
+    """Give an nn.Linear on a CPU its weight in the order that oneDNN's kernels read; else every call sorts it
+    anew. PyTorch offers this only through the two operators that torch.compile emits."""
+    packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight)
+
+    def forward(x):
+        return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+    forward(linear.weight[:1])                  # a processor without such kernels fails here, not in the loop
+    linear.weight = nn.Parameter(packed, requires_grad=False)
+    linear.forward = forward
 
 
-def to_pixels(images, rounding):
-    """Float pictures in [-1, 1], any shape, to uint8.
+def prepare_for_sampling(model, dtype=torch.float32):
+    """Turn `model`, on its final device, into its fastest form for sampling: never to train or save again.
 
-    "truncate" is how the published sets were made; it darkens a picture by half a level on average. "round"
-    takes the nearest level.
+    Weights in `dtype`, packed on a CPU; rotary table and heads in float32, as logits of bfloat16 carry 8 bits,
+    and guidance magnifies their rounding. Returns the model, in eval mode.
     """
-    if rounding == "truncate":
-        return ((images.float().clamp(-1, 1) + 1) / 2 * 255).to(torch.uint8)
-    return runtime.to_uint8(images)
+    model.to(dtype).eval().requires_grad_(False)
+    model.heads.float()
+    grid, head_dim = model.config.grid, model.config.width // model.config.heads
+    model.rope = ar_model.rope_table(grid, head_dim).to(model.rope.device)
+    if model.rope.device.type == "cpu":
+        with contextlib.suppress(AttributeError, RuntimeError):     # no such operators or kernels
+            for module in model.modules():
+                if isinstance(module, nn.Linear):
+                    pack(module)
+    return model
+
+
+# LlamaBlock.forward in pieces of fixed shape, of which torch.compile makes one graph each for all layers.
+# Attention over the cache stays outside: its length changes, and there is nothing in it left to fuse.
+
+def store(block, x, rope, keys, values, position):
+    """x (R, D) to its query (R, H, d); its key and value go into slot `position` (1,) of the cache."""
+    q, k, v = block.attention.project(block.attention_norm(x), rope)
+    keys[:, :, position] = k.unsqueeze(2)
+    values[:, :, position] = v.unsqueeze(2)
+    return q
+
+
+def finish(block, x, attended):
+    """x (R, D) and what attention found for it (R, H, d) -> (R, D)."""
+    x = x + block.attention.wo(attended.flatten(1))
+    return x + block.feed_forward(block.ffn_norm(x))
+
+
+def step_within(block, x, rope, keys, values):
+    """A block within a token, one sub-token: x (R, D) -> (R, D), and the lists of keys and values grown."""
+    q, k, v = block.attention.project(block.attention_norm(x), rope)
+    keys = [*keys, k] if values else []         # the context's key is zero: left out
+    values = [*values, v]
+    return finish(block, x, ar_model.last_within_token(q, keys, values)), keys, values
+
+
+def image_noise(seeds, tokens, count):
+    """Uniform noise (tokens, count, B), float64; column b depends on seeds[b] alone, an int >= 0 or a tuple
+    of such: NumPy's generator mixes all bits of all of them."""
+    noise = [np.random.default_rng(seed).random((tokens, count)) for seed in seeds]
+    return torch.from_numpy(np.stack(noise, axis=-1))
+
+
+class Sampler:
+    """Draws batches of one size: `sampler(labels, seeds)`. All buffers are allocated here, none in the loop.
+
+    Without guidance (every cfg_scale 1) there is no unconditional pass. A step reads the filled slots of the
+    cache, rounded up to a multiple of `bucket`; with `compile` it is a CUDA graph for each of these lengths.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model, batch_size, settings, compile=False, bucket=None):
+        config = model.config
+        like = model.class_embedding.weight
+        require(not compile or like.is_cuda, "--compile needs a CUDA GPU; leave it out here")
+        self.guided = any(setting.cfg_scale != 1 for setting in settings)
+        require(config.num_classes > 0 or not self.guided,
+                "--cfg-scale: an unconditional model has no class to guide it; use --cfg-scale 1")
+        self.model = model
+        self.settings = settings
+        self.bucket = bucket or (32 if compile else 1)
+        N = config.tokens
+        self.lengths = [min((t // self.bucket + 1) * self.bucket, N) for t in range(N)]
+        rows = 2 * batch_size if self.guided else batch_size
+        # Slots: the class and all tokens but the last. One tensor a layer, as compilers copy a stacked one
+        # at every write; zeros, as a masked slot that holds NaN would spoil the sum.
+        slots = (rows, config.heads, N, config.width // config.heads)
+        self.cache = [(like.new_zeros(slots), like.new_zeros(slots)) for _ in model.inter_blocks]
+        self.mask = like.new_full((N, N), -math.inf).triu(1)    # additive: SDPA converts bools in every layer
+        self.x = like.new_zeros(rows, config.width)
+        self.position = torch.zeros(1, dtype=torch.int64, device=like.device)
+        self.noise = like.new_zeros(N, len(settings), batch_size, dtype=torch.float64)
+        self.subtokens = torch.zeros_like(self.noise, dtype=torch.int64)
+        self.pieces = [store, finish, step_within]
+        self.graphs = {}
+        if compile:                             # of step_within, one for each sub-token
+            self.pieces = [torch.compile(piece, fullgraph=True, dynamic=False) for piece in self.pieces]
+            self.capture()
+
+    def capture(self):
+        """Record `step` as a CUDA graph for every cache length; the graphs share a pool of scratch memory."""
+        lengths = sorted(set(self.lengths))
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):         # warm-up: compiles, and lets libraries allocate workspaces
+            for length in lengths * 2:
+                self.position.zero_()
+                self.step(length)
+        torch.cuda.current_stream().wait_stream(stream)
+        pool = torch.cuda.graph_pool_handle()
+        for length in lengths:
+            self.graphs[length] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graphs[length], pool=pool):
+                self.step(length)
+
+    def step(self, length):
+        """One token, from and to the static buffers, reading the first `length` slots of the cache. The host
+        neither awaits nor looks at what is drawn, as a CUDA graph requires."""
+        model = self.model
+        store, finish, step_within = self.pieces
+        x = self.x                                                                        # (R, D)
+        noise = self.noise[self.position][0]                                              # (M, B)
+        mask = None
+        if self.bucket > 1:
+            mask = self.mask[self.position, :length].expand(len(x), 1, 1, length)
+        rope = model.rope[self.position]
+        for block, (keys, values) in zip(model.inter_blocks, self.cache):                 # eq. 5
+            q = store(block, x, rope, keys, values, self.position).unsqueeze(2)           # (R, H, 1, d)
+            attended = F.scaled_dot_product_attention(q, keys[:, :, :length], values[:, :, :length], mask)
+            x = finish(block, x, attended.squeeze(2))                                     # (R, D)
+        context = x
+        history = [([], [])] * len(model.intra_blocks)
+        subtokens = []
+        embeddings = []
+        for m, setting in enumerate(self.settings):                                       # eq. 6
+            for i, block in enumerate(model.intra_blocks):
+                x, *history[i] = step_within(block, x, model.rope[m], *history[i])        # (R, D)
+            logits = model.predict(m, model.norm(x))                                      # (R, V)
+            subtokens.append(ar_model.draw_subtoken(logits, noise[m], setting))           # (B,)
+            rows = subtokens[m].repeat(2) if self.guided else subtokens[m]
+            embeddings.append(model.token_embeddings[m](rows))                            # (R, D)
+            x = context if model.config.separate_heads else embeddings[m]
+        self.subtokens[self.position] = torch.stack(subtokens).unsqueeze(0)
+        self.x.copy_(sum(embeddings))
+        self.position += 1
+
+    @torch.no_grad()
+    def __call__(self, labels, seeds):
+        """One image for each of labels (B,) and seeds (B,): its sub-tokens, M int64 tensors (B, N).
+
+        It depends on its label and seed, not on its neighbours; but products of another batch size differ in
+        their last bits and can tip a draw.
+        """
+        no_class = self.model.config.num_classes
+        labels = torch.as_tensor(labels, device=self.x.device)
+        require(0 <= int(labels.min()) and int(labels.max()) <= no_class,
+                f"--classes {labels.tolist()}: the model has {no_class} classes, from 0")
+        if self.guided:
+            labels = torch.cat([labels, torch.full_like(labels, no_class)])
+        self.noise.copy_(image_noise(seeds, *self.noise.shape[:2]))
+        self.x.copy_(self.model.class_embedding(labels))
+        self.position.zero_()
+        with torch.autocast(self.x.device.type, enabled=False):     # the precision of weights and cache
+            for length in self.lengths:
+                self.graphs[length].replay() if self.graphs else self.step(length)
+        return [subtokens.T.contiguous() for subtokens in self.subtokens.unbind(1)]
+
+
+# ---- 2. From labels to pixels ------------------------------------------------------------------------------
+
+@dataclasses.dataclass
+class How:
+    """How samples are drawn from a model."""
+    batch_size: int                     # samples drawn at once
+    settings: list                      # M `ar_model.Settings`
+    truncate: bool = False              # see `pictures.to_uint8`
+    mixed_precision: str = "fp32"       # of the decoder; the transformer computes in its weights' precision
+    compile: bool = False               # blocks and decoder compiled, in CUDA graphs
+
+    def record(self):
+        """As a dict for JSON."""
+        return {**vars(self), "settings": [setting._asdict() for setting in self.settings]}
 
 
 @torch.no_grad()
-def generate(model, tokenizer, labels, seeds, batch_size=64, rounding="round", mixed_precision="fp32",
-             compile=False, **settings):
-    """Yield pictures, uint8 (b, 3, H, W), or clips (b, 3, T, H, W), on the CPU, `batch_size` at once, in the
-    order of `labels`.
+def generate(model, tokenizer, labels, seeds, how):
+    """Yield uint8 images (b, 3, H, W) or clips (b, 3, T, H, W), on the CPU, batches in the order of `labels`.
 
-    model: an ARModel on the device to use (`ar_model.prepare_for_sampling` makes it faster); tokenizer: that
-    of its tokens, there too. labels (N,): ints or a tensor; seeds: as many, each an int >= 0 or a tuple of
-    such. mixed_precision: of the decoder; the transformer computes in the precision of its weights.
-    settings: cfg_scale, temperature, top_k, top_p, each one value or one for each sub-token.
-
-    The last batch is filled up to `batch_size` and cut again, because matrix products of another size round
-    differently: a picture depends on its label, its seed, the batch size and its place in the batch alone.
+    model: an ARModel, best of `prepare_for_sampling`; tokenizer: that of its tokens, on its device; labels and
+    seeds (N,): see `Sampler`. The last batch is filled up and cut again: products of another size round
+    differently, so a sample depends on label, seed, batch size and place in the batch alone.
     """
-    labels, config = torch.as_tensor(labels), model.config
-    if not len(labels):
-        return
+    labels = torch.as_tensor(labels)
     device = model.class_embedding.weight.device
-    at_once = batch_size if tokenizer.unit == "images" else 4  # a clip's activations take 20 times the memory
-    sampler = ar_model.Sampler(model, batch_size, compile=compile, **settings)
-    if compile:
+    frames = getattr(tokenizer.config, "frames", None)
+    at_once = how.batch_size if frames is None else 4       # a clip's activations take 20 times the memory
+    sampler = Sampler(model, how.batch_size, how.settings, how.compile)
+    if how.compile:
         tokenizer.to(memory_format=torch.channels_last).decoder.compile(dynamic=False)
-    for first in range(0, len(labels), batch_size):
-        chosen = [min(i, len(labels) - 1) for i in range(first, first + batch_size)]
+    for first in range(0, len(labels), how.batch_size):
+        chosen = [min(i, len(labels) - 1) for i in range(first, first + how.batch_size)]
         subtokens = sampler(labels[chosen], [seeds[i] for i in chosen])        # M x (B, tokens)
-        ids = tok.subtokens_to_ids(subtokens, config.bits)                     # (B, tokens)
-        images = []
-        for part in ids.unflatten(1, config.grid).split(at_once):
-            with runtime.autocast(device, mixed_precision):
-                part = tokenizer.decode(part)                                  # (b, 3, [T,] H, W)
-            images.append(to_pixels(part, rounding).cpu())
-        yield torch.cat(images)[:len(labels) - first]
+        ids = ar_model.subtokens_to_ids(subtokens, model.config.bits)          # (B, tokens)
+        samples = []
+        for some in ids.unflatten(1, model.config.grid).split(at_once):
+            with runtime.autocast(device, how.mixed_precision):
+                decoded = tokenizer.decode(some)                               # (b, 3, [T,] H, W)
+            samples.append(pictures.to_uint8(decoded, how.truncate).cpu())
+        yield torch.cat(samples)[:len(labels) - first]
 
 
-def load(ckpt, tokenizer=None, raw_weights=False, trust=False):
-    """(ARModel, Tokenizer, info) of our checkpoint or published AR file `ckpt`: on the CPU, in eval mode.
+# ---- 3. Flags, grids and sets ------------------------------------------------------------------------------
 
-    tokenizer: path of a tokenizer, for a published file that contains none; for one of ours, it must be the
-    one that made its tokens. info: what `ar_model.load_ar` says, and "path", "name", "classes" (their names)
-    and "tokenizer" ("path", "sha256", "weights"). Raises `UserError` where the two do not fit each other.
-    """
-    model, info = ar_model.load_ar(ckpt, trust, ema=not raw_weights)
-    ours, origin, classes = info["source"] == "ours", info["tokenizer"], None
-    if ours:
-        stored = runtime.load_checkpoint(ckpt, trust, mmap=True)
-        classes, info["preset"], first_stage = (stored[key] for key in ("classes", "preset", "first_stage"))
-    if tokenizer:
-        decoder, its = video.load_any_tokenizer(tokenizer, not raw_weights, trust)
-        runtime.require(
-            not ours or its["sha256"] == origin["sha256"],
-            f"--tokenizer {tokenizer} (sha256 {its['sha256'][:12]}) is not the one that {ckpt} was trained "
-            f"with, {ours and origin['path']} (sha256 {ours and origin['sha256'][:12]}); leave the flag out, "
-            f"as the checkpoint contains its tokenizer")
-        origin = {"path": str(tokenizer), "sha256": its["sha256"], "weights": its["weights"]}
-    elif ours:
-        # Checkpoints from before there were models of clips name no format.
-        clips = first_stage.get("format") == video.VideoTokenizer.format
-        kind = video.VideoTokenizer if clips else tok.Tokenizer
-        decoder = kind(tok.config_from_dict(first_stage["config"], ckpt, kind.config_type)).eval()
-        runtime.load_state_strictly(decoder, first_stage["model"], f"the tokenizer inside {ckpt}")
-    else:
-        try:
-            decoder, its = tok.load_tokenizer(ckpt, not raw_weights, trust)
-        except runtime.UserError as error:
-            raise runtime.UserError(f"{ckpt} contains no whole tokenizer ({str(error)[:200]}); name the file "
-                                    f"of one with --tokenizer") from None
-        origin = {"path": str(ckpt), "sha256": its["sha256"], "weights": its["weights"]}
-    bits, grid = model.config.bits, model.config.grid
-    runtime.require(len(grid) == len(decoder.config.folds),
-                    f"{ckpt} draws {' x '.join(map(str, grid))} tokens, but its tokenizer {origin['path']} "
-                    f"has maps {decoder.code_map}")
-    runtime.require(
-        decoder.config.vocabulary == 2 ** sum(bits),
-        f"{ckpt} draws tokens of {' + '.join(map(str, bits))} bits, but its tokenizer {origin['path']} has "
-        f"{decoder.config.vocabulary} codes, not {2 ** sum(bits)}; give the right one with --tokenizer")
-    info.update(path=str(ckpt), name=pathlib.Path(ckpt).name, tokenizer=origin,
-                classes=class_names(classes, model.config.num_classes))
-    return model, decoder, info
+def load(args):
+    """(ARModel, Tokenizer, info of `checkpoints.load_ar`) of --ckpt, on the CPU. --tokenizer is for published
+    files without one; for our files it must be the one that made the tokens."""
+    ckpt = args.ckpt or runtime.latest_checkpoint("runs/ar", "AR model")
+    model, tokenizer, info = checkpoints.load_ar(ckpt, not args.raw_weights, args.trust_checkpoint)
+    if args.tokenizer:
+        ema = not args.raw_weights
+        tokenizer, its = checkpoints.load_tokenizer(args.tokenizer, ema, args.trust_checkpoint)
+        its["sha256"] = checkpoints.weights_hash(tokenizer)
+        trained_with = info["tokenizer"] or its
+        require(info["source"] == "published" or its["sha256"] == trained_with["sha256"],
+                f"--tokenizer {args.tokenizer} is not the one that {ckpt} was trained with, "
+                f"{trained_with['path']}; leave the flag out, as the checkpoint contains its tokenizer")
+        info["tokenizer"] = {name: its[name] for name in ("path", "weights", "preset", "sha256")}
+    require(tokenizer, f"{ckpt} contains no whole tokenizer; name the file of one with --tokenizer")
+    codes = tokenizer.quantizer.vocabulary
+    axes = 2 if getattr(tokenizer.config, "frames", None) is None else 3
+    needed = 2 ** sum(model.config.bits)
+    require(codes == needed and axes == len(model.config.grid), f"{ckpt} draws tokens of {needed} codes on "
+            f"{len(model.config.grid)} axes, but its tokenizer {info['tokenizer']['path']} has {codes} on "
+            f"{axes}; give the right one with --tokenizer")
+    return model, tokenizer, info
 
 
 def class_names(stored, count):
-    """The names of `count` classes: those `stored` in our checkpoint, else numbers.
-
-    A thousand classes without names, or named after WordNet (n01440764, ...), are ImageNet's.
-    """
+    """The names of `count` classes: those `stored` in our checkpoint, else numbers; of a thousand without
+    names, or with WordNet's (n01440764, ...), ImageNet's."""
     if count == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in stored or []):
-        return list(_IMAGENET_CATEGORIES)
+        return VGG16_Weights.IMAGENET1K_V1.meta["categories"]
     return list(stored or map(str, range(count)))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 2. Flags
-# ------------------------------------------------------------------------------------------------------------
+def find_classes(text, names):
+    """The class numbers behind --classes. Raises `UserError` for unknown ones, and for ambiguous names."""
+    count = len(names)
+    if text is None and count <= 16:
+        return list(range(count))
+    if text is None and count == 1000:          # retriever, otter, panda, geyser, balloon, macaw, valley, fox
+        return [207, 360, 388, 974, 417, 88, 979, 279]
+    if text is None:
+        return [i * count // 8 for i in range(8)]
+    labels = []
+    for word in (word.strip().lower() for word in text.split(",")):
+        # Names first: the folders of a data set may be called after numbers that are not their positions.
+        found = [label for label, name in enumerate(names) if name.lower() == word]
+        if not found and word.isdecimal() and int(word) < count:
+            found = [int(word)]
+        close = [name for name in names if word and word in name.lower()] or names
+        require(found, f"--classes: {word!r} is none of the {count} classes; give a number below {count}, or "
+                       f"a name such as {', '.join(close[:5])}")
+        require(len(found) == 1, f"--classes: {word!r} names the classes {found}; give a number")
+        labels += found
+    return labels
 
-# Where nothing is published: mild guidance, from which every model gains.
-OWN_SETTINGS = {"cfg_scale": 2.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-# Of ImageNet: golden retriever, otter, panda, geyser, balloon, macaw, valley, arctic fox.
-WELL_KNOWN = (207, 360, 388, 974, 417, 88, 979, 279)
 
-
-def numbers(kind):
-    """argparse type: "1.9,2.0" to (1.9, 2.0), a value for each sub-token; "2" to (2,), for all of them."""
-    def parse(text):
-        try:
-            return tuple(kind(part) for part in text.split(","))
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"must be numbers as in 2 or 1.9,2.0, not {text}") from None
-    return parse
-
-
-def add_drawing_flags(parser, batch_size_flag):
+def add_drawing_flags(parser):
     """The flags that decide what a model draws, here and in `evaluate.py generation`."""
     group = parser.add_argument_group("model to draw from")
     group.add_argument("--ckpt", help="AR checkpoint, ours or published; not given: the newest of runs/ar")
     group.add_argument("--tokenizer", help="tokenizer checkpoint, for an AR file that contains none")
-    group.add_argument("--raw-weights", action="store_true", help="use no averaged weights, even if stored")
+    group.add_argument("--raw-weights", action="store_true", help="use no EMA weights, even if stored")
     group.add_argument("--trust-checkpoint", action="store_true", help="unpickle classes (can run code)")
-
-    group = parser.add_argument_group(
-        "how to draw: one value, or one for each sub-token as in 1.9,2.0. Defaults: for AR-B, L and XL those "
-        "of table 5 for an npz, and what the authors show pictures with for a grid; else guidance 2")
-    group.add_argument("--cfg-scale", type=numbers(float), help="classifier-free guidance (1: none)")
-    group.add_argument("--temperature", type=numbers(float), help="divides the logits (0: greedy)")
-    group.add_argument("--top-k", type=numbers(int), help="draw among the k likeliest entries (0: all)")
-    group.add_argument("--top-p", type=numbers(float), help="draw among the likeliest that reach p (1: all)")
-    group.add_argument("--rounding", choices=("truncate", "round"),
-                       help="from float pixels to uint8; not given: truncate for published files, as their "
-                            "numbers were measured that way, else round")
-    group.add_argument(batch_size_flag, type=runtime.positive_int, default=64,
-                       help="samples drawn at once on a rank (another size moves the last bit of logits)")
-    group.add_argument("--mixed-precision", choices=("fp32", "bf16", "fp16"), default="fp32",
-                       help="dtype of the transformer's weights, and of autocast in the decoder")
+    group = parser.add_argument_group("how to draw: one value, or one for each sub-token as in 1.9 2.0; "
+                                      "defaults: table 5's for an npz of a published model, or what suits eyes")
+    group.add_argument("--cfg-scale", type=float, nargs="+", help="classifier-free guidance (1: none)")
+    group.add_argument("--temperature", type=float, nargs="+", help="divides the logits (0: greedy)")
+    group.add_argument("--top-k", type=int, nargs="+", help="draw among the k likeliest entries (0: all)")
+    group.add_argument("--top-p", type=float, nargs="+", help="draw among the likeliest reaching p (1: all)")
+    group.add_argument("--batch-size", type=runtime.positive_int, default=64, help="drawn at once on a rank")
+    group.add_argument("--mixed-precision", choices=runtime.AUTOCAST_DTYPES, default="fp32",
+                       help="of the transformer's weights, and of autocast in the decoder")
     group.add_argument("--compile", action="store_true", help="compiled blocks in CUDA graphs (GPU only)")
+
+
+def how_from_args(args, model, info, n, looking=False):
+    """The `How` of the flags for `n` samples to measure or (looking) to show, with all defaults filled in."""
+    values = {"cfg_scale": 2.0}                           # mild guidance, from which every model gains
+    if info["preset"] in ar_model.SAMPLING:
+        values = ar_model.SAMPLING["looking" if looking else info["preset"]]
+    if model.config.num_classes == 0:
+        values = {}                                       # there is nothing to guide towards
+    fields = ar_model.Settings._fields
+    given = {name: getattr(args, name) for name in fields if getattr(args, name) is not None}
+    settings = ar_model.sampling_settings(len(model.config.bits), **{**values, **given})
+    truncate = info["source"] == "published"              # so their numbers were measured
+    return How(min(args.batch_size, n), settings, truncate, args.mixed_precision, args.compile)
 
 
 def get_args(argv=None):
     """Parse the command line."""
     parser = runtime.ArgumentParser(__doc__)
     group = parser.add_argument_group("what to draw")
-    group.add_argument("--classes", help="a grid of these classes, numbers or names as in 207,otter; not "
-                                         "given: all classes, or eight if there are more than 16")
-    group.add_argument("--num-images", type=runtime.positive_int, default=8, help="pictures of each class")
-    group.add_argument("--save-images", action="store_true", help="also save each picture of the grid alone")
-    group.add_argument("--num-fid-samples", type=runtime.positive_int,
-                       help="no grid, but an npz of so many pictures, equally many of every class")
-    group.add_argument("--output", help="PNG or npz to write, of clips an animation (with a PNG of some "
-                                        "frames beside it), its settings beside it as .json; not given: a "
-                                        "name in runs/samples that tells the model and the settings")
-    group.add_argument("--global-seed", type=runtime.non_negative_int, default=0,
-                       help="another seed, other pictures")
-
-    add_drawing_flags(parser, "--batch-size")
-    group = parser.add_argument_group("speed")
+    group.add_argument("--classes", help="as in 207,otter; not given: all, or eight of more than 16")
+    group.add_argument("--num-images", type=runtime.positive_int, default=8, help="samples of each class")
+    group.add_argument("--save-images", action="store_true", help="also save each sample of the grid alone")
+    group.add_argument("--num-fid-samples", type=runtime.positive_int, help="no grid, but an npz of so many")
+    group.add_argument("--output", help="PNG, animation or npz (settings beside it); default: in runs/samples")
+    group.add_argument("--global-seed", type=runtime.non_negative_int, default=0, help="of the samples")
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to sample")
+    add_drawing_flags(parser)
     return parser.parse_args(argv)
 
-
-def settings_from_args(args, model, info):
-    """cfg_scale, temperature, top_k and top_p, each a list with a value for each sub-token.
-
-    Raises `UserError` for values that mean nothing, or for another number of them.
-    """
-    settings = dict(ar_model.SAMPLING.get(info["preset"], OWN_SETTINGS))
-    if info["preset"] in ar_model.SAMPLING and not args.num_fid_samples:
-        settings = {name: pair[0] for name, pair in ar_model.SAMPLING["looking"].items()}    # fits any M
-    if model.config.num_classes == 0:
-        settings["cfg_scale"] = 1.0                       # there is nothing to guide towards
-    settings.update({name: getattr(args, name) for name in settings if getattr(args, name) is not None})
-    columns = zip(*ar_model.sampling_settings(len(model.config.bits), **settings))
-    return dict(zip(ar_model.Settings._fields, map(list, columns)))
-
-
-def plan(args, model, info, n, batch_size, device):
-    """What decides the pixels of `n` samples: (keyword arguments for `generate`, the record to store)."""
-    rounding = args.rounding or ("truncate" if info["source"] == "published" else "round")
-    how = {**settings_from_args(args, model, info), "rounding": rounding, "batch_size": min(batch_size, n),
-           "mixed_precision": args.mixed_precision, "compile": args.compile}
-    record = {"command": "sample", "n": n, **how, "global_seed": args.global_seed, "device": device.type,
-              "torch": torch.__version__, "tokenizer": info["tokenizer"],
-              "checkpoint": {key: info[key] for key in info if key not in ("tokenizer", "classes")}}
-    return how, record
-
-
-def find_classes(text, names):
-    """The class numbers behind --classes. Raises `UserError` for unknown ones, and for ambiguous names."""
-    if text is None and len(names) <= 16:
-        return list(range(len(names)))
-    if text is None:
-        return list(WELL_KNOWN) if len(names) == 1000 else [i * len(names) // 8 for i in range(8)]
-    labels = []
-    for part in (part.strip().lower() for part in text.split(",")):
-        # Names first: the folders of a data set may be called after numbers that are not their positions.
-        found = [label for label, name in enumerate(names) if name.lower() == part]
-        if not found and part.isdecimal() and int(part) < len(names):
-            found = [int(part)]
-        close = [name for name in names if part and part in name.lower()] or names
-        runtime.require(found, f"--classes: {part!r} is none of the {len(names)} classes; give a number "
-                               f"below {len(names)}, or a name such as {', '.join(close[:5])}")
-        runtime.require(len(found) == 1, f"--classes: {part!r} names the classes {found}; give a number")
-        labels += found
-    return labels
-
-
-# ------------------------------------------------------------------------------------------------------------
-# 3. Grids and sets
-# ------------------------------------------------------------------------------------------------------------
 
 def main(args):
     """Draw what `args` (from `get_args`) ask for, and write it down with all settings."""
     device = runtime.setup_process_group(args.device)
     for_grid = args.num_fid_samples is None
-    runtime.require(for_grid or not (args.classes or args.save_images),
-                    "--num-fid-samples makes an npz of all classes, but --classes and --save-images belong "
-                    "to a grid; leave one or the other out")
-    ckpt = args.ckpt or runtime.latest_checkpoint("runs/ar", "AR model")
-    model, tokenizer, info = load(ckpt, args.tokenizer, args.raw_weights, args.trust_checkpoint)
-    names = info["classes"]
+    require(for_grid or not (args.classes or args.save_images), "--num-fid-samples makes an npz of all "
+            "classes, but --classes and --save-images belong to a grid; leave one or the other out")
+    model, tokenizer, info = load(args)
+    names = class_names(info["classes"], model.config.num_classes)
+    require(names or not args.classes, f"--classes: {info['path']} is an unconditional model; leave it out")
     C = max(1, len(names))                                # an unconditional model has one nameless class
-    runtime.require(names or not args.classes, f"--classes: {ckpt} is an unconditional model; leave it out")
-    labels = range(C) if not for_grid or not names else find_classes(args.classes, names)
+    labels = find_classes(args.classes, names) if for_grid and names else range(C)
     N = args.num_fid_samples or len(labels) * args.num_images
-    how, record = plan(args, model, info, N, args.batch_size, device)
-    suffixes = [".npz"] if not for_grid else [".png"] if tokenizer.unit == "images" else [
-        f".{name}" for name in video.FORMATS]
-    output = pathlib.Path(args.output or default_output(info, how, args, suffixes[0]))
-    runtime.require(output.suffix in suffixes,
-                    f"--output {output}: this writes a {' or '.join(suffixes)} file")
-    runtime.print_facts(
-        ("model", f"{ckpt}: {info['preset'] or 'custom'}, {info['weights']} weights, step {info['step']}"),
-        ("pictures", f"{N:,} of {len(labels):,} classes, seed {args.global_seed}"),
-        ("settings", ", ".join(f"{name} {value}" for name, value in how.items())),
-        ("running", f"{device}, {runtime.world_size()} ranks"),
-    )
+    how = how_from_args(args, model, info, N, for_grid)
+    clips = getattr(tokenizer.config, "frames", None) is not None
+    suffixes = [".npz"]
+    if for_grid:
+        suffixes = pictures.VIDEO_FORMATS if clips else [".png"]
+    path = pathlib.Path(info["path"]).resolve()
+    scales = "_".join(f"{setting.cfg_scale:g}" for setting in how.settings)
+    what = "grid" if for_grid else f"{N}"
+    name = f"{path.parent.name}-{path.stem}-{what}-cfg{scales}-seed{args.global_seed}{suffixes[0]}"
+    output = pathlib.Path(args.output or f"runs/samples/{name}")
+    require(output.suffix in suffixes, f"--output {output}: this writes a {' or '.join(suffixes)} file")
+    record = {"n": N, **how.record(), "global_seed": args.global_seed,
+              "device": device.type, "torch": torch.__version__, "tokenizer": info["tokenizer"],
+              "checkpoint": {name: info[name] for name in ("path", "preset", "weights", "step", "source")}}
+    record["checkpoint"]["sha256"] = runtime.on_main(checkpoints.weights_hash, model)
+    runtime.print_facts(("model", f"{info['path']}: {info['preset']}, {info['weights']} weights"),
+                        ("samples", f"{N:,} of {len(labels):,} classes, seed {args.global_seed}"),
+                        ("settings", how), ("running", f"{device}, {runtime.world_size()} ranks"))
 
-    dtype = runtime.AUTOCAST_DTYPES[args.mixed_precision] or torch.float32
-    ar_model.prepare_for_sampling(model.to(device), dtype)
+    prepare_for_sampling(model.to(device), runtime.AUTOCAST_DTYPES[args.mixed_precision] or torch.float32)
     tokenizer.to(device)
 
-    def pictures(chosen):
-        """Batches of the pictures with the numbers `chosen`: the rule of the module docstring."""
-        return generate(model, tokenizer, [n % C for n in chosen], [(args.global_seed, n) for n in chosen],
-                        **how)
+    def draw(chosen):                                     # batches of the samples with these numbers
+        seeds = [(args.global_seed, n) for n in chosen]
+        return generate(model, tokenizer, [n % C for n in chosen], seeds, how)
 
     if not for_grid:
-        draw_set(output, pictures, record)
+        draw_set(output, draw, record)
     elif runtime.is_main():                               # so few that it is not worth sharing them out
         chosen = [i * C + label for label in labels for i in range(args.num_images)]
-        draw_grid(output, chosen, pictures, record, names, args)
+        captions = [names[n % C] for n in chosen] if names else None
+        batches = tqdm(draw(chosen), "drawing", math.ceil(N / how.batch_size), disable=None, unit="batch")
+        samples = torch.cat(list(batches))                                     # (N, 3, [T,] H, W)
+        pictures.save_samples(output, samples, args.num_images, captions)
+        runtime.write_json(output.with_suffix(".json"), {**record, "numbers": chosen, "captions": captions})
+        save = pictures.save_image if samples.dim() == 4 else pictures.write_video
+        for n, array in zip(chosen, samples.movedim(1, -1).numpy() if args.save_images else ()):
+            save(output.with_suffix("") / f"class-{n % C:04d}-{n // C:03d}{output.suffix}", array)
     runtime.print_main(f"samples  {output}")
 
 
-def default_output(info, settings, args, suffix):
-    """A file in runs/samples, its name telling what differs: model, what was asked for, settings, seed."""
-    path = pathlib.Path(info["path"]).resolve()
-    parts = [f"{path.parent.name}-{path.stem}" if info["source"] == "ours" else path.stem,
-             str(args.num_fid_samples or "grid")]
-    for short, name in (("cfg", "cfg_scale"), ("t", "temperature"), ("k", "top_k"), ("p", "top_p")):
-        parts.append(short + "_".join(f"{value:g}" for value in dict.fromkeys(settings[name])))
-    parts.append(f"seed{args.global_seed}")
-    return f"runs/samples/{'-'.join(parts)}{suffix}"
-
-
-def draw_grid(output, chosen, pictures, record, names, args):
-    """One row of pictures for each class, its name under each; if wanted, every picture on its own, too.
-
-    Clips move in the grid, and the PNG beside it shows frames of the first clip of each class.
-    """
-    size = record["batch_size"]
-    bar = tqdm(pictures(chosen), "drawing", math.ceil(len(chosen) / size), disable=None, unit="image",
-               unit_scale=size)
-    images = torch.cat(list(bar))                                              # (N, 3, [T,] H, W)
-    captions = [names[n % len(names)] for n in chosen] if names else None
-    scale = max(1, 96 // images.shape[-1])                # toy pictures are too small to see, and to caption
-    if images.dim() == 4:
-        runtime.save_png(output, runtime.image_grid(images, args.num_images, captions, scale))
-    else:
-        video.save_animation(output, video.animated_grid(images, args.num_images, captions, scale))
-        first = captions and captions[::args.num_images]
-        runtime.save_png(output.with_suffix(".png"),
-                         video.strip(images[::args.num_images], labels=first, scale=scale))
-    shown = {"classes": list(dict.fromkeys(captions)) if captions else None, "numbers": chosen}
-    runtime.write_json(output.with_suffix(".json"), {**record, **shown})
-    for n, image in zip(chosen, images.movedim(1, -1).numpy() if args.save_images else ()):
-        i, label = divmod(n, max(1, len(names)))
-        path = output.with_suffix("") / f"class-{label:04d}-{i:03d}{output.suffix}"
-        (runtime.save_png if image.ndim == 3 else video.save_animation)(path, image)
-
-
-def write_npz(path, shape, arrays):
-    """Write uint8 `arrays`, which joined have the shape `shape`, as `arr_0` of an npz file, atomically.
-
-    `np.savez` needs the whole array in memory: 9.8 GB for 50,000 pictures of 256 x 256. But an npz is a zip
-    of npy files, and an npy is a short header before the raw bytes, so parts can follow each other into it.
-    Nothing is compressed, because evaluators map the file and pictures hardly shrink. A bare `ZipInfo` holds
-    no time of day, so equal pictures make equal files.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-    with (zipfile.ZipFile(temporary, "w") as archive,
-          archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member):
-        np.lib.format.write_array_header_1_0(member, header)
-        for array in arrays:
-            member.write(array.tobytes())
-    os.replace(temporary, path)
-
-
-def draw_set(output, pictures, record):
-    """The npz of pictures 0 .. N - 1. Every rank draws parts of one batch each; then rank 0 joins them."""
+def draw_set(output, draw, record):
+    """The npz of samples 0 .. N - 1. Every rank draws parts of one batch each; then rank 0 joins them."""
+    record = json.loads(json.dumps(record))               # as it will be read again
+    N, size = record["n"], record["batch_size"]
+    # Which samples a part holds depends neither on ranks nor on interruptions, and so the set does not.
+    parts = [pathlib.Path(f"{output}.parts") / f"{k:06d}.npy" for k in range(math.ceil(N / size))]
+    folder = parts[0].parent
+    settings = output.with_suffix(".json") if output.exists() else folder / "record.json"
+    if not (output.exists() or settings.exists()):
+        runtime.write_json(settings, record)
+    runtime.barrier()
+    made_with = json.loads(settings.read_text()) if settings.exists() else {}
+    runtime.check_same(made_with, record, f"{output} or {folder} exists; delete it, or choose another "
+                                          f"--output: what it was made with")
     if output.exists():
-        path = output.with_suffix(".json")
-        made_with = json.loads(path.read_text()) if path.exists() else {}
-        runtime.check_same(made_with, json.loads(json.dumps(record)), f"{output} exists; delete it, or "
-                           f"choose another --output: what it was made with")
         runtime.print_main(f"{output} exists already, made with these settings")
         return
-    N, size, folder = record["n"], record["batch_size"], pathlib.Path(f"{output}.parts")
-    count = math.ceil(N / size)
-    todo = runtime.open_parts(folder, count, record)
-    missing, start = sum(map(len, runtime.gather_objects(todo))), time.perf_counter()
-    if missing < count:
-        runtime.print_main(f"found    {count - missing} of {count} parts of an interrupted run")
-    chosen = [n for part in todo for n in range(part * size, min((part + 1) * size, N))]
-    # The bar of rank 0 counts for all ranks, which are equally fast.
-    bar = tqdm(todo, "drawing", unit="image", unit_scale=size * runtime.world_size(),
-               disable=None if runtime.is_main() else True)
-    for part, images in zip(bar, pictures(chosen)):
-        runtime.save_part(folder, part, images.movedim(1, -1).numpy())                 # (b, [T,] H, W, 3)
+    missing = runtime.on_main(lambda: [k for k, part in enumerate(parts) if not part.exists()])
+    runtime.print_main(f"found    {len(parts) - len(missing)} of {len(parts)} parts in {folder}")
+    todo = missing[runtime.rank()::runtime.world_size()]
+    batches = draw([n for k in todo for n in range(k * size, min((k + 1) * size, N))])
+    disable = None if runtime.is_main() else True         # None: where nobody watches
+    for k, samples in zip(tqdm(todo, "drawing", unit="batch", disable=disable), batches):
+        with runtime.atomic(parts[k]) as temporary:
+            np.save(temporary, samples.movedim(1, -1).numpy())                 # (b, [T,] H, W, 3)
     runtime.barrier()
-    speed = min(N, missing * size) / (time.perf_counter() - start)
-    runtime.print_main(f"speed    {speed:.1f} samples/s")
     if runtime.is_main():
-        shape = (N, *np.load(runtime.part_path(folder, 0), mmap_mode="r").shape[1:])
+        shape = (N, *np.load(parts[0], mmap_mode="r").shape[1:])
+        joined = np.lib.format.open_memmap(folder / "joined", "w+", np.uint8, shape)
+        for k, part in enumerate(parts):
+            joined[k * size:(k + 1) * size] = np.load(part)
         runtime.write_json(output.with_suffix(".json"), record)
-        write_npz(output, shape, runtime.read_parts(folder, count))
+        with runtime.atomic(output) as temporary:
+            np.savez(temporary, joined)         # chunk by chunk: 50,000 images of 256 x 256 are 9.8 GB
         shutil.rmtree(folder)
     runtime.barrier()
 

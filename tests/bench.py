@@ -4,11 +4,9 @@
     python tests/bench.py sampling --ar-preset AR-B --batch-size 4
     python tests/bench.py sampling train-ar --ar-preset AR-B --batch-size 64 --mixed-precision bf16 \\
         --compile                                                          # on a GPU
-    python tests/bench.py tokenize train-tokenizer --tokenizer-preset in1k-256 --mixed-precision bf16 \\
-        --compile
-    python tests/bench.py tokenize-clips train-video --batch-size 4
-    python tests/bench.py train-video --video-preset ucf-128 --batch-size 2 --mixed-precision bf16
-    python tests/bench.py video-memory --video-preset ucf-128 --batch-size 2         # counted, without a GPU
+    python tests/bench.py tokenize train-tokenizer --tokenizer-preset in1k-256 --compile
+    python tests/bench.py tokenize train-tokenizer --tokenizer-preset toy-video --batch-size 4
+    python tests/bench.py memory --tokenizer-preset ucf-128 --batch-size 2           # counted, without a GPU
 
 Weights are random, which does not change the time. Two variants are always timed in turns and in one process,
 but measurements of memory run in a process of their own, because the peak of a process never falls.
@@ -31,9 +29,10 @@ from torch.utils._python_dispatch import TorchDispatchMode                 # noq
 from torch.utils._pytree import tree_leaves                                # noqa: E402
 
 import ar_model                                                            # noqa: E402
-import plain_sampler                                                       # noqa: E402
+import metrics                                                             # noqa: E402
 import runtime                                                             # noqa: E402
-import tokenizer as tok                                                    # noqa: E402
+import sample                                                              # noqa: E402
+import tokenizer                                                           # noqa: E402
 import train_tokenizer                                                     # noqa: E402
 import video                                                               # noqa: E402
 
@@ -61,7 +60,7 @@ def ratio(a, b):
 
 def dense_entropies(z, tau=0.01):
     """Eq. 3 as it is written and as other implementations compute it: a softmax over an N x 2^K table."""
-    codes = tok.ids_to_bits(torch.arange(2 ** z.shape[1], device=z.device), z.shape[1]).float() * 2 - 1
+    codes = tokenizer.ids_to_bits(torch.arange(2 ** z.shape[1], device=z.device), z.shape[1]).float() * 2 - 1
     logits = 2 * z @ codes.T / tau
     p, log_p = logits.softmax(1), logits.log_softmax(1)
     mean = p.mean(0)
@@ -70,7 +69,7 @@ def dense_entropies(z, tau=0.01):
 
 def measure_entropy(method, tokens, bits=18):
     """Time (s) and peak memory above the start (MiB) of forward and backward; called in a fresh process."""
-    terms = {"exact": tok.lfq_entropies, "dense": dense_entropies}[method]
+    terms = {"exact": tokenizer.lfq_entropies, "dense": dense_entropies}[method]
     z = (torch.randn(tokens, bits, generator=torch.Generator().manual_seed(0)) * 0.1).requires_grad_()
 
     def step():
@@ -131,41 +130,39 @@ def memory_bandwidth(device):
 
 def sampling(args, device):
     """Tokens and images a second, beside the time it takes just to read all weights once a token."""
-    config, batch = ar_model.PRESETS[args.ar_preset], args.batch_size
-    labels, seeds = [0] * batch, list(range(batch))
-    bandwidth, rows = memory_bandwidth(device), []
+    config = ar_model.PRESETS[args.ar_preset]
+    batch = args.batch_size
+    bandwidth = memory_bandwidth(device)
     steps = min(args.steps or config.tokens, config.tokens)
+    settings = ar_model.sampling_settings(len(config.bits), cfg_scale=GUIDANCE)
+    labels = torch.zeros(batch, dtype=torch.long, device=device)
+    noise = sample.image_noise(list(range(batch)), config.tokens, len(config.bits)).to(device)
+    rows = []
+    times = []
 
     def row(name, seconds, weight_bytes):
-        # Inter blocks are read once a token, intra blocks once a sub-token; embeddings are looked up, not
-        # read.
+        # Inter blocks are read once a token, intra blocks once a sub-token; embeddings are looked up.
         floor = weight_bytes * steps / bandwidth
+        times.append(seconds)
         rows.append([name, f"{seconds / steps * 1e3:.2f} ms", f"{batch * steps / seconds:.0f}",
                      f"{batch * steps / seconds / config.tokens:.2f}", f"{floor / seconds:.0%}",
-                     ratio(base[0] if base else seconds, seconds)])
-        base.append(seconds)
+                     ratio(times[0], seconds)])
 
-    base = []
     torch.manual_seed(0)
     for kind in dict.fromkeys(("fp32", args.mixed_precision)):
         dtype = runtime.AUTOCAST_DTYPES[kind] or torch.float32
         model = ar_model.ARModel(config).to(device).eval()
-        if kind == "fp32" and device.type == "cpu" and len(config.grid) == 2 and not config.separate_heads:
-            row("plain fp32", best_time(lambda: plain_sampler.plain_sample(
-                model, torch.tensor(labels), [GUIDANCE] * len(config.bits), steps)), bytes_a_token(model))
-        ar_model.prepare_for_sampling(model, dtype)
+        if kind == "fp32":
+            row("plain fp32", best_time(lambda: ar_model.sample(model, labels, noise[:steps], settings), device),
+                bytes_a_token(model))
+        sample.prepare_for_sampling(model, dtype)
         for compile in dict.fromkeys((False, args.compile)):
-            sampler = ar_model.Sampler(model, batch, cfg_scale=GUIDANCE, compile=compile)
+            sampler = sample.Sampler(model, batch, settings, compile=compile)
             sampler.lengths = sampler.lengths[:steps]
-            row(
-                f"{kind}{' compiled, CUDA graphs' * compile}",
-                best_time(lambda: sampler(labels, seeds), device),
-                bytes_a_token(model),
-            )
-    print(
-        f"sampling {args.ar_preset}, batch {batch}, guided, {device}, {steps} of {config.tokens} tokens; "
-        f"memory reads {bandwidth / 1e9:.0f} GB/s"
-    )
+            name = f"{kind}, compiled, CUDA graphs" if compile else kind
+            row(name, best_time(lambda: sampler(labels, list(range(batch))), device), bytes_a_token(model))
+    print(f"sampling {args.ar_preset}, batch {batch}, guided, {device}, {steps} of {config.tokens} tokens; "
+          f"memory reads {bandwidth / 1e9:.0f} GB/s")
     runtime.print_table(rows, ["sampler", "a token", "tokens/s", "images/s", "of the roofline", "faster"])
 
 
@@ -209,125 +206,100 @@ def train_ar_step(args, device):
 
 # ---- the tokenizer ----------------------------------------------------------------------------------------
 
-def random_batch(config, batch_size, device, layout):
-    """Noise of the shape that a tokenizer of `config` is trained on."""
-    frames = [config.frames] if isinstance(config, video.VideoTokenizerConfig) else []
+def random_batch(config, batch_size, device, layout=torch.contiguous_format):
+    """Noise of the shape that a tokenizer of `config` is trained on, images or clips."""
+    frames = [config.frames] if hasattr(config, "frames") else []
     x = torch.rand(batch_size, 3, *frames, config.resolution, config.resolution, device=device) * 2 - 1
-    return x.to(memory_format=layout)
+    return x.contiguous(memory_format=layout)
 
 
-def tokenize(args, device, kind=tok.Tokenizer, layout=torch.channels_last):
-    """Pictures into tokens and back."""
-    preset = args.tokenizer_preset if kind is tok.Tokenizer else args.video_preset
-    config, rows = kind.presets[preset], []
-    x = random_batch(config, args.batch_size, device, layout)
+def tokenize(args, device):
+    """Images or clips into tokens and back."""
+    config = train_tokenizer.TOKENIZER_PRESETS[args.tokenizer_preset]
+    kind = video.VideoTokenizer if hasattr(config, "frames") else tokenizer.Tokenizer
+    rows = []
+    x = random_batch(config, args.batch_size, device)
     for compile in dict.fromkeys((False, args.compile)):
-        model = kind(config).to(device, memory_format=layout).eval()
+        model = kind(config).to(device).eval()
         if compile:
-            model.encoder.compile(dynamic=False), model.decoder.compile(dynamic=False)
+            model.encoder.compile(dynamic=False)
+            model.decoder.compile(dynamic=False)
         with runtime.autocast(device, args.mixed_precision):
             ids = model.encode(x)
-            times = [best_time(f, device) for f in (lambda: model.encode(x), lambda: model.decode(ids))]
-        rows.append(["compiled" if compile else "eager", *(f"{args.batch_size / t:.1f}" for t in times)])
-    print(f"tokenizer {preset}, batch {args.batch_size}, {args.mixed_precision}, {device}")
-    runtime.print_table(rows, ["", f"encode {kind.unit}/s", f"decode {kind.unit}/s"])
+            times = [best_time(lambda: model.encode(x), device), best_time(lambda: model.decode(ids), device)]
+        rows.append(["compiled" if compile else "eager", *[f"{args.batch_size / t:.1f}" for t in times]])
+    print(f"tokenizer {args.tokenizer_preset}, batch {args.batch_size}, {args.mixed_precision}, {device}")
+    runtime.print_table(rows, ["", "encode samples/s", "decode samples/s"])
 
 
-def tokenize_clips(args, device):
-    """Clips into tokens and back."""
-    tokenize(args, device, video.VideoTokenizer, torch.channels_last_3d)
+def stage1_step(preset, batch_size, precision, device, options=()):
+    """A function that makes one step of stage I, generator and discriminator, as train_tokenizer.py does.
 
-
-def stage1_step(flags, model, critic, lpips, x, precision):
-    """A function that makes one step of stage I, generator and discriminator, as train_tokenizer.py does."""
-    device = x.device
-    adam = [torch.optim.Adam(m.parameters(), fused=device.type == "cuda") for m in (model, critic)]
+    options: of its flags, such as --compile or --activation-checkpointing. LPIPS has random weights.
+    """
+    flags = train_tokenizer.get_args(["--preset", preset, "--channels-last", *options])
+    perceptual = metrics.LPIPS().to(device) if flags.perceptual_weight else None
+    flags.perceptual_weight = 0.0                                          # its weights are no use here
+    model, critic, _ = train_tokenizer.build_networks(flags, device)
+    ema = [p.detach().clone() for p in model.parameters()]
+    optimizers = [train_tokenizer.adam(network, flags) for network in (model, critic) if network]
+    x = random_batch(model.config, batch_size, device)
 
     def step():
-        critic.requires_grad_(False)
         with runtime.autocast(device, precision):
-            outputs = model(x)
-            terms = train_tokenizer.generator_terms(flags, x, outputs, lpips, 0)
-            loss = sum(t * w for t, w in terms.values())
-            if flags.gan_weight:
-                loss = loss + flags.gan_weight * train_tokenizer.non_saturating_loss(critic(outputs[0]))
-        loss.backward()
-        adam[0].step(), adam[0].zero_grad(set_to_none=True)
-        if flags.gan_weight:
+            x_hat, z, q, _ = model(x)
+            terms, _ = model.quantizer.losses(z, q, flags.tau, 0.0, runtime.all_reduce_mean)
+            terms.update(l1=(x - x_hat).abs().mean(), l2=(x - x_hat).square().mean())
+            if perceptual:
+                terms["perceptual"] = perceptual(metrics.as_frames(x), metrics.as_frames(x_hat)).mean()
+            if critic:
+                critic.requires_grad_(False)
+                terms["gan"] = train_tokenizer.non_saturating_loss(critic(x_hat))
+            weights = train_tokenizer.loss_weights(terms, flags, 0, None)
+            weights["perceptual"] = 1.0
+            sum(weights[name] * terms[name] for name in terms).backward()
+        if critic:
             critic.requires_grad_(True)
             with runtime.autocast(device, precision):
-                train_tokenizer.hinge_loss(critic(x), critic(outputs[0].detach())).backward()
-            adam[1].step(), adam[1].zero_grad(set_to_none=True)
+                train_tokenizer.hinge_loss(critic(x), critic(x_hat.detach())).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        torch._foreach_lerp_(ema, [p.detach() for p in model.parameters()], 0.001)
     return step
 
 
+def measure_stage1(preset, batch_size, precision, options, device):
+    """Time (s) of a training step of stage I, and its peak memory (GiB); run in a fresh process.
+
+    The memory is what PyTorch allocates on a GPU, and on a CPU what the process needs more than before it had
+    a model: weights, EMA, gradients, Adam's states and the activations.
+    """
+    device = torch.device(device)
+    before = resident()
+    step = stage1_step(preset, batch_size, precision, device, options)
+    step()
+    seconds = best_time(step, device)
+    gib = torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else peak_above(before) / 1024
+    return {"seconds": seconds, "gib": gib}
+
+
 def train_tokenizer_step(args, device):
-    """One step of stage I. LPIPS has random weights here."""
+    """One step of train_tokenizer.py, of images or clips, with and without activation checkpointing."""
     rows = []
     for compile in dict.fromkeys((False, args.compile)):
-        flags = train_tokenizer.get_args(["--preset", args.tokenizer_preset])
-        config = train_tokenizer.config_from_args(flags)
-        model, critic = tok.Tokenizer(config), train_tokenizer.DISCRIMINATORS[flags.discriminator]()
-        lpips = train_tokenizer.LPIPS().to(device) if flags.perceptual_weight else None
-        for module in (model, critic):
-            module.to(device, memory_format=torch.channels_last)
-        if compile:
-            for module in filter(None, (model.encoder, model.decoder, critic, lpips)):
-                module.compile(dynamic=False)
-        x = random_batch(config, args.batch_size, device, torch.channels_last)
-        step = stage1_step(flags, model, critic, lpips, x, args.mixed_precision)
-        step()
-        seconds = best_time(step, device)
-        memory = f"{torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB" if device.type == "cuda" else "-"
-        rows.append(["compiled" if compile else "eager", f"{seconds * 1e3:.0f} ms",
-                     f"{args.batch_size / seconds:.1f}", memory])
-    print(
-        f"training step of {args.tokenizer_preset}, batch {args.batch_size}, {args.mixed_precision}, {device}"
-    )
-    runtime.print_table(rows, ["step", "time", "images/s", "peak memory"])
-
-
-def measure_video_step(preset, batch_size, precision, checkpointing, compile, device):
-    """Time (s) of a training step of a video tokenizer, and its peak memory (GiB); run in a fresh process.
-
-    The memory is what PyTorch allocates on a GPU, and on a CPU what the process needs more than before it
-    had a model: weights, gradients, both Adam states and the activations.
-    """
-    device, before = torch.device(device), resident()
-    flags = video.get_args(["train", "--preset", preset])
-    config = train_tokenizer.config_from_args(flags, video.VideoTokenizerConfig)
-    model, critic = video.VideoTokenizer(config), video.patchgan_3d()
-    lpips = train_tokenizer.LPIPS().to(device) if flags.perceptual_weight else None
-    for module in (model, critic):
-        module.to(device, memory_format=torch.channels_last_3d)
-    model.encoder.checkpointing = model.decoder.checkpointing = checkpointing
-    if compile:
-        for module in filter(None, (model.encoder, model.decoder, critic, lpips)):
-            module.compile(dynamic=False)
-    x = random_batch(config, batch_size, device, torch.channels_last_3d)
-    step = stage1_step(flags, model, critic, lpips, x, precision)
-    began = time.perf_counter()
-    step()                                                                 # a minute or more, if it is large
-    first = time.perf_counter() - began
-    gib = torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else peak_above(before) / 1024
-    slow = first > 30 and not compile and device.type == "cpu"             # nothing to warm up there
-    return {"seconds": first if slow else best_time(step, device), "gib": gib}
-
-
-def train_video_step(args, device):
-    """One step of `video.py train`, with and without activation checkpointing. LPIPS has random weights."""
-    rows = []
-    for checkpointing in (True, False)[:1 if args.checkpointing_only else 2]:
-        for compile in dict.fromkeys((False, args.compile)):
-            got = in_own_process(measure_video_step, preset=args.video_preset, batch_size=args.batch_size,
-                                 precision=args.mixed_precision, checkpointing=checkpointing, compile=compile,
-                                 device=device.type)
-            kind = f"{'compiled' if compile else 'eager'}{', checkpointing' * checkpointing}"
-            rows.append([kind, f"{got['seconds']:.3g} s", f"{args.batch_size / got['seconds']:.3g}",
-                         f"{got['gib']:.2f} GiB"])
-    print(f"training step of video {args.video_preset}, batch {args.batch_size}, {args.mixed_precision}, "
-          f"{device}")
-    runtime.print_table(rows, ["step", "time", "clips/s", "peak memory"])
+        for checkpointing in (True, False):
+            options = []
+            if compile:
+                options.append("--compile")
+            if checkpointing:
+                options.append("--activation-checkpointing")
+            got = in_own_process(measure_stage1, preset=args.tokenizer_preset, batch_size=args.batch_size,
+                                 precision=args.mixed_precision, options=options, device=device.type)
+            rows.append([" ".join(options) or "plain", f"{got['seconds']:.3g} s",
+                         f"{args.batch_size / got['seconds']:.3g}", f"{got['gib']:.2f} GiB"])
+    print(f"training step of {args.tokenizer_preset}, batch {args.batch_size}, {args.mixed_precision}, {device}")
+    runtime.print_table(rows, ["step", "time", "samples/s", "peak memory"])
 
 
 class LiveBytes(TorchDispatchMode):
@@ -335,7 +307,9 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.sizes, self.now, self.peak = {}, 0, 0
+        self.sizes = {}
+        self.now = 0
+        self.peak = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
@@ -353,42 +327,37 @@ class LiveBytes(TorchDispatchMode):
         self.now -= self.sizes.pop(key)
 
 
-def video_memory(args, device):
-    """Memory of a training step of a video tokenizer on a GPU, counted without one, and without computing.
+def memory(args, device):
+    """Memory of a training step of stage I on a GPU, counted without one, and without computing.
 
-    Tensors are fakes that have shapes only. Counted are weights, gradients, Adam's states, the moving average
-    and all activations, norms in float32 as under CUDA's autocast; cuDNN's workspaces come on top.
+    Tensors are fakes that have shapes only. Counted are weights, EMA, gradients, Adam's states and all
+    activations, norms in float32 as under CUDA's autocast; cuDNN's workspaces come on top.
     """
-    rows, group_norm = [], F.group_norm
+    rows = []
+    group_norm = F.group_norm
     half = args.mixed_precision != "fp32"
-    for checkpointing in (True, False):
+    for options in (["--activation-checkpointing"], []):
         with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as count:
-            flags = video.get_args(["train", "--preset", args.video_preset])
-            config = train_tokenizer.config_from_args(flags, video.VideoTokenizerConfig)
-            model, critic = video.VideoTokenizer(config), video.patchgan_3d()
-            lpips = train_tokenizer.LPIPS() if flags.perceptual_weight else None
-            averages = [p.detach().clone() for p in model.parameters()]
-            model.encoder.checkpointing = model.decoder.checkpointing = checkpointing
-            x = random_batch(config, args.batch_size, torch.device("cpu"), torch.contiguous_format)
-            step = stage1_step(flags, model, critic, lpips, x, args.mixed_precision)
+            step = stage1_step(args.tokenizer_preset, args.batch_size, args.mixed_precision,
+                               torch.device("cpu"), options)
             F.group_norm = lambda x, *rest: group_norm(x.float() if half else x, *rest)
             try:
                 step()                                                     # makes Adam's states
-                between, count.peak = count.now, count.now
+                between = count.now
+                count.peak = count.now
                 step()
             finally:
                 F.group_norm = group_norm
-            rows.append([f"{'with' if checkpointing else 'without'} checkpointing",
-                         f"{between / 2 ** 30:.2f} GiB", f"{count.peak / 2 ** 30:.2f} GiB"])
-            del averages, model, critic, lpips, x, step
-    print(f"memory of a training step of video {args.video_preset}, batch {args.batch_size}, "
+            rows.append([" ".join(options) or "plain", f"{between / 2 ** 30:.2f} GiB",
+                         f"{count.peak / 2 ** 30:.2f} GiB"])
+            del step
+    print(f"memory of a training step of {args.tokenizer_preset}, batch {args.batch_size}, "
           f"{args.mixed_precision}, counted")
     runtime.print_table(rows, ["step", "between steps", "peak"])
 
 
 BENCHMARKS = {"entropy": entropy, "sampling": sampling, "train-ar": train_ar_step, "tokenize": tokenize,
-              "train-tokenizer": train_tokenizer_step, "tokenize-clips": tokenize_clips,
-              "train-video": train_video_step, "video-memory": video_memory}
+              "train-tokenizer": train_tokenizer_step, "memory": memory}
 
 
 def main(args):
@@ -404,11 +373,9 @@ def get_args(argv=None):
     parser = runtime.ArgumentParser(__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}; none: all")
     parser.add_argument("--ar-preset", choices=ar_model.PRESETS, default="toy", help="transformer")
-    parser.add_argument("--tokenizer-preset", choices=tok.PRESETS, default="toy", help="tokenizer")
-    parser.add_argument("--video-preset", choices=video.PRESETS, default="toy", help="tokenizer of clips")
+    parser.add_argument("--tokenizer-preset", choices=train_tokenizer.TOKENIZER_PRESETS, default="toy",
+                        help="tokenizer, of images or clips")
     parser.add_argument("--batch-size", type=runtime.positive_int, default=8, help="images or clips at once")
-    parser.add_argument("--checkpointing-only", action="store_true",
-                        help="train-video: leave out the step that keeps all activations")
     parser.add_argument("--steps", type=runtime.positive_int, help="tokens to sample (all of an image)")
     parser.add_argument("--mixed-precision", choices=runtime.AUTOCAST_DTYPES, default="bf16",
                         help="precision of the fast variant, beside fp32 where both are timed")

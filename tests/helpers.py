@@ -1,21 +1,24 @@
-"""What several tests share: the weights behind the golden vectors, and a way to run the scripts."""
+"""What several tests share: the weights behind the golden vectors, and ways to run the scripts."""
 
 import json
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
+import time
 import zlib
 
 import numpy as np
 import torch
 
+import checkpoints
 import runtime
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-CLOCK = ("images/s", "clips/s", "tokens/s", "tflops", "mfu")           # logged, but of no two runs the same
 GOLDEN = pathlib.Path(__file__).resolve().parent / "golden"
+CLOCK = ("samples/s", "tokens/s", "tflops", "mfu")                     # logged, but of no two runs the same
 
 
 def fill(name, shape):
@@ -45,21 +48,41 @@ def environment():
     return {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
-def run_script(script, *flags, ranks=1, timeout=300, check=True, cwd=ROOT):
-    """Run a script of the project as a user would; returns the CompletedProcess with text output."""
+def command(script, flags, ranks=1):
+    """The command line of a script of the project as a user would type it, under torchrun for 2 ranks or more."""
     launcher = [sys.executable]
     if ranks > 1:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         launcher += ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={port}"]
-    command = [*launcher, str(ROOT / script), *map(str, flags)]
-    result = subprocess.run(
-        command, capture_output=True, text=True, timeout=timeout, env=environment(), cwd=cwd
-    )
+    return [*launcher, str(ROOT / script), *map(str, flags)]
+
+
+def run_script(script, *flags, ranks=1, check=True, cwd=ROOT):
+    """Run a script to its end; returns the CompletedProcess with text output."""
+    result = subprocess.run(command(script, flags, ranks), capture_output=True, text=True, timeout=300,
+                            env=environment(), cwd=cwd)
     if check:
         assert result.returncode == 0, result.stdout + result.stderr
     return result
+
+
+def kill_when(script, *flags, until, ranks=1):
+    """Start a script and kill -9 it and its ranks as soon as the file `until` exists."""
+    process = subprocess.Popen(command(script, flags, ranks), env=environment(), start_new_session=True,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while not until():
+        assert time.time() < deadline and process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.003)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def call(script, *flags):
+    """A script's main in this process: starting Python and torch anew would take longer than most runs."""
+    return script.main(script.get_args([str(flag) for flag in flags]))
 
 
 def logged(directory):
@@ -72,8 +95,10 @@ def logged(directory):
 
 
 def newest(directory):
-    """The newest checkpoint of a run."""
-    return runtime.load_checkpoint(runtime.latest_checkpoint(directory))
+    """The newest checkpoint of a run, without the flags, which name its folder."""
+    checkpoint = checkpoints.read(runtime.latest_checkpoint(directory))
+    del checkpoint["args"]
+    return checkpoint
 
 
 def assert_same(a, b, path=""):

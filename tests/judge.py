@@ -1,7 +1,7 @@
 """Are samples of the classes that were asked for? A small classifier, trained on generated data, is asked.
 
     python sample.py --num-fid-samples 200 --cfg-scale 2 --output runs/judged.npz        # after make demo
-    python tests/judge.py runs/judged.npz                  # pictures, or clips of make demo-video
+    python tests/judge.py runs/judged.npz                  # images, or clips of make demo-video
 
 It learns the ten shapes of `generated-plain`, or for an npz of clips the ten motions of the generated clips,
 in under two minutes, and says how many of the samples it agrees on: number n should be of class n mod 10. How
@@ -19,6 +19,7 @@ import torch.nn as nn                                                      # noq
 import torch.nn.functional as F                                            # noqa: E402
 
 import data                                                                # noqa: E402
+import pictures                                                            # noqa: E402
 import runtime                                                             # noqa: E402
 
 
@@ -28,14 +29,14 @@ def learn_classes(dataset, steps):
     The frames of a clip are channels to it, so its first layer sees motion as it sees colour.
     """
     torch.manual_seed(0)
-    channels, side = 3 * int(np.prod(dataset.axes[:-2], dtype=int)), dataset.image_size // 8
+    channels = 3 * int(np.prod(dataset.axes[:-2], dtype=int))
     net = nn.Sequential(nn.Conv2d(channels, 32 if channels == 3 else 128, 3, 2, 1), nn.ReLU(),
                         nn.LazyConv2d(64, 3, 2, 1), nn.BatchNorm2d(64), nn.ReLU(),
                         nn.Conv2d(64, 128, 3, 2, 1), nn.BatchNorm2d(128), nn.ReLU(),
-                        nn.Flatten(), nn.Linear(128 * side ** 2, 10))
+                        nn.Flatten(), nn.Linear(128 * (dataset.axes[-1] // 8) ** 2, 10))
 
     def logits(samples):
-        return net(data.to_float(samples).flatten(1, -3))
+        return net(pictures.to_float(samples).flatten(1, -3))
 
     loader = iter(data.train_loader(dataset, 64, seed=0))
     logits(next(loader)[0])                                                # lazy layers look at their input
@@ -51,7 +52,7 @@ def learn_classes(dataset, steps):
 
 
 def agreement(classify, samples, labels):
-    """The part of `samples` that the classifier takes for what their `labels` say."""
+    """The fraction of `samples` that the classifier takes for what their `labels` say."""
     return (classify(samples) == labels).float().mean().item()
 
 
@@ -59,15 +60,15 @@ def main(args):
     """Train the classifier that suits the npz, and print how often it agrees."""
     with np.load(args.samples) as file:
         samples = torch.from_numpy(file["arr_0"]).movedim(-1, 1)           # (N, 3, [T,] H, W)
-    clips, size = samples.dim() == 5, samples.shape[-1]
+    clips = samples.dim() == 5
+    size = samples.shape[-1]
     runtime.require(size % 8 == 0, f"{args.samples}: sides must be multiples of 8, not {size}")
-    if clips:
-        train, val = (data.build_clips(None, split, size, samples.shape[2]) for split in ("train", "val"))
-    else:
-        train, val = (data.build_dataset("generated-plain", split, size) for split in ("train", "val"))
+    view = data.View(size, samples.shape[2] if clips else None)
+    path = "generated" if clips else "generated-plain"
+    train = data.build_dataset(path, "train", view)
     classify = learn_classes(train, args.steps)
-    held_out, labels, _ = next(iter(data.eval_loader(val, 500)))
-    print(f"held-out {'clips' if clips else 'pictures'}: {agreement(classify, held_out, labels):.0%}")
+    held_out, labels, _ = next(iter(data.eval_batches(data.build_dataset(path, "val", view), range(500), 500)))
+    print(f"held-out {train.kind}s: {agreement(classify, held_out, labels):.0%}")
     wanted = torch.arange(len(samples)) % 10
     print(f"samples: {agreement(classify, samples, wanted):.0%} of {len(samples)} are of the class asked for "
           f"(chance 10 %)")

@@ -1,81 +1,81 @@
-"""The plumbing: files are written whole or not at all, logs resume, downloads are verified."""
+"""The plumbing and the pictures: files are whole or not there, logs resume, downloads are verified."""
 import json
 
 import numpy as np
 import pytest
 import torch
 
+import pictures
 import runtime
+import train_ar
+import train_tokenizer
 from helpers import run_script
 
 
+# ---- the learning rate of both stages ---------------------------------------------------------------------
+
+def test_learning_rate_hits_its_landmarks():
+    def at(step, schedule, warmup=0, final=0.0, milestones=()):
+        return runtime.learning_rate_factor(step, 101, warmup, schedule, final, milestones)
+    assert [at(s, "constant", 10) for s in (0, 5, 10, 100)] == [0, 0.5, 1, 1]
+    assert [at(s, "milestones", milestones=(20, 50)) for s in (19, 20, 50)] == pytest.approx([1, 0.1, 0.01])
+    assert [at(s, "cosine", 20, 0.01) for s in (20, 60, 100)] == pytest.approx([1, 0.505, 0.01])
+    assert [at(s, "linear", 20) for s in (10, 20, 60, 100)] == pytest.approx([0.5, 1, 0.5, 0])
+    assert [at(s, "plateau", 20, 0.1) for s in (0, 10, 20, 24, 62, 100)] == pytest.approx(
+        [0.005, 0.5025, 1, 1, 1 - 0.9 * (42 / 80 - 0.05) / 0.95, 0.1])
+
+
+def test_both_stages_use_the_one_schedule():
+    args = train_ar.get_args(["--preset", "AR-XL"])
+    assert (args.lr, args.length, args.warmup, args.weight_decay) == (2.4e-4, "350ep", "7ep", 0.05)
+    assert train_tokenizer.get_args(["--preset", "toy"]).lr_schedule == "linear"
+
+
+# ---- files ------------------------------------------------------------------------------------------------
+
 def test_a_failed_save_leaves_the_old_checkpoint_and_no_litter(tmp_path):
-    path = tmp_path / "step-00000001.pt"
-    runtime.save_checkpoint(path, {"a": torch.ones(3)})
+    runtime.save_checkpoint(tmp_path, 1, {"a": torch.ones(3)})
     with pytest.raises(Exception):
-        runtime.save_checkpoint(path, {"a": torch.ones(3), "b": lambda: None})            # cannot be pickled
-    assert torch.equal(runtime.load_checkpoint(path)["a"], torch.ones(3))
-    assert list(tmp_path.iterdir()) == [path]
+        runtime.save_checkpoint(tmp_path, 1, {"a": torch.ones(3), "b": lambda: None})     # cannot be pickled
+    path = tmp_path / "step-00000001.pt"
+    assert torch.equal(torch.load(path)["a"], torch.ones(3)) and list(tmp_path.iterdir()) == [path]
 
 
 def test_old_checkpoints_are_pruned_oldest_first(tmp_path):
     for step in (5, 40, 300):
-        runtime.save_checkpoint(runtime.checkpoint_path(tmp_path, step), {})
-    runtime.prune_checkpoints(tmp_path, keep=2)
+        runtime.save_checkpoint(tmp_path, step, {}, keep=2)
     assert [p.name for p in runtime.list_checkpoints(tmp_path)] == ["step-00000040.pt", "step-00000300.pt"]
     with pytest.raises(runtime.UserError, match="train one first"):
         runtime.latest_checkpoint(tmp_path / "none")
 
 
-def test_log_drops_what_a_resumed_run_will_log_again(tmp_path):
-    logger = runtime.Logger(tmp_path, total_steps=4)
+def test_log_drops_what_a_resumed_run_logs_again(tmp_path):
+    logger = runtime.Logger(tmp_path, 4)
     for step in (1, 2, 3):
         logger.log(step, {"loss": float(step)})
-    logger.close()
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "lo')                                      # killed in the middle of a line
-    runtime.Logger(tmp_path, total_steps=4, start_step=2).close()
+    runtime.Logger(tmp_path, 4, start_step=2)
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2]
 
 
-def test_downloads_are_verified_and_offline_is_one_clear_line(tmp_path):
+def test_downloads_are_verified_and_offline_is_one_line(tmp_path, monkeypatch):
     source = tmp_path / "weights.bin"
     source.write_bytes(b"weights")
     url, sha = source.as_uri(), runtime.sha256_of(source)
-    path = runtime.fetch(url, tmp_path / "cache", sha)
-    assert path.read_bytes() == b"weights"
-    path.write_bytes(b"tampered")
-    with pytest.raises(runtime.UserError, match="not the published file"):
-        runtime.fetch(url, tmp_path / "cache", sha)
+    assert runtime.fetch(url, tmp_path / "cache", sha).read_bytes() == b"weights"
     with pytest.raises(runtime.UserError, match="cannot download"):
         runtime.fetch(url, tmp_path / "other", "0" * 64)
     assert not (tmp_path / "other" / "weights.bin").exists()
     with pytest.raises(runtime.UserError, match="put it at .*none.bin"):
         runtime.fetch((tmp_path / "none.bin").as_uri(), tmp_path / "cache")
+    monkeypatch.setenv("HF_ENDPOINT", tmp_path.as_uri())
+    path = runtime.fetch("https://huggingface.co/weights.bin", tmp_path / "mirrored")
+    assert path.read_bytes() == b"weights"
 
 
-def test_averaged_weights_come_and_go_bit_for_bit():
-    model = torch.nn.Linear(3, 2)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    with runtime.averaged_weights(model, {name: torch.zeros_like(p) for name, p in before.items()}):
-        assert all((p == 0).all() for p in model.parameters())
-    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-
-
-def test_image_grid_has_a_place_for_every_image_and_its_caption():
-    images = torch.arange(6, dtype=torch.uint8).mul(40).view(6, 1, 1, 1).expand(6, 3, 8, 8)
-    grid = runtime.image_grid(images, columns=4, scale=2)
-    assert grid.shape == (2 * (16 + 2) + 2, 4 * (16 + 2) + 2, 3) and grid.dtype == np.uint8
-    assert grid[10, 10].tolist() == [0] * 3 and grid[2 + 18 + 5, 2 + 18 + 5].tolist() == [200] * 3
-    assert runtime.image_grid(images, 4, labels=list("abcdef")).shape[0] == 2 * (8 + 2 + 14) + 2
-
-
-def test_to_uint8_is_the_inverse_of_the_model_range():
-    levels = torch.arange(256, dtype=torch.uint8)
-    assert torch.equal(runtime.to_uint8(levels.float() / 127.5 - 1), levels)
-    assert runtime.to_uint8(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
-
+# ---- flags and mistakes -----------------------------------------------------------------------------------
 
 def test_durations_are_steps_or_epochs():
     assert runtime.to_steps("50", 7) == 50 and runtime.to_steps("2.5ep", 10) == 25
@@ -84,12 +84,54 @@ def test_durations_are_steps_or_epochs():
             runtime.duration(text)
 
 
-def test_curves_are_drawn_and_unknown_names_are_listed(tmp_path):
-    pytest.importorskip("matplotlib")
-    logger = runtime.Logger(tmp_path / "run", total_steps=2)
-    logger.log(1, {"loss/l1": 1.0}), logger.log(2, {"loss/l1": 0.5})
-    logger.close()
-    result = run_script("runtime.py", tmp_path / "run", "--output", tmp_path / "curves.png")
+def test_our_own_errors_are_one_line_and_bugs_are_tracebacks(monkeypatch, capsys):
+    def wrong_shape(args):
+        import tokenizer
+        tokenizer.Tokenizer(tokenizer.PRESETS["toy"]).encode(torch.zeros(1, 3, 5, 5))
+
+    with pytest.raises(SystemExit) as caught:
+        runtime.run_script(wrong_shape, lambda: None)
+    assert caught.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+    with pytest.raises(json.JSONDecodeError):                              # a ValueError of a library
+        runtime.run_script(lambda args: json.loads("{"), lambda: None)
+
+
+# ---- pictures ---------------------------------------------------------------------------------------------
+
+def test_image_grid_has_a_place_for_every_image_and_caption():
+    images = torch.arange(6, dtype=torch.uint8).mul(40).view(6, 1, 1, 1).expand(6, 3, 8, 8)
+    grid = pictures.image_grid(images, columns=4, scale=2)
+    assert grid.shape == (2 * (16 + 2) + 2, 4 * (16 + 2) + 2, 3) and grid.dtype == np.uint8
+    assert grid[10, 10].tolist() == [0] * 3 and grid[2 + 18 + 5, 2 + 18 + 5].tolist() == [200] * 3
+    assert pictures.image_grid(images, 4, labels=list("abcdef")).shape[0] == 2 * (8 + 2 + 14) + 2
+    assert pictures.image_grid(images[:1], 1).shape == (12, 12, 3)
+
+
+def test_to_uint8_inverts_to_float():
+    levels = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(pictures.to_uint8(pictures.to_float(levels)), levels)
+    assert torch.equal(pictures.to_float(levels), (levels.double() / 127.5 - 1).float())
+    assert pictures.to_uint8(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
+    assert pictures.to_uint8(torch.tensor([0.999]), truncate=True).tolist() == [254]
+
+
+@pytest.mark.parametrize("suffix", pictures.VIDEO_FORMATS)
+def test_written_videos_come_back(tmp_path, suffix):
+    import data
+    frames = np.linspace(0, 250, 5).astype(np.uint8)[:, None, None, None] + np.zeros((5, 17, 31, 3), np.uint8)
+    pictures.write_video(tmp_path / f"a{suffix}", frames, fps=10)
+    back = np.stack([np.asarray(frame()) for frame in data.video_frames(tmp_path / f"a{suffix}")])
+    assert back.shape[0] == 5 and abs(back[:, :17, :31].astype(int) - frames).max() <= 12
+    assert data.frame_rate(tmp_path / f"a{suffix}") == pytest.approx(10, rel=0.05)
+    with pytest.raises(runtime.UserError, match="mp5"):
+        pictures.write_video(tmp_path / "a.mp5", frames)
+
+
+def test_curves_are_drawn_and_unknown_names_listed(tmp_path):
+    logger = runtime.Logger(tmp_path / "run", 2)
+    logger.log(1, {"loss/l1": 1.0})
+    logger.log(2, {"loss/l1": 0.5})
+    result = run_script("pictures.py", tmp_path / "run", "--output", tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 1000, result.stdout
-    result = run_script("runtime.py", tmp_path / "run", "--values", "lost", check=False)
+    result = run_script("pictures.py", tmp_path / "run", "--values", "lost", check=False)
     assert result.returncode == 2 and "loss/l1" in result.stderr and len(result.stderr.splitlines()) == 1

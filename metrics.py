@@ -1,0 +1,480 @@
+"""Every metric as a lecture: what it sees, what it misses, and the trap that has caught people before.
+
+Pure functions on tensors, and the networks behind some of them; evaluate.py measures with them, and the
+training of stage I uses LPIPS, PSNR and the usage of the codebook. Nothing here knows of files or flags: the
+networks are built with random weights, and checkpoints.py fills in the published ones.
+
+    1. pixels       PSNR, SSIM, usage of the codebook
+    2. LPIPS        distance in the feature space of a classifier
+    3. networks     Inception and I3D, and the rules by which images are resized for them
+    4. sets         Frechet distance (FID, sFID, FVD), Inception Score, precision and recall
+
+Axis letters: B images, T frames of a clip, N of a set, H W their size, D features. Errors are ValueErrors.
+"""
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+
+# ------------------------------------------------------------------------------------------------------------
+# 1. Pixels and codes: what one image and its reconstruction, or one bag of tokens, can tell
+# ------------------------------------------------------------------------------------------------------------
+
+
+def check(condition, text):
+    """Raise ValueError(text) unless `condition` holds."""
+    if not condition:
+        raise ValueError(text)
+
+
+def as_frames(x):
+    """Clips (B, 3, T, H, W) to their frames (B * T, 3, H, W); images (B, 3, H, W) stay what they are."""
+    return x.transpose(1, 2).flatten(0, 1) if x.dim() == 5 else x
+
+
+def check_pair(reference, images):
+    """Raise ValueError unless both are uint8 (B, 3, H, W) of the same shape."""
+    for each in (reference, images):
+        check(each.dtype == torch.uint8 and each.dim() == 4 and each.shape[1] == 3,
+              f"pixel metrics compare uint8 images (B, 3, H, W), not {str(each.dtype)[6:]} {list(each.shape)}")
+    check(reference.shape == images.shape,
+          f"images of {list(images.shape)} cannot be compared with images of {list(reference.shape)}")
+
+
+def psnr(reference, images):
+    """Peak signal-to-noise ratio in dB of uint8 images (B, 3, H, W) against `reference`: (B,), float64.
+
+    Sees: the mean squared error of an image, on a log scale; 6 dB more are half the distance.
+    Misses: structure. A blurred lawn beats a crisp one whose blades are shifted by a pixel, so a tokenizer
+    trained without a GAN wins here and looks worse.
+    Trap: average the dB of images, not their errors, or a few hard images decide. And an image that
+    comes back exactly has infinite PSNR, which makes the mean infinite: that is a hint of comparing a file
+    with itself.
+    """
+    check_pair(reference, images)
+    error = (reference.int() - images.int()).square().double()           # exact
+    return 10 * (255 ** 2 / error.mean((1, 2, 3))).log10()
+
+
+def ssim(reference, images):
+    """Structural similarity (Wang et al., 2004) of uint8 images (B, 3, H, W) to `reference`: (B,), float64.
+
+    scikit-image's version, as in the paper: uniform 7 x 7 windows, unbiased variances, colour channels one by
+    one.
+    Sees: in each window, whether brightness, contrast and pattern agree. Misses: what lies outside the
+    window, and colour as such. Trap: there are many SSIMs. An 11 x 11 Gaussian window (torchmetrics, piq), or
+    data_range=2 for images in [0, 1] (LlamaGen: 0.675 for what is 0.54 here) gives other numbers.
+    """
+    check_pair(reference, images)
+    check(min(images.shape[2:]) >= 7, f"SSIM needs images of 7 x 7 or more, not {list(images.shape[2:])}")
+    # A few images at a time keep the intermediate maps in a CPU's cache, which doubles the speed.
+    size = max(1, 2 ** (18 if images.device.type == "cpu" else 24) // images[0].numel())
+    parts = []
+    for x, y in zip(reference.double().split(size), images.double().split(size)):
+        mean_x, mean_y, mean_xx, mean_yy, mean_xy = [F.avg_pool2d(m, 7, 1) for m in (x, y, x * x, y * y, x * y)]
+        unbias = 49 / 48                                                 # windows of 49 pixels
+        var_x = unbias * (mean_xx - mean_x * mean_x)
+        var_y = unbias * (mean_yy - mean_y * mean_y)
+        covariance = unbias * (mean_xy - mean_x * mean_y)
+        c1 = (0.01 * 255) ** 2
+        c2 = (0.03 * 255) ** 2
+        similarity = (2 * mean_x * mean_y + c1) * (2 * covariance + c2) / (
+            (mean_x * mean_x + mean_y * mean_y + c1) * (var_x + var_y + c2))
+        parts.append(similarity.mean((1, 2, 3)))
+    return torch.cat(parts)
+
+
+def codebook_usage(counts):
+    """How well the codes are used. counts (V,): how often each occurred. Returns two figures:
+
+    usage: the fraction of the codebook that occurred at all. Sees dead codes, but a code used once counts as
+    much as one used a million times. Trap: it grows with the number of images. 2^18 codes need all 50,000 of
+    ImageNet val to reach 100 %.
+    perplexity: 2^entropy of the code frequencies: the evenly used codebook of this size would carry as much.
+    """
+    counts = counts.double()
+    p = counts[counts > 0] / counts.sum()
+    return {"usage": float((counts > 0).double().mean()), "perplexity": float(2 ** -(p * p.log2()).sum())}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 2. LPIPS
+# ------------------------------------------------------------------------------------------------------------
+
+LPIPS_TAPS = {"vgg": (3, 8, 15, 22, 29), "alex": (1, 4, 7, 9, 11)}    # ReLU layers in torchvision's .features
+LPIPS_WIDTHS = {"vgg": (64, 128, 256, 512, 512), "alex": (64, 192, 384, 256, 256)}
+
+
+class LPIPS(nn.Module):
+    """Learned perceptual image patch similarity (Zhang et al., 2018), version 0.1, of images in [-1, 1].
+
+    Five feature maps of a frozen classifier, each position normalised to unit length; squared differences are
+    weighted by learned non-negative weights, one a channel, and averaged over positions. Built with random
+    weights: `load_lpips` fills in the real ones. Feeding images in [0, 1] is the classical mistake:
+    distances come out far too small.
+    """
+
+    def __init__(self, net="vgg"):
+        super().__init__()
+        build = {"vgg": torchvision.models.vgg16, "alex": torchvision.models.alexnet}[net]
+        trunk = build(weights=None)
+        self.taps = LPIPS_TAPS[net]
+        self.features = trunk.features[:self.taps[-1] + 1]
+        for layer in self.features:
+            if isinstance(layer, nn.ReLU):
+                layer.inplace = False                            # or it would overwrite what the tap has kept
+        self.heads = nn.ParameterList(torch.rand(1, width, 1, 1) for width in LPIPS_WIDTHS[net])
+        self.register_buffer("shift", torch.tensor([-.030, -.088, -.188]).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("scale", torch.tensor([.458, .448, .450]).view(1, 3, 1, 1), persistent=False)
+        self.eval().requires_grad_(False)
+
+    def taps_of(self, x):
+        """x (B, 3, H, W) in [-1, 1] to five unit-length feature maps (B, C_l, H_l, W_l) in fp32."""
+        h, maps = (x - self.shift) / self.scale, []
+        for i, layer in enumerate(self.features):
+            h = layer(h)
+            if i in self.taps:
+                f = h.float()
+                maps.append(f / (f.square().sum(1, keepdim=True).sqrt() + 1e-10))
+        return maps
+
+    def forward(self, x, y):
+        """Distances (B,) of two batches of images (B, 3, H, W) in [-1, 1], differentiable in both."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad):
+            maps_x = self.taps_of(x)                             # a target needs no graph: half of the memory
+        return sum((w * (fx - fy).square()).sum(1).mean((1, 2))
+                   for w, fx, fy in zip(self.heads, maps_x, self.taps_of(y)))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 3. Networks: "similar" as a classifier sees it
+# ------------------------------------------------------------------------------------------------------------
+
+def unit_range(images):
+    """uint8 to float32 k / 255 in [0, 1].
+
+    The divisor is a tensor: a GPU would turn a plain number into a product with its inverse, one bit off.
+    """
+    return images.float() / torch.full((), 255.0, device=images.device)
+
+
+def resize_tf1(images, size=299):
+    """Bilinear resize as TensorFlow 1 did it: float (B, C, H, W) to (B, C, size, size).
+
+    Output pixel i reads from i * in / out, without the half-pixel shift that makes the grid's centres meet,
+    and without antialiasing. The image moves by up to half a pixel: wrong, and part of every FID of the ADM
+    family.
+    """
+    for dim in (-1, -2):                                               # x first: the order of roundings
+        n = images.shape[dim]
+        position = torch.arange(size, device=images.device) * torch.tensor(n / size, device=images.device)
+        low = position.long()
+        weight = position - low
+        weight = weight if dim == -1 else weight.unsqueeze(1)
+        below, above = images.index_select(dim, low), images.index_select(dim, (low + 1).clamp(max=n - 1))
+        images = below + (above - below) * weight
+    return images
+
+
+def inception_input(images, rule):
+    """uint8, or float in [0, 1], (B, 3, H, W) to what Inception takes: (B, 3, 299, 299) in about [-1, 1].
+
+    rule "half-pixel"              pytorch-fid, the official rFID: bilinear, no antialiasing, 2x - 1
+         "half-pixel-antialiased"  the same, but a side of more than 299 pixels is shrunk without aliasing
+         "tf1"                     ADM, torch-fidelity: TensorFlow's old rule on 0..255, (k - 128) / 128
+    Statistics of one rule mean nothing beside those of another: on 256 x 256 images the inputs differ by up
+    to 18 levels. The aspect ratio is ignored by all of them.
+    """
+    if rule == "tf1":
+        check(images.dtype == torch.uint8, f"rule tf1 takes uint8 images, not {str(images.dtype)[6:]}")
+        return (resize_tf1(images.float()) - 128) / 128
+    x = unit_range(images) if images.dtype == torch.uint8 else images
+    antialias = rule == "half-pixel-antialiased"
+    return 2 * F.interpolate(x, (299, 299), mode="bilinear", align_corners=False, antialias=antialias) - 1
+
+
+class FIDInception(torchvision.models.Inception3):
+    """The Inception-v3 of 2015 that FID is defined by: torchvision's network with other pooling branches.
+
+    It has 1008 outputs, averages without counting the padding, and takes a maximum instead of an average in
+    the very last block: accidents of one TensorFlow file, and part of the metric. torchvision's own weights
+    and pooling give another number that is sometimes published as FID.
+    """
+
+    def __init__(self):
+        super().__init__(num_classes=1008, aux_logits=False, init_weights=False)
+
+    def mix(self, name, x):
+        """Block `name` with the right pooling branch: its output, and its first (1 x 1) branch."""
+        block = getattr(self, name)
+        *branches, _ = block._forward(x)                               # the pooling branch is the last
+        if name == "Mixed_7c":
+            pooled = F.max_pool2d(x, 3, stride=1, padding=1)
+        else:
+            pooled = F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+        return torch.cat([*branches, block.branch_pool(pooled)], 1), branches[0]
+
+    def forward(self, x):
+        """x (B, 3, 299, 299) in [-1, 1] to features (B, 2048), spatial ones (B, 2023), logits (B, 1008)."""
+        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))             # (B, 64, 147, 147)
+        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(self.maxpool1(x)))                  # (B, 192, 71, 71)
+        x = self.maxpool2(x)                                                          # (B, 192, 35, 35)
+        for name in ("Mixed_5b", "Mixed_5c", "Mixed_5d"):
+            x, _ = self.mix(name, x)                                                  # (B, 288, 35, 35)
+        x = self.Mixed_6a(x)                                                          # (B, 768, 17, 17)
+        for name in ("Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e"):
+            x, branch = self.mix(name, x)                                             # (B, 768, 17, 17)
+            if name == "Mixed_6d":
+                # sFID: 7 channels, position by position (H, W, C). Channels first would not fit stored
+                # statistics.
+                spatial = branch[:, :7].permute(0, 2, 3, 1).flatten(1)                # (B, 17 * 17 * 7)
+        x = self.Mixed_7a(x)                                                          # (B, 1280, 8, 8)
+        for name in ("Mixed_7b", "Mixed_7c"):
+            x, _ = self.mix(name, x)                                                  # (B, 2048, 8, 8)
+        features = x.mean((2, 3))                                                     # (B, 2048)
+        # The Inception Score of TensorFlow and ADM leaves out the bias; with it, scores are a sixth lower.
+        return features, spatial, features @ self.fc.weight.T
+
+
+def same_pad(x, kernel, stride):
+    """TensorFlow's SAME padding of (B, C, T, H, W) by zeros: the odd one goes behind, unlike padding=k//2."""
+    pads = []
+    for size, k, s in zip(reversed(x.shape[2:]), reversed(kernel), reversed(stride)):
+        total = max(k - s if size % s == 0 else k - size % s, 0)
+        pads += [total // 2, total - total // 2]
+    return F.pad(x, pads)
+
+
+class Unit3D(nn.Module):
+    """SAME-padded 3D convolution - BatchNorm - ReLU."""
+
+    def __init__(self, in_channels, out_channels, kernel, eps, stride=1):
+        super().__init__()
+        self.kernel, self.stride = (kernel,) * 3, (stride,) * 3
+        self.conv3d = nn.Conv3d(in_channels, out_channels, kernel, stride=stride, bias=False)
+        self.bn = nn.BatchNorm3d(out_channels, eps=eps)
+
+    def forward(self, x):
+        """x (B, C, T, H, W) to (B, C', T / s, H / s, W / s), rounded up."""
+        return F.relu(self.bn(self.conv3d(same_pad(x, self.kernel, self.stride))))
+
+
+def max_pool(x, kernel, stride):
+    """SAME max-pooling. Padding with 0 is as good as with -inf: everything here comes out of a ReLU."""
+    return F.max_pool3d(same_pad(x, kernel, stride), kernel, stride)
+
+
+class Mixed3D(nn.Module):
+    """Inception block: 1x1x1 | 1x1x1 - 3x3x3 | 1x1x1 - 3x3x3 | max-pool - 1x1x1, side by side."""
+
+    def __init__(self, in_channels, b0, b1a, b1b, b2a, b2b, b3b, eps):
+        super().__init__()
+        self.b0 = Unit3D(in_channels, b0, 1, eps)
+        self.b1a, self.b1b = Unit3D(in_channels, b1a, 1, eps), Unit3D(b1a, b1b, 3, eps)
+        self.b2a, self.b2b = Unit3D(in_channels, b2a, 1, eps), Unit3D(b2a, b2b, 3, eps)
+        self.b3b = Unit3D(in_channels, b3b, 1, eps)
+
+    def forward(self, x):
+        """x (B, C, T, H, W) to (B, b0 + b1b + b2b + b3b, T, H, W)."""
+        pooled = max_pool(x, (3, 3, 3), (1, 1, 1))
+        return torch.cat([self.b0(x), self.b1b(self.b1a(x)), self.b2b(self.b2a(x)), self.b3b(pooled)], 1)
+
+
+class I3D(nn.Module):
+    """Inflated Inception, trained on Kinetics-400 (Carreira and Zisserman, 2017): FVD's eye.
+
+    eps of its BatchNorms: 1e-3 in the TensorFlow graph that defines FVD, 1e-5 in the port that the official
+    script uses (protocol official). The weights are the same.
+    """
+    WIDTHS = {"3b": (64, 96, 128, 16, 32, 32), "3c": (128, 128, 192, 32, 96, 64),
+              "4b": (192, 96, 208, 16, 48, 64), "4c": (160, 112, 224, 24, 64, 64),
+              "4d": (128, 128, 256, 24, 64, 64), "4e": (112, 144, 288, 32, 64, 64),
+              "4f": (256, 160, 320, 32, 128, 128), "5b": (256, 160, 320, 32, 128, 128),
+              "5c": (384, 192, 384, 48, 128, 128)}
+
+    def __init__(self, eps=1e-3):
+        super().__init__()
+        self.Conv3d_1a_7x7 = Unit3D(3, 64, 7, eps, stride=2)
+        self.Conv3d_2b_1x1 = Unit3D(64, 64, 1, eps)
+        self.Conv3d_2c_3x3 = Unit3D(64, 192, 3, eps)
+        channels = 192
+        for name, widths in self.WIDTHS.items():
+            self.add_module(f"Mixed_{name}", Mixed3D(channels, *widths, eps))
+            channels = widths[0] + widths[2] + widths[4] + widths[5]
+        self.logits = nn.Module()
+        self.logits.conv3d = nn.Conv3d(channels, 400, 1)
+
+    def forward(self, x):
+        """Clips x (B, 3, T, 224, 224) in [-1, 1], T of 9 or more, to logits (B, 400): FVD's features."""
+        check(x.shape[2] >= 9, f"I3D needs clips of 9 frames or more, not {x.shape[2]}")
+        x = max_pool(self.Conv3d_1a_7x7(x), (1, 3, 3), (1, 2, 2))                    # (B, 64, T/2, 56, 56)
+        x = self.Conv3d_2c_3x3(self.Conv3d_2b_1x1(x))                                # (B, 192, T/2, 56, 56)
+        x = max_pool(x, (1, 3, 3), (1, 2, 2))                                        # (B, 192, T/2, 28, 28)
+        for name in self.WIDTHS:
+            x = getattr(self, f"Mixed_{name}")(x)
+            if name == "3c":
+                x = max_pool(x, (3, 3, 3), (2, 2, 2))                                # (B, 480, T/4, 14, 14)
+            if name == "4f":
+                x = max_pool(x, (2, 2, 2), (2, 2, 2))                                # (B, 832, T/8, 7, 7)
+        x = F.avg_pool3d(x, (2, 7, 7), stride=1)                                    # (B, 1024, T/8 - 1, 1, 1)
+        return self.logits.conv3d(x).mean((2, 3, 4))                                 # (B, 400)
+
+
+def i3d_input(clips):
+    """uint8 clips (B, T, 3, H, W) to (B, 3, T, 224, 224) in [-1, 1]: bilinear, not antialiased."""
+    frames = F.interpolate(clips.flatten(0, 1).float(), (224, 224), mode="bilinear", align_corners=False)
+    return (2 * frames / 255 - 1).unflatten(0, clips.shape[:2]).transpose(1, 2)
+
+
+def randomise(network, seed=0):
+    """Fill `network` with seeded random weights that keep activations at a useful scale."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in network.named_parameters():
+        if name.startswith("heads."):                                  # LPIPS's channel weights: not negative
+            nn.init.uniform_(parameter, generator=generator)
+        elif parameter.dim() > 1:
+            nn.init.kaiming_normal_(parameter, generator=generator)
+        elif name.endswith("bias"):
+            nn.init.zeros_(parameter)                                  # the default is of global randomness
+    return network
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 4. Sets: what a set of images as a whole can tell
+# ------------------------------------------------------------------------------------------------------------
+
+class Moments:
+    """Mean and covariance of a stream of feature vectors (.., D): n, sum of f, sum of f f^T, all in float64.
+
+    Sums merge over ranks exactly, whatever the order. In float32 they would not do: the covariance is a small
+    difference of large numbers.
+    """
+
+    def __init__(self, dim, device="cpu"):
+        self.n = 0
+        self.total = torch.zeros(dim, dtype=torch.float64, device=device)
+        self.outer = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+
+    def add(self, features):
+        """Count in features (B, D)."""
+        features = features.double()
+        self.n += len(features)
+        self.total += features.sum(0)
+        self.outer.addmm_(features.T, features)
+
+    def mean_and_covariance(self):
+        """numpy mean (D,) and unbiased covariance (D, D). Raises ValueError for fewer than two vectors."""
+        check(self.n >= 2, f"a covariance needs two images or more, there is {self.n}")
+        mean = self.total / self.n
+        covariance = (self.outer - self.n * torch.outer(mean, mean)) / (self.n - 1)
+        return mean.cpu().numpy(), covariance.cpu().numpy()
+
+
+def frechet_distance(mean1, covariance1, mean2, covariance2):
+    """Squared Frechet distance of two Gaussians: |m1 - m2|^2 + Tr S1 + Tr S2 - 2 Tr (S1 S2)^(1/2).
+
+    FID with Inception's features, sFID with its spatial ones, FVD with I3D's logits. numpy float64.
+    Sees: whether two SETS of images have the same distribution of features, up to mean and covariance: blur
+    and artefacts as well as missing classes. sFID's features keep positions, so it sees layout better.
+    Misses: everything about single images (a reconstruction may show another dog), and higher moments.
+    Traps: FID falls with N: with 2,500 images a perfect model already reads 2 % of the features' variance,
+    so compare equal N only. And the reference counts: reconstructions of ImageNet val against val, not train
+    (LlamaGen's tokenizer: 2.19 against val, 4.28 against train); generated images against train.
+
+    With S1 = R R^T, (S1 S2)^(1/2) has the eigenvalues of (R^T S2 R)^(1/2), which is symmetric: real by
+    construction, without the complex residues of a general matrix square root. R comes from the eigenvectors
+    of S1, without those whose eigenvalues are rounding errors, as a square root would make 1e-8 of 1e-16. A
+    covariance of few vectors has many of them, so S1 is the one of lower rank.
+    """
+    check(mean1.shape == mean2.shape and covariance1.shape == covariance2.shape == mean1.shape * 2,
+          f"statistics of {mean1.shape[0]} and {mean2.shape[0]} features cannot be compared")
+    roots = []
+    for covariance in (covariance1, covariance2):
+        values, vectors = np.linalg.eigh(covariance)
+        check(values[0] >= -1e-6 * abs(values[-1]), "a covariance has negative eigenvalues")
+        kept = values > values[-1] * len(values) * np.finfo(np.float64).eps
+        roots.append(vectors[:, kept] * np.sqrt(values[kept]))             # (D, rank)
+    root, other = roots if roots[0].shape[1] <= roots[1].shape[1] else roots[::-1]
+    # The singular values of R1^T R2 are the same numbers, with rounding errors that no root magnifies.
+    product = root.T @ other                                               # (rank, rank')
+    trace = np.sqrt(np.linalg.eigvalsh(product @ product.T).clip(0)).sum() if product.size else 0.0
+    return float(((mean1 - mean2) ** 2).sum() + np.trace(covariance1) + np.trace(covariance2) - 2 * trace)
+
+
+def frechet_distance_official(x, y):
+    """The official video script's Frechet distance of features (N, D), (M, D), for protocol official.
+
+    Two square roots by SVD in float32, singular values under 1e-10 not rooted. The rounding is no detail: the
+    distance of a set of 10,000 clips to itself was measured as 2.82, and a true 16.19 as 16.38.
+    """
+    def root(matrix):
+        u, s, vh = torch.linalg.svd(matrix)
+        return u @ torch.diag(torch.where(s < 1e-10, s, s.sqrt())) @ vh
+
+    x, y = x.float().cpu(), y.float().cpu()
+    covariance_x, covariance_y = torch.cov(x.T), torch.cov(y.T)
+    trace = torch.trace(root(root(covariance_x) @ covariance_y @ root(covariance_x)))
+    distance = (x.mean(0) - y.mean(0)).square().sum() + torch.trace(covariance_x + covariance_y) - 2 * trace
+    return float(distance)
+
+
+def inception_score(logits, split_size=5000):
+    """Inception Score of logits (N, 1008): mean and std over consecutive blocks, and the number of blocks.
+
+    exp of the mean KL(p(class | image) || p(class)) in a block.
+    Sees: sharp predictions (recognisable) that differ from image to image (diverse). Misses: the real
+    data, which never enter, and everything inside a class: one perfect image a class gets the best score.
+    Trap: order. Images sorted by class make each block a few classes only, and the score collapses (real
+    samples of one model: 62 instead of 298); shuffle first. One block scores higher than ten.
+    """
+    check(logits.dim() == 2 and len(logits) >= 1, f"logits must be (N, classes), not {list(logits.shape)}")
+    scores = []
+    for block in logits.split(split_size):
+        log_p = block.double().log_softmax(1)
+        log_mean = log_p.logsumexp(0) - np.log(len(block))
+        scores.append((log_p.exp() * (log_p - log_mean)).sum(1).mean().exp())
+    scores = torch.stack(scores)
+    return float(scores.mean()), float(scores.std(correction=0)), len(scores)
+
+
+def squared_distances(u, v, half=False):
+    """Squared Euclidean distances of the rows of u (n, D) and v (m, D): (n, m) in float32.
+
+    half: computed in float16 unless that overflows, as the TensorFlow evaluator does. Its steps of 0.25 at
+    the usual size of these distances move precision and recall in the third digit.
+    """
+    for dtype in ((torch.float16,) if half else ()) + (torch.float32,):
+        a, b = u.to(dtype), v.to(dtype)
+        distances = a.square().sum(1)[:, None] - 2 * (a @ b.T) + b.square().sum(1)
+        if dtype == torch.float32 or distances.isfinite().all():
+            return distances.float().clamp_min(0)
+
+
+def precision_recall(reference, samples, k=3, half=False, rows=2048):
+    """Improved precision and recall (Kynkaanniemi et al., 2019) of features (N, D) and (M, D).
+
+    Each set is taken as the union of balls around its points, reaching to the k-th neighbour. Precision: how
+    many samples lie in the reference's union (fidelity). Recall: how many reference images lie in the
+    samples' (coverage). Misses: how well regions are weighted, and one outlier can cover a lot of space.
+    Traps: the original uses VGG features, ADM and the paper Inception's; and set sizes matter (ADM: 10,000
+    real and 50,000 generated). Works on blocks of `rows`: the whole 10,000 x 50,000 table would take 2 GB.
+    """
+    check(reference.dim() == samples.dim() == 2 and reference.shape[1] == samples.shape[1],
+            f"features of {list(reference.shape)} and {list(samples.shape)} cannot be compared")
+    check(min(len(reference), len(samples)) > k, f"precision and recall need more than {k} images a set, "
+            f"there are {len(samples)} samples and {len(reference)} reference images")
+
+    def radii(points):                                                 # + 1: the nearest is the point itself
+        return torch.cat([squared_distances(block, points, half).kthvalue(k + 1, dim=1).values
+                          for block in points.split(rows)])
+
+    reference_radii, sample_radii = radii(reference), radii(samples)
+    precise, recalled = 0, torch.zeros(len(reference), dtype=torch.bool, device=reference.device)
+    for block, radius in zip(samples.split(rows), sample_radii.split(rows)):
+        distances = squared_distances(block, reference, half)          # (rows, N)
+        precise += int((distances <= reference_radii).any(1).sum())
+        recalled |= (distances <= radius[:, None]).any(0)
+    return precise / len(samples), float(recalled.double().mean())
+
+
