@@ -16,7 +16,6 @@ sub-vocabulary, D width, H heads, d = D / H, L positions, R rows of a sampling s
 """
 import dataclasses
 import math
-import typing
 
 import torch
 import torch.nn as nn
@@ -323,7 +322,8 @@ SAMPLING = {
 }
 
 
-class Settings(typing.NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Settings:
     """How one sub-token is drawn: guidance, then temperature, then top-k, then top-p."""
     cfg_scale: float = 1.0              # 1: no guidance; 0: the class is ignored
     temperature: float = 1.0            # 0: greedy
@@ -335,7 +335,7 @@ def sampling_settings(count, **values):
     """One `Settings` for each of `count` sub-tokens; a value is a sequence of that length, or one for all.
     Raises ValueError, in the words of the flags, for another number of values and for meaningless ones."""
     columns = []
-    for name, column in Settings(**values)._asdict().items():
+    for name, column in vars(Settings(**values)).items():
         flag = "--" + name.replace("_", "-")
         column = column if isinstance(column, (tuple, list)) else [column]
         if len(column) not in (1, count):

@@ -4,14 +4,10 @@ Pure functions on tensors, and the networks behind some of them; evaluate.py mea
 training of stage I uses LPIPS, PSNR and the usage of the codebook. Nothing here knows of files or flags: the
 networks are built with random weights, and checkpoints.py fills in the published ones.
 
-    1. pixels       PSNR, SSIM, usage of the codebook
-    2. LPIPS        distance in the feature space of a classifier
-    3. networks     Inception and I3D, and the rules by which images are resized for them
-    4. sets         Frechet distance (FID, sFID, FVD), Inception Score, precision and recall
-
 Axis letters: B images, T frames of a clip, N of a set, H W their size, D features. Errors are ValueErrors.
 """
 import numpy as np
+import scipy.linalg
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -30,6 +26,8 @@ def check(condition, text):
 
 def as_frames(x):
     """Clips (B, 3, T, H, W) to their frames (B * T, 3, H, W); images (B, 3, H, W) stay what they are."""
+    check(x.dim() in (4, 5) and x.shape[1] == 3,
+          f"this takes images (B, 3, H, W) or clips (B, 3, T, H, W), not {list(x.shape)}")
     return x.transpose(1, 2).flatten(0, 1) if x.dim() == 5 else x
 
 
@@ -37,7 +35,7 @@ def check_pair(reference, images):
     """Raise ValueError unless both are uint8 (B, 3, H, W) of the same shape."""
     for each in (reference, images):
         check(each.dtype == torch.uint8 and each.dim() == 4 and each.shape[1] == 3,
-              f"pixel metrics compare uint8 images (B, 3, H, W), not {str(each.dtype)[6:]} {list(each.shape)}")
+              f"pixel metrics take uint8 images (B, 3, H, W), not {str(each.dtype)[6:]} {list(each.shape)}")
     check(reference.shape == images.shape,
           f"images of {list(images.shape)} cannot be compared with images of {list(reference.shape)}")
 
@@ -48,41 +46,52 @@ def psnr(reference, images):
     Sees: the mean squared error of an image, on a log scale; 6 dB more are half the distance.
     Misses: structure. A blurred lawn beats a crisp one whose blades are shifted by a pixel, so a tokenizer
     trained without a GAN wins here and looks worse.
-    Trap: average the dB of images, not their errors, or a few hard images decide. And an image that
-    comes back exactly has infinite PSNR, which makes the mean infinite: that is a hint of comparing a file
-    with itself.
+    Trap: average the dB of images, not their errors, or a few hard images decide. And an image that comes
+    back exactly has infinite PSNR, which makes the mean infinite: a hint of comparing a file with itself.
     """
     check_pair(reference, images)
     error = (reference.int() - images.int()).square().double()           # exact
     return 10 * (255 ** 2 / error.mean((1, 2, 3))).log10()
 
 
+def window_sums(x):
+    """Sums over windows of 7 x 7: (.., H, W) to (.., H - 6, W - 6). As 4 + 2 + 1 they take 8 additions;
+    `F.avg_pool2d(x, 7, 1)`, the same but for the division by 49, takes six times as long on a CPU."""
+    for dim in (-1, -2):
+        n = x.shape[dim]
+        twos = x.narrow(dim, 0, n - 1) + x.narrow(dim, 1, n - 1)
+        fours = twos.narrow(dim, 0, n - 3) + twos.narrow(dim, 2, n - 3)
+        x = fours.narrow(dim, 0, n - 6) + twos.narrow(dim, 4, n - 6) + x.narrow(dim, 6, n - 6)
+    return x
+
+
 def ssim(reference, images):
     """Structural similarity (Wang et al., 2004) of uint8 images (B, 3, H, W) to `reference`: (B,), float64.
 
-    scikit-image's version, as in the paper: uniform 7 x 7 windows, unbiased variances, colour channels one by
-    one.
+    scikit-image's version, as in the paper: uniform 7 x 7 windows, unbiased variances, channel by channel.
     Sees: in each window, whether brightness, contrast and pattern agree. Misses: what lies outside the
     window, and colour as such. Trap: there are many SSIMs. An 11 x 11 Gaussian window (torchmetrics, piq), or
     data_range=2 for images in [0, 1] (LlamaGen: 0.675 for what is 0.54 here) gives other numbers.
     """
     check_pair(reference, images)
     check(min(images.shape[2:]) >= 7, f"SSIM needs images of 7 x 7 or more, not {list(images.shape[2:])}")
-    # A few images at a time keep the intermediate maps in a CPU's cache, which doubles the speed.
-    size = max(1, 2 ** (18 if images.device.type == "cpu" else 24) // images[0].numel())
-    parts = []
-    for x, y in zip(reference.double().split(size), images.double().split(size)):
-        mean_x, mean_y, mean_xx, mean_yy, mean_xy = [F.avg_pool2d(m, 7, 1) for m in (x, y, x * x, y * y, x * y)]
-        unbias = 49 / 48                                                 # windows of 49 pixels
-        var_x = unbias * (mean_xx - mean_x * mean_x)
-        var_y = unbias * (mean_yy - mean_y * mean_y)
-        covariance = unbias * (mean_xy - mean_x * mean_y)
-        c1 = (0.01 * 255) ** 2
-        c2 = (0.03 * 255) ** 2
-        similarity = (2 * mean_x * mean_y + c1) * (2 * covariance + c2) / (
-            (mean_x * mean_x + mean_y * mean_y + c1) * (var_x + var_y + c2))
-        parts.append(similarity.mean((1, 2, 3)))
-    return torch.cat(parts)
+    c1 = (0.01 * 255) ** 2
+    c2 = (0.03 * 255) ** 2
+    # A few channels at a time keep the intermediate maps in a CPU's cache, which doubles the speed.
+    size = max(1, 2 ** (16 if images.device.type == "cpu" else 24) // images[0, 0].numel())
+    means = []
+    for x, y in zip(reference.flatten(0, 1).split(size), images.flatten(0, 1).split(size)):
+        x = x.int()                                                      # (channels, H, W), sums are exact
+        y = y.int()
+        mean_x = window_sums(x).double() / 49                            # (channels, H - 6, W - 6)
+        mean_y = window_sums(y).double() / 49
+        squares = mean_x * mean_x + mean_y * mean_y
+        product = mean_x * mean_y
+        variances = (window_sums(x * x + y * y).double() / 49 - squares) * (49 / 48)          # x's plus y's
+        covariance = (window_sums(x * y).double() / 49 - product) * (49 / 48)
+        similarity = (2 * product + c1) * (2 * covariance + c2) / ((squares + c1) * (variances + c2))
+        means.append(similarity.mean((1, 2)))
+    return torch.cat(means).unflatten(0, images.shape[:2]).mean(1)
 
 
 def codebook_usage(counts):
@@ -110,17 +119,16 @@ class LPIPS(nn.Module):
     """Learned perceptual image patch similarity (Zhang et al., 2018), version 0.1, of images in [-1, 1].
 
     Five feature maps of a frozen classifier, each position normalised to unit length; squared differences are
-    weighted by learned non-negative weights, one a channel, and averaged over positions. Built with random
-    weights: `load_lpips` fills in the real ones. Feeding images in [0, 1] is the classical mistake:
-    distances come out far too small.
+    weighted by learned non-negative weights, one a channel, and averaged over positions. Feeding images in
+    [0, 1] is the classical mistake: distances come out far too small.
     """
 
     def __init__(self, net="vgg"):
         super().__init__()
+        check(net in LPIPS_TAPS, f"LPIPS has the networks {' and '.join(LPIPS_TAPS)}, not {net}")
         build = {"vgg": torchvision.models.vgg16, "alex": torchvision.models.alexnet}[net]
-        trunk = build(weights=None)
         self.taps = LPIPS_TAPS[net]
-        self.features = trunk.features[:self.taps[-1] + 1]
+        self.features = build(weights=None).features[:self.taps[-1] + 1]
         for layer in self.features:
             if isinstance(layer, nn.ReLU):
                 layer.inplace = False                            # or it would overwrite what the tap has kept
@@ -131,7 +139,8 @@ class LPIPS(nn.Module):
 
     def taps_of(self, x):
         """x (B, 3, H, W) in [-1, 1] to five unit-length feature maps (B, C_l, H_l, W_l) in fp32."""
-        h, maps = (x - self.shift) / self.scale, []
+        h = (x - self.shift) / self.scale
+        maps = []
         for i, layer in enumerate(self.features):
             h = layer(h)
             if i in self.taps:
@@ -163,8 +172,7 @@ def resize_tf1(images, size=299):
     """Bilinear resize as TensorFlow 1 did it: float (B, C, H, W) to (B, C, size, size).
 
     Output pixel i reads from i * in / out, without the half-pixel shift that makes the grid's centres meet,
-    and without antialiasing. The image moves by up to half a pixel: wrong, and part of every FID of the ADM
-    family.
+    and without antialiasing. The image moves by up to half a pixel: wrong, and part of every FID like ADM's.
     """
     for dim in (-1, -2):                                               # x first: the order of roundings
         n = images.shape[dim]
@@ -172,7 +180,8 @@ def resize_tf1(images, size=299):
         low = position.long()
         weight = position - low
         weight = weight if dim == -1 else weight.unsqueeze(1)
-        below, above = images.index_select(dim, low), images.index_select(dim, (low + 1).clamp(max=n - 1))
+        below = images.index_select(dim, low)
+        above = images.index_select(dim, (low + 1).clamp(max=n - 1))
         images = below + (above - below) * weight
     return images
 
@@ -226,8 +235,7 @@ class FIDInception(torchvision.models.Inception3):
         for name in ("Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e"):
             x, branch = self.mix(name, x)                                             # (B, 768, 17, 17)
             if name == "Mixed_6d":
-                # sFID: 7 channels, position by position (H, W, C). Channels first would not fit stored
-                # statistics.
+                # sFID: 7 channels, position by position (H, W, C), as stored statistics have them
                 spatial = branch[:, :7].permute(0, 2, 3, 1).flatten(1)                # (B, 17 * 17 * 7)
         x = self.Mixed_7a(x)                                                          # (B, 1280, 8, 8)
         for name in ("Mixed_7b", "Mixed_7c"):
@@ -251,13 +259,12 @@ class Unit3D(nn.Module):
 
     def __init__(self, in_channels, out_channels, kernel, eps, stride=1):
         super().__init__()
-        self.kernel, self.stride = (kernel,) * 3, (stride,) * 3
         self.conv3d = nn.Conv3d(in_channels, out_channels, kernel, stride=stride, bias=False)
         self.bn = nn.BatchNorm3d(out_channels, eps=eps)
 
     def forward(self, x):
         """x (B, C, T, H, W) to (B, C', T / s, H / s, W / s), rounded up."""
-        return F.relu(self.bn(self.conv3d(same_pad(x, self.kernel, self.stride))))
+        return F.relu(self.bn(self.conv3d(same_pad(x, self.conv3d.kernel_size, self.conv3d.stride))))
 
 
 def max_pool(x, kernel, stride):
@@ -266,17 +273,21 @@ def max_pool(x, kernel, stride):
 
 
 class Mixed3D(nn.Module):
-    """Inception block: 1x1x1 | 1x1x1 - 3x3x3 | 1x1x1 - 3x3x3 | max-pool - 1x1x1, side by side."""
+    """Inception block: 1x1x1 | 1x1x1 - 3x3x3 | 1x1x1 - 3x3x3 | max-pool - 1x1x1, of these six widths."""
 
-    def __init__(self, in_channels, b0, b1a, b1b, b2a, b2b, b3b, eps):
+    def __init__(self, in_channels, widths, eps):
         super().__init__()
+        b0, b1a, b1b, b2a, b2b, b3b = widths
         self.b0 = Unit3D(in_channels, b0, 1, eps)
-        self.b1a, self.b1b = Unit3D(in_channels, b1a, 1, eps), Unit3D(b1a, b1b, 3, eps)
-        self.b2a, self.b2b = Unit3D(in_channels, b2a, 1, eps), Unit3D(b2a, b2b, 3, eps)
+        self.b1a = Unit3D(in_channels, b1a, 1, eps)
+        self.b1b = Unit3D(b1a, b1b, 3, eps)
+        self.b2a = Unit3D(in_channels, b2a, 1, eps)
+        self.b2b = Unit3D(b2a, b2b, 3, eps)
         self.b3b = Unit3D(in_channels, b3b, 1, eps)
+        self.out_channels = b0 + b1b + b2b + b3b
 
     def forward(self, x):
-        """x (B, C, T, H, W) to (B, b0 + b1b + b2b + b3b, T, H, W)."""
+        """x (B, C, T, H, W) to (B, out_channels, T, H, W)."""
         pooled = max_pool(x, (3, 3, 3), (1, 1, 1))
         return torch.cat([self.b0(x), self.b1b(self.b1a(x)), self.b2b(self.b2a(x)), self.b3b(pooled)], 1)
 
@@ -300,8 +311,9 @@ class I3D(nn.Module):
         self.Conv3d_2c_3x3 = Unit3D(64, 192, 3, eps)
         channels = 192
         for name, widths in self.WIDTHS.items():
-            self.add_module(f"Mixed_{name}", Mixed3D(channels, *widths, eps))
-            channels = widths[0] + widths[2] + widths[4] + widths[5]
+            block = Mixed3D(channels, widths, eps)
+            self.add_module(f"Mixed_{name}", block)
+            channels = block.out_channels
         self.logits = nn.Module()
         self.logits.conv3d = nn.Conv3d(channels, 400, 1)
 
@@ -322,9 +334,11 @@ class I3D(nn.Module):
 
 
 def i3d_input(clips):
-    """uint8 clips (B, T, 3, H, W) to (B, 3, T, 224, 224) in [-1, 1]: bilinear, not antialiased."""
-    frames = F.interpolate(clips.flatten(0, 1).float(), (224, 224), mode="bilinear", align_corners=False)
-    return (2 * frames / 255 - 1).unflatten(0, clips.shape[:2]).transpose(1, 2)
+    """uint8 clips (B, 3, T, H, W) to (B, 3, T, 224, 224) in [-1, 1]: bilinear, not antialiased."""
+    check(clips.dtype == torch.uint8 and clips.dim() == 5,
+          f"I3D looks at uint8 clips (B, 3, T, H, W), not {str(clips.dtype)[6:]} {list(clips.shape)}")
+    frames = F.interpolate(as_frames(clips).float(), (224, 224), mode="bilinear", align_corners=False)
+    return (2 * frames / 255 - 1).unflatten(0, (len(clips), -1)).transpose(1, 2)
 
 
 def randomise(network, seed=0):
@@ -347,8 +361,7 @@ def randomise(network, seed=0):
 class Moments:
     """Mean and covariance of a stream of feature vectors (.., D): n, sum of f, sum of f f^T, all in float64.
 
-    Sums merge over ranks exactly, whatever the order. In float32 they would not do: the covariance is a small
-    difference of large numbers.
+    Sums merge over ranks. In float32 they would not do: a covariance is a small difference of large numbers.
     """
 
     def __init__(self, dim, device="cpu"):
@@ -371,6 +384,22 @@ class Moments:
         return mean.cpu().numpy(), covariance.cpu().numpy()
 
 
+def root_of(mean, covariance):
+    """R (D, rank) with R R^T = `covariance` (D, D), by a pivoted Cholesky decomposition; numpy float64.
+
+    A covariance of n vectors has rank n - 1 at most, and all further eigenvalues are rounding errors. They
+    must go before a square root makes 1e-8 of 1e-16. A covariance is a difference of second moments, so it is
+    as exact as these are: the decomposition ends where what is left is below their rounding.
+    """
+    size = len(mean)
+    rounding = size * np.finfo(np.float64).eps * (covariance.diagonal() + mean ** 2).max()
+    factor, pivots, rank, _ = scipy.linalg.lapack.dpstrf(covariance.T, tol=rounding, lower=1)
+    root = np.zeros((size, rank))
+    root[pivots - 1] = np.tril(factor)[:, :rank]
+    check(np.isclose(np.square(root).sum(), np.trace(covariance)), "a covariance has negative eigenvalues")
+    return root
+
+
 def frechet_distance(mean1, covariance1, mean2, covariance2):
     """Squared Frechet distance of two Gaussians: |m1 - m2|^2 + Tr S1 + Tr S2 - 2 Tr (S1 S2)^(1/2).
 
@@ -382,23 +411,16 @@ def frechet_distance(mean1, covariance1, mean2, covariance2):
     so compare equal N only. And the reference counts: reconstructions of ImageNet val against val, not train
     (LlamaGen's tokenizer: 2.19 against val, 4.28 against train); generated images against train.
 
-    With S1 = R R^T, (S1 S2)^(1/2) has the eigenvalues of (R^T S2 R)^(1/2), which is symmetric: real by
-    construction, without the complex residues of a general matrix square root. R comes from the eigenvectors
-    of S1, without those whose eigenvalues are rounding errors, as a square root would make 1e-8 of 1e-16. A
-    covariance of few vectors has many of them, so S1 is the one of lower rank.
+    With S1 = R1 R1^T and S2 = R2 R2^T, the eigenvalues of S1 S2 that are not 0 are those of A A^T with
+    A = R1^T R2, which is symmetric: real by construction, without the complex residues of a general matrix
+    square root. The root of lower rank stands first, so that A A^T has no eigenvalues of rounding errors.
     """
     check(mean1.shape == mean2.shape and covariance1.shape == covariance2.shape == mean1.shape * 2,
           f"statistics of {mean1.shape[0]} and {mean2.shape[0]} features cannot be compared")
-    roots = []
-    for covariance in (covariance1, covariance2):
-        values, vectors = np.linalg.eigh(covariance)
-        check(values[0] >= -1e-6 * abs(values[-1]), "a covariance has negative eigenvalues")
-        kept = values > values[-1] * len(values) * np.finfo(np.float64).eps
-        roots.append(vectors[:, kept] * np.sqrt(values[kept]))             # (D, rank)
-    root, other = roots if roots[0].shape[1] <= roots[1].shape[1] else roots[::-1]
-    # The singular values of R1^T R2 are the same numbers, with rounding errors that no root magnifies.
-    product = root.T @ other                                               # (rank, rank')
-    trace = np.sqrt(np.linalg.eigvalsh(product @ product.T).clip(0)).sum() if product.size else 0.0
+    roots = [root_of(mean1, covariance1), root_of(mean2, covariance2)]
+    low, high = sorted(roots, key=lambda root: root.shape[1])
+    product = low.T @ high                                                 # (rank, rank')
+    trace = np.sqrt(np.linalg.eigvalsh(product @ product.T).clip(0)).sum()
     return float(((mean1 - mean2) ** 2).sum() + np.trace(covariance1) + np.trace(covariance2) - 2 * trace)
 
 
@@ -412,9 +434,14 @@ def frechet_distance_official(x, y):
         u, s, vh = torch.linalg.svd(matrix)
         return u @ torch.diag(torch.where(s < 1e-10, s, s.sqrt())) @ vh
 
-    x, y = x.float().cpu(), y.float().cpu()
-    covariance_x, covariance_y = torch.cov(x.T), torch.cov(y.T)
-    trace = torch.trace(root(root(covariance_x) @ covariance_y @ root(covariance_x)))
+    check(x.dim() == y.dim() == 2 and x.shape[1] == y.shape[1] and min(len(x), len(y)) >= 2,
+          f"features of {list(x.shape)} and {list(y.shape)} cannot be compared")
+    x = x.float().cpu()
+    y = y.float().cpu()
+    covariance_x = torch.cov(x.T)
+    covariance_y = torch.cov(y.T)
+    root_x = root(covariance_x)
+    trace = torch.trace(root(root_x @ covariance_y @ root_x))
     distance = (x.mean(0) - y.mean(0)).square().sum() + torch.trace(covariance_x + covariance_y) - 2 * trace
     return float(distance)
 
@@ -444,11 +471,12 @@ def squared_distances(u, v, half=False):
     half: computed in float16 unless that overflows, as the TensorFlow evaluator does. Its steps of 0.25 at
     the usual size of these distances move precision and recall in the third digit.
     """
-    for dtype in ((torch.float16,) if half else ()) + (torch.float32,):
-        a, b = u.to(dtype), v.to(dtype)
-        distances = a.square().sum(1)[:, None] - 2 * (a @ b.T) + b.square().sum(1)
-        if dtype == torch.float32 or distances.isfinite().all():
-            return distances.float().clamp_min(0)
+    a = u.half() if half else u.float()
+    b = v.half() if half else v.float()
+    distances = a.square().sum(1)[:, None] - 2 * (a @ b.T) + b.square().sum(1)
+    if half and not distances.isfinite().all():
+        return squared_distances(u, v)
+    return distances.float().clamp_min(0)
 
 
 def precision_recall(reference, samples, k=3, half=False, rows=2048):
@@ -461,20 +489,20 @@ def precision_recall(reference, samples, k=3, half=False, rows=2048):
     real and 50,000 generated). Works on blocks of `rows`: the whole 10,000 x 50,000 table would take 2 GB.
     """
     check(reference.dim() == samples.dim() == 2 and reference.shape[1] == samples.shape[1],
-            f"features of {list(reference.shape)} and {list(samples.shape)} cannot be compared")
-    check(min(len(reference), len(samples)) > k, f"precision and recall need more than {k} images a set, "
-            f"there are {len(samples)} samples and {len(reference)} reference images")
+          f"features of {list(reference.shape)} and {list(samples.shape)} cannot be compared")
+    check(min(len(reference), len(samples)) > k,
+          f"precision and recall need more than {k} images a set, there are {len(samples)} samples and "
+          f"{len(reference)} reference images")
 
     def radii(points):                                                 # + 1: the nearest is the point itself
         return torch.cat([squared_distances(block, points, half).kthvalue(k + 1, dim=1).values
                           for block in points.split(rows)])
 
-    reference_radii, sample_radii = radii(reference), radii(samples)
-    precise, recalled = 0, torch.zeros(len(reference), dtype=torch.bool, device=reference.device)
-    for block, radius in zip(samples.split(rows), sample_radii.split(rows)):
+    reference_radii = radii(reference)
+    precise = 0
+    recalled = torch.zeros(len(reference), dtype=torch.bool, device=reference.device)
+    for block, radius in zip(samples.split(rows), radii(samples).split(rows)):
         distances = squared_distances(block, reference, half)          # (rows, N)
         precise += int((distances <= reference_radii).any(1).sum())
         recalled |= (distances <= radius[:, None]).any(0)
     return precise / len(samples), float(recalled.double().mean())
-
-

@@ -136,12 +136,13 @@ def add_config_flags(group, config):
         group.add_argument(name, **options)
 
 
-def config_from_args(config_class, args, **more):
-    """A `config_class` whose fields come from `more`, else from the flags in `args`, else its defaults."""
-    values = {field.name: getattr(args, field.name) for field in dataclasses.fields(config_class)
-              if hasattr(args, field.name)}
+def config_from_args(preset, args, **more):
+    """The config `preset` with the fields that flags in `args` have set, and with those in `more`."""
+    values = {field.name: getattr(args, field.name) for field in dataclasses.fields(preset)
+              if "help" in field.metadata}
     values.update(more)
-    return config_class(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+    return dataclasses.replace(preset, **{name: tuple(v) if isinstance(v, list) else v
+                                          for name, v in values.items()})
 
 
 # ---- 2. Processes, devices, precision ----------------------------------------------------------------------

@@ -4,11 +4,10 @@
     python sample.py --ckpt AR-B --classes 207,otter --num-images 8 --mixed-precision bf16
     torchrun --nproc-per-node=8 sample.py --ckpt AR-B --num-fid-samples 50000 --mixed-precision bf16 --compile
 
-A checkpoint of ours and a published AR file contain their tokenizer. Models of clips make animated grids, and
-npz files of clips. Sample number n shows class n mod C and is drawn from the seed (--global-seed, n): a set
-has equally many of every class (as far as C divides N), `--classes` shows the first samples of just these,
-and a set depends neither on the number of ranks nor on interruptions. Axis letters as in ar_model.py, and R
-rows of a step (B, or 2B with guidance), C classes, T frames, N samples or (in 1.) tokens of an image.
+A checkpoint of ours and a published AR file contain their tokenizer. Sample number n shows class n mod C and
+is drawn from the seed (--global-seed, n): a set has equally many of every class (as far as C divides N), and
+depends neither on the number of ranks nor on interruptions; `--classes` shows the first of just these. Axis
+letters: as in ar_model.py, R rows of a step (B, or 2B with guidance), C classes, T frames, N also samples.
 """
 import contextlib
 import dataclasses
@@ -32,8 +31,10 @@ import runtime
 from runtime import require
 
 # ---- 1. The same tokens, faster ----------------------------------------------------------------------------
-#
-# FACTORS
+# Each trick and its factor, for AR-B in fp32, batch 4 with guidance, the first 6 tokens, on one CPU core:
+#     keys and values kept in static buffers, closed form within a token: 3.1, and more with every token
+#     packed weights: 1.4; bfloat16 weights, half the bytes: 1.4 with units for it, 0.4 on this core, without
+#     compiled blocks, and CUDA graphs in place of some 300 launches a step: not yet measured on any GPU
 
 def pack(linear):
     """Give an nn.Linear on a CPU its weight in the order that oneDNN's kernels read; else every call sorts it
@@ -50,13 +51,13 @@ def pack(linear):
 def prepare_for_sampling(model, dtype=torch.float32):
     """Turn `model`, on its final device, into its fastest form for sampling: never to train or save again.
 
-    Weights in `dtype`, packed on a CPU; rotary table and heads in float32, as logits of bfloat16 carry 8 bits,
-    and guidance magnifies their rounding. Returns the model, in eval mode.
+    Weights in `dtype`, packed on a CPU; rotary table and heads in float32, as logits of bfloat16 carry 8
+    bits, and guidance magnifies their rounding. Returns the model, in eval mode.
     """
+    rope = model.rope
     model.to(dtype).eval().requires_grad_(False)
     model.heads.float()
-    grid, head_dim = model.config.grid, model.config.width // model.config.heads
-    model.rope = ar_model.rope_table(grid, head_dim).to(model.rope.device)
+    model.rope = rope
     if model.rope.device.type == "cpu":
         with contextlib.suppress(AttributeError, RuntimeError):     # no such operators or kernels
             for module in model.modules():
@@ -91,8 +92,7 @@ def step_within(block, x, rope, keys, values):
 
 
 def image_noise(seeds, tokens, count):
-    """Uniform noise (tokens, count, B), float64; column b depends on seeds[b] alone, an int >= 0 or a tuple
-    of such: NumPy's generator mixes all bits of all of them."""
+    """Uniform noise (tokens, count, B), float64; column b depends on all bits of seeds[b], ints or tuples."""
     noise = [np.random.default_rng(seed).random((tokens, count)) for seed in seeds]
     return torch.from_numpy(np.stack(noise, axis=-1))
 
@@ -129,29 +129,18 @@ class Sampler:
         self.subtokens = torch.zeros_like(self.noise, dtype=torch.int64)
         self.pieces = [store, finish, step_within]
         self.graphs = {}
-        if compile:                             # of step_within, one for each sub-token
+        if compile:                             # the pieces, and then the whole step for every length
             self.pieces = [torch.compile(piece, fullgraph=True, dynamic=False) for piece in self.pieces]
-            self.capture()
-
-    def capture(self):
-        """Record `step` as a CUDA graph for every cache length; the graphs share a pool of scratch memory."""
-        lengths = sorted(set(self.lengths))
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):         # warm-up: compiles, and lets libraries allocate workspaces
-            for length in lengths * 2:
-                self.position.zero_()
+            for length in self.lengths:         # warm-up: compiles, and lets libraries allocate workspaces
                 self.step(length)
-        torch.cuda.current_stream().wait_stream(stream)
-        pool = torch.cuda.graph_pool_handle()
-        for length in lengths:
-            self.graphs[length] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graphs[length], pool=pool):
-                self.step(length)
+            pool = torch.cuda.graph_pool_handle()               # the graphs share their scratch memory
+            for length in sorted(set(self.lengths)):
+                self.graphs[length] = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self.graphs[length], pool=pool):
+                    self.step(length)
 
     def step(self, length):
-        """One token, from and to the static buffers, reading the first `length` slots of the cache. The host
-        neither awaits nor looks at what is drawn, as a CUDA graph requires."""
+        """One token, from and to static buffers; as a CUDA graph requires, nobody looks at what is drawn."""
         model = self.model
         store, finish, step_within = self.pieces
         x = self.x                                                                        # (R, D)
@@ -213,23 +202,19 @@ class How:
     mixed_precision: str = "fp32"       # of the decoder; the transformer computes in its weights' precision
     compile: bool = False               # blocks and decoder compiled, in CUDA graphs
 
-    def record(self):
-        """As a dict for JSON."""
-        return {**vars(self), "settings": [setting._asdict() for setting in self.settings]}
-
 
 @torch.no_grad()
 def generate(model, tokenizer, labels, seeds, how):
     """Yield uint8 images (b, 3, H, W) or clips (b, 3, T, H, W), on the CPU, batches in the order of `labels`.
 
-    model: an ARModel, best of `prepare_for_sampling`; tokenizer: that of its tokens, on its device; labels and
-    seeds (N,): see `Sampler`. The last batch is filled up and cut again: products of another size round
-    differently, so a sample depends on label, seed, batch size and place in the batch alone.
+    model: an ARModel, best of `prepare_for_sampling`; tokenizer: that of its tokens, on its device; labels
+    and seeds (N,): see `Sampler`. The last batch is filled up and cut again, as products of another size
+    round differently: a sample depends on label, seed, batch size and its place in the batch alone.
     """
     labels = torch.as_tensor(labels)
     device = model.class_embedding.weight.device
-    frames = getattr(tokenizer.config, "frames", None)
-    at_once = how.batch_size if frames is None else 4       # a clip's activations take 20 times the memory
+    clips = getattr(tokenizer.config, "frames", None) is not None
+    at_once = 4 if clips else how.batch_size    # a clip's activations take 20 times the memory
     sampler = Sampler(model, how.batch_size, how.settings, how.compile)
     if how.compile:
         tokenizer.to(memory_format=torch.channels_last).decoder.compile(dynamic=False)
@@ -251,29 +236,27 @@ def load(args):
     """(ARModel, Tokenizer, info of `checkpoints.load_ar`) of --ckpt, on the CPU. --tokenizer is for published
     files without one; for our files it must be the one that made the tokens."""
     ckpt = args.ckpt or runtime.latest_checkpoint("runs/ar", "AR model")
-    model, tokenizer, info = checkpoints.load_ar(ckpt, not args.raw_weights, args.trust_checkpoint)
+    options = {"ema": not args.raw_weights, "trust": args.trust_checkpoint}
+    model, tokenizer, info = checkpoints.load_ar(ckpt, **options)
     if args.tokenizer:
-        ema = not args.raw_weights
-        tokenizer, its = checkpoints.load_tokenizer(args.tokenizer, ema, args.trust_checkpoint)
-        its["sha256"] = checkpoints.weights_hash(tokenizer)
-        trained_with = info["tokenizer"] or its
-        require(info["source"] == "published" or its["sha256"] == trained_with["sha256"],
-                f"--tokenizer {args.tokenizer} is not the one that {ckpt} was trained with, "
-                f"{trained_with['path']}; leave the flag out, as the checkpoint contains its tokenizer")
-        info["tokenizer"] = {name: its[name] for name in ("path", "weights", "preset", "sha256")}
+        own = info["tokenizer"]
+        tokenizer, its = checkpoints.load_tokenizer(args.tokenizer, **options)
+        info["tokenizer"] = {**its, "sha256": checkpoints.weights_hash(tokenizer)}
+        require(info["source"] == "published" or own["sha256"] == info["tokenizer"]["sha256"],
+                f"--tokenizer {args.tokenizer} is not the one that {ckpt} was trained with and contains, "
+                f"{own and own['path']}; leave the flag out")
     require(tokenizer, f"{ckpt} contains no whole tokenizer; name the file of one with --tokenizer")
     codes = tokenizer.quantizer.vocabulary
     axes = 2 if getattr(tokenizer.config, "frames", None) is None else 3
     needed = 2 ** sum(model.config.bits)
-    require(codes == needed and axes == len(model.config.grid), f"{ckpt} draws tokens of {needed} codes on "
-            f"{len(model.config.grid)} axes, but its tokenizer {info['tokenizer']['path']} has {codes} on "
-            f"{axes}; give the right one with --tokenizer")
+    require(codes == needed and axes == len(model.config.grid), f"{ckpt} draws tokens of {needed} codes on a "
+            f"grid {model.config.grid}, but {info['tokenizer']['path']}, its tokenizer, has {codes} codes on "
+            f"{axes} axes; give the right one with --tokenizer")
     return model, tokenizer, info
 
 
 def class_names(stored, count):
-    """The names of `count` classes: those `stored` in our checkpoint, else numbers; of a thousand without
-    names, or with WordNet's (n01440764, ...), ImageNet's."""
+    """Those `stored` in our checkpoint, else numbers; of a thousand, if not better named, ImageNet's."""
     if count == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in stored or []):
         return VGG16_Weights.IMAGENET1K_V1.meta["categories"]
     return list(stored or map(str, range(count)))
@@ -282,12 +265,10 @@ def class_names(stored, count):
 def find_classes(text, names):
     """The class numbers behind --classes. Raises `UserError` for unknown ones, and for ambiguous names."""
     count = len(names)
-    if text is None and count <= 16:
-        return list(range(count))
-    if text is None and count == 1000:          # retriever, otter, panda, geyser, balloon, macaw, valley, fox
-        return [207, 360, 388, 974, 417, 88, 979, 279]
-    if text is None:
-        return [i * count // 8 for i in range(8)]
+    if text is None:                            # retriever, otter, panda, geyser, balloon, macaw, valley, fox
+        if count == 1000:
+            return [207, 360, 388, 974, 417, 88, 979, 279]
+        return [i * count // 8 for i in range(8)] if count > 16 else list(range(count))
     labels = []
     for word in (word.strip().lower() for word in text.split(",")):
         # Names first: the folders of a data set may be called after numbers that are not their positions.
@@ -309,9 +290,8 @@ def add_drawing_flags(parser):
     group.add_argument("--tokenizer", help="tokenizer checkpoint, for an AR file that contains none")
     group.add_argument("--raw-weights", action="store_true", help="use no EMA weights, even if stored")
     group.add_argument("--trust-checkpoint", action="store_true", help="unpickle classes (can run code)")
-    group = parser.add_argument_group("how to draw: one value, or one for each sub-token as in 1.9 2.0; "
-                                      "defaults: table 5's for an npz of a published model, or what suits eyes")
-    group.add_argument("--cfg-scale", type=float, nargs="+", help="classifier-free guidance (1: none)")
+    group = parser.add_argument_group("how to draw (one value, or one for each sub-token as in 1.9 2.0)")
+    group.add_argument("--cfg-scale", type=float, nargs="+", help="guidance (1: none)")
     group.add_argument("--temperature", type=float, nargs="+", help="divides the logits (0: greedy)")
     group.add_argument("--top-k", type=int, nargs="+", help="draw among the k likeliest entries (0: all)")
     group.add_argument("--top-p", type=float, nargs="+", help="draw among the likeliest reaching p (1: all)")
@@ -328,10 +308,10 @@ def how_from_args(args, model, info, n, looking=False):
         values = ar_model.SAMPLING["looking" if looking else info["preset"]]
     if model.config.num_classes == 0:
         values = {}                                       # there is nothing to guide towards
-    fields = ar_model.Settings._fields
+    fields = [field.name for field in dataclasses.fields(ar_model.Settings)]
     given = {name: getattr(args, name) for name in fields if getattr(args, name) is not None}
     settings = ar_model.sampling_settings(len(model.config.bits), **{**values, **given})
-    truncate = info["source"] == "published"              # so their numbers were measured
+    truncate = info["source"] == "published"              # their numbers were measured that way
     return How(min(args.batch_size, n), settings, truncate, args.mixed_precision, args.compile)
 
 
@@ -343,7 +323,7 @@ def get_args(argv=None):
     group.add_argument("--num-images", type=runtime.positive_int, default=8, help="samples of each class")
     group.add_argument("--save-images", action="store_true", help="also save each sample of the grid alone")
     group.add_argument("--num-fid-samples", type=runtime.positive_int, help="no grid, but an npz of so many")
-    group.add_argument("--output", help="PNG, animation or npz (settings beside it); default: in runs/samples")
+    group.add_argument("--output", help="PNG, animation or npz; not given: a name in runs/samples")
     group.add_argument("--global-seed", type=runtime.non_negative_int, default=0, help="of the samples")
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to sample")
     add_drawing_flags(parser)
@@ -363,18 +343,16 @@ def main(args):
     labels = find_classes(args.classes, names) if for_grid and names else range(C)
     N = args.num_fid_samples or len(labels) * args.num_images
     how = how_from_args(args, model, info, N, for_grid)
-    clips = getattr(tokenizer.config, "frames", None) is not None
     suffixes = [".npz"]
     if for_grid:
-        suffixes = pictures.VIDEO_FORMATS if clips else [".png"]
+        suffixes = [".png"] if getattr(tokenizer.config, "frames", None) is None else pictures.VIDEO_FORMATS
     path = pathlib.Path(info["path"]).resolve()
     scales = "_".join(f"{setting.cfg_scale:g}" for setting in how.settings)
-    what = "grid" if for_grid else f"{N}"
-    name = f"{path.parent.name}-{path.stem}-{what}-cfg{scales}-seed{args.global_seed}{suffixes[0]}"
-    output = pathlib.Path(args.output or f"runs/samples/{name}")
+    name = f"{path.parent.name}-{path.stem}-{'grid' if for_grid else N}-cfg{scales}-seed{args.global_seed}"
+    output = pathlib.Path(args.output or f"runs/samples/{name}{suffixes[0]}")
     require(output.suffix in suffixes, f"--output {output}: this writes a {' or '.join(suffixes)} file")
-    record = {"n": N, **how.record(), "global_seed": args.global_seed,
-              "device": device.type, "torch": torch.__version__, "tokenizer": info["tokenizer"],
+    record = {"n": N, **dataclasses.asdict(how), "global_seed": args.global_seed, "device": device.type,
+              "torch": torch.__version__, "tokenizer": info["tokenizer"],
               "checkpoint": {name: info[name] for name in ("path", "preset", "weights", "step", "source")}}
     record["checkpoint"]["sha256"] = runtime.on_main(checkpoints.weights_hash, model)
     runtime.print_facts(("model", f"{info['path']}: {info['preset']}, {info['weights']} weights"),
@@ -407,9 +385,8 @@ def draw_set(output, draw, record):
     """The npz of samples 0 .. N - 1. Every rank draws parts of one batch each; then rank 0 joins them."""
     record = json.loads(json.dumps(record))               # as it will be read again
     N, size = record["n"], record["batch_size"]
-    # Which samples a part holds depends neither on ranks nor on interruptions, and so the set does not.
-    parts = [pathlib.Path(f"{output}.parts") / f"{k:06d}.npy" for k in range(math.ceil(N / size))]
-    folder = parts[0].parent
+    folder = pathlib.Path(f"{output}.parts")              # of which each holds a batch, whoever draws it
+    parts = [folder / f"{k:06d}.npy" for k in range(math.ceil(N / size))]
     settings = output.with_suffix(".json") if output.exists() else folder / "record.json"
     if not (output.exists() or settings.exists()):
         runtime.write_json(settings, record)
@@ -421,11 +398,9 @@ def draw_set(output, draw, record):
         runtime.print_main(f"{output} exists already, made with these settings")
         return
     missing = runtime.on_main(lambda: [k for k, part in enumerate(parts) if not part.exists()])
-    runtime.print_main(f"found    {len(parts) - len(missing)} of {len(parts)} parts in {folder}")
     todo = missing[runtime.rank()::runtime.world_size()]
     batches = draw([n for k in todo for n in range(k * size, min((k + 1) * size, N))])
-    disable = None if runtime.is_main() else True         # None: where nobody watches
-    for k, samples in zip(tqdm(todo, "drawing", unit="batch", disable=disable), batches):
+    for k, samples in zip(tqdm(todo, "drawing", disable=None if runtime.is_main() else True), batches):
         with runtime.atomic(parts[k]) as temporary:
             np.save(temporary, samples.movedim(1, -1).numpy())                 # (b, [T,] H, W, 3)
     runtime.barrier()
@@ -438,7 +413,6 @@ def draw_set(output, draw, record):
         with runtime.atomic(output) as temporary:
             np.savez(temporary, joined)         # chunk by chunk: 50,000 images of 256 x 256 are 9.8 GB
         shutil.rmtree(folder)
-    runtime.barrier()
 
 
 if __name__ == "__main__":

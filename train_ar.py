@@ -79,13 +79,13 @@ def encode(tokenizer, x, precision):
         return tokenizer.encode(pictures.to_float(x.to(device, non_blocking=True))).flatten(1)
 
 
-def stored_tokens(path, dataset, made_with, tokenizer, args, limit=math.inf):
+def stored_tokens(path, dataset, made_with, tokenizer, args, limit=None):
     """`Tokens` of `dataset`, at most `limit` of them, encoded first unless that is done. A collective.
 
     path: of one memory map of all codes, uint32 (rows, n, N). The JSON file beside it says what they are and,
     when all is done, which rows are missing. Raises `UserError` that names both sides if it holds others.
     """
-    indices = data.evenly_spaced(min(limit, len(dataset)), len(dataset))
+    indices = data.evenly_spaced(limit, len(dataset))
     grid = tokenizer.config.latent_grid(*dataset.axes)
     shape = (len(indices), 10 if dataset.view.crop == "ten" else 1, math.prod(grid))
     wanted = {"tokenizer": made_with["sha256"], "data": runtime.on_main(data.fingerprint, dataset, indices),
@@ -99,16 +99,12 @@ def stored_tokens(path, dataset, made_with, tokenizer, args, limit=math.inf):
                 file.write(b"\xff" * (4 * shape[1] * shape[2]))
         runtime.write_json(header, {**wanted, "missing": None})
     runtime.barrier()
-    way_out = f"delete {path} and {header} to have them made anew, or choose another --tokens"
-    try:
+    with checkpoints.guard(f"{header}, or {path}, which it describes,"):
         stored = json.loads(header.read_text())
         runtime.check_same(stored, wanted, f"{path} holds tokens by {stored['origin']}, not by "
-                           f"{wanted['origin']}; {way_out}: what they are", wanted.keys() - {"origin"})
+                           f"{wanted['origin']}; delete it and {header} to have them made anew, or choose "
+                           f"another --tokens: what they are", wanted.keys() - {"origin"})
         codes = np.memmap(path, "<u4", "r+" if stored["missing"] is None else "r", shape=shape)
-    except runtime.UserError:
-        raise
-    except (KeyError, TypeError, ValueError, OSError) as error:
-        raise runtime.UserError(f"{header} does not describe {path} ({error!r}); {way_out}") from None
     if stored["missing"] is None:
         runtime.print_main(f"encoding {len(indices):,} {dataset.kind}s of {dataset.name} to {path}")
         fill(codes, dataset, indices, tokenizer, args)
@@ -132,7 +128,8 @@ def fill(codes, dataset, indices, tokenizer, args):
         ids = encode(tokenizer, x.reshape(-1, 3, *dataset.axes), args.token_precision)    # (b * n, N)
         codes[np.searchsorted(indices, found.numpy())] = ids.reshape(-1, n, N).cpu().numpy()
     codes.flush()
-    dataset.raise_if_broken(all_ranks=True)               # if more than 1 % are; waits for all ranks
+    runtime.barrier()                                     # what is MISSING now is broken
+    dataset.raise_if_broken(all_ranks=True)               # more than 1 %
 
 
 # ---- 2. Recipes and flags ----------------------------------------------------------------------------------
@@ -214,8 +211,8 @@ def prepare(args):
                     f"images, but --frames and --split-list are for clips; leave them out")
     if args.data_path is None:
         for name, value in info["trained_on"].items():
-            if getattr(args, name) is None:
-                setattr(args, name, value)
+            if getattr(args, name) is None and not (name == "resize" and args.ten_crop and not frames):
+                setattr(args, name, value)                               # ten crops of images bring their own
     args.image_size = args.image_size or tokenizer.config.resolution
     sizes = {"resolution": args.image_size}
     if frames:
@@ -239,9 +236,8 @@ def prepare(args):
                     f"{sum(args.split)} bits, but {vocabulary} codes of --tokenizer {args.tokenizer} have "
                     f"{math.log2(vocabulary):.4g}; split these (if no integer: use another --codebook-size)")
     config = runtime.config_from_args(
-        ar_model.ARConfig, args, bits=args.split, grid=tokenizer.config.latent_grid(*dataset.axes),
-        num_classes=0 if args.unconditional else len(dataset.classes),
-        ffn_multiple=ar_model.PRESETS[args.preset].ffn_multiple)
+        ar_model.PRESETS[args.preset], args, bits=args.split, grid=tokenizer.config.latent_grid(*dataset.axes),
+        num_classes=0 if args.unconditional else len(dataset.classes))
     return tokenizer, made_with, dataset, held_out, config
 
 
@@ -373,15 +369,16 @@ def read_run(args, config, made_with, record):
         return None
     args.resume = str(path)
     saved = checkpoints.read(path)
-    runtime.require(saved.get("format") == "open-magvit2-ar" and "optimizer" in saved,
-                    f"--resume {path}: not a training checkpoint of this script")
     flags = ("global_batch_size", "global_seed", "mixed_precision", "online", "ten_crop", "flip",
              "token_precision", "weight_decay", "ema_decay")
-    what = f"--resume {path} (tokens by {saved['tokenizer']['path']}, here by {made_with['path']}):"
-    runtime.check_same(saved["args"], vars(args), f"{what} a flag that must stay as it was", flags)
-    runtime.check_same(saved["config"], dataclasses.asdict(config), f"{what} the model")
-    runtime.check_same(saved["tokenizer"], made_with, f"{what} the tokenizer", ["sha256"])
-    runtime.check_same(saved["dataset"], record, f"{what} the data set", ["length", "fingerprint"])
+    with checkpoints.guard(path):
+        runtime.require(saved.get("format") == "open-magvit2-ar" and "optimizer" in saved,
+                        f"--resume {path}: not a training checkpoint of this script")
+        what = f"--resume {path} (tokens by {saved['tokenizer']['path']}, here by {made_with['path']}):"
+        runtime.check_same(saved["args"], vars(args), f"{what} a flag that must stay as it was", flags)
+        runtime.check_same(saved["config"], dataclasses.asdict(config), f"{what} the model")
+        runtime.check_same(saved["tokenizer"], made_with, f"{what} the tokenizer", ["sha256"])
+        runtime.check_same(saved["dataset"], record, f"{what} the data set", ["length", "fingerprint"])
     return saved
 
 
@@ -459,7 +456,9 @@ def print_plan(args, config, made_with, dataset, held_out):
     """Say what is about to happen, before anything takes time. Returns (steps, those of the warm-up)."""
     batch = args.global_batch_size
     micro_batch = runtime.micro_batch_size(args)
-    epoch = max(1, len(dataset) // batch)                                # steps; 0: an error of train_loader
+    epoch = len(dataset) // batch                                        # steps
+    runtime.require(epoch, f"--global-batch-size {batch} is more than the {len(dataset)} {dataset.kind}s of "
+                           f"{dataset.name}; lower it")
     length = runtime.to_steps(args.length, epoch)
     warmup = runtime.to_steps(args.warmup, epoch)
     with torch.device("meta"):                                           # shapes without memory

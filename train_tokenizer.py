@@ -275,7 +275,7 @@ def get_args(argv=None):
 
 def build_networks(args, device):
     """(tokenizer, discriminator or None, LPIPS or None) as the flags describe them, on `device`."""
-    config = runtime.config_from_args(type(TOKENIZER_PRESETS[args.preset]), args)
+    config = runtime.config_from_args(TOKENIZER_PRESETS[args.preset], args)
     clips = args.preset in video.PRESETS
     model = video.VideoTokenizer(config) if clips else tokenizer.Tokenizer(config)
     runtime.require(clips or not args.inflate_from, "--inflate-from starts a tokenizer of clips; add "

@@ -1,267 +1,305 @@
-"""The set of samples is the same whoever draws it, however often interrupted; files are what they say."""
+"""The fast sampler draws the plain one's tokens; the set of samples is the same however it is drawn."""
+import dataclasses
 import json
-import os
+import math
 import pathlib
-import zipfile
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import ar_model
+import checkpoints
+import pictures
 import runtime
 import sample
 import tokenizer as tok
-import train_ar
-from helpers import fill, run_script
-from test_train_ar import TINY, kill_when, run_ranks, save_images, save_tokenizer, start_ranks
-from test_train_ar import one_thread                                     # noqa: F401, for all tests here, too
-
-SET = ["--num-fid-samples", 30, "--batch-size", 4]                       # 8 parts, the last one of 2 pictures
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """(checkpoint of an AR model with three classes, that of its tokenizer), both hardly trained."""
-    folder = tmp_path_factory.mktemp("trained")
-    path = save_tokenizer(folder / "tokenizer.pt", save_images(folder / "images"))
-    train_ar.main(train_ar.get_args([str(flag) for flag in (
-        *TINY, "--tokenizer", path, "--length", 20, "--lr", 1e-2, "--results-dir", folder / "ar")]))
-    return str(runtime.latest_checkpoint(folder / "ar")), path
+import video
+from ar_model import ARModel, sampling_settings
+from helpers import call
+from sample import How, Sampler, image_noise
+from test_ar_model import build, equal, random_tokens, shape, small_config          # noqa: F401, a fixture
 
 
-def draw(*flags):
-    """Run sample.py in this process."""
-    sample.main(sample.get_args([str(flag) for flag in flags]))
+def settings_of(config, **values):
+    """Settings, without guidance where there is no class to guide towards."""
+    if config.num_classes == 0:
+        values["cfg_scale"] = 1.0
+    return sampling_settings(len(config.bits), **values)
 
 
-def pictures_of(path):
+def plain(model, labels, settings):
+    """What the plain sampler draws from the seeds 0, 1, .."""
+    noise = image_noise(range(len(labels)), model.config.tokens, len(settings))
+    return ar_model.sample(model, labels, noise, settings)
+
+
+def fast(model, labels, settings, **options):
+    """What the fast one draws."""
+    return Sampler(model, len(labels), settings, **options)(labels, range(len(labels)))
+
+
+# ---- the same tokens, faster ------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("values", [{"temperature": 0, "cfg_scale": 2.5}, {"cfg_scale": 2, "top_p": 0.9}, {}])
+def test_it_draws_the_tokens_of_the_plain_sampler(shape, values):
+    model, (_, labels) = build(shape), random_tokens(shape, 3)
+    settings = settings_of(shape, **values)
+    expected = plain(model, labels, settings)
+    for bucket in (1, 4, 100):
+        sampler = Sampler(model, 3, settings, bucket=bucket)
+        assert max(sampler.lengths) == shape.tokens and all(n > t for t, n in enumerate(sampler.lengths))
+        sampler.cache[0][0].fill_(1e4)                                  # rubbish behind the position
+        assert equal(sampler(labels, range(3)), expected)
+    assert equal(fast(sample.prepare_for_sampling(model), labels, settings), expected)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_step_reads_no_value_back_to_the_host(device):
+    """What a CUDA graph needs; fake tensors have no values, so that any .item() or branch on one raises."""
+    with FakeTensorMode():
+        with torch.device(device):
+            model = ARModel(small_config()).eval()
+        settings = sampling_settings(2, cfg_scale=2.0, temperature=(0.9, 1.0), top_k=(0, 3), top_p=0.9)
+        sampler = Sampler(model, 2, settings, bucket=4)
+        with torch.no_grad():
+            sampler.step(8)
+        with pytest.raises(DataDependentOutputException):
+            sampler.position.item()
+
+
+def test_compiled_pieces_draw_the_same_one_graph_for_all_layers():
+    model, labels = build(small_config(inter_blocks=3, bits=(2, 3, 4))), torch.tensor([0, 3])
+    settings = sampling_settings(3, cfg_scale=2.0)
+    torch._dynamo.reset()
+    graphs = []
+    sampler = Sampler(model, 2, settings, bucket=4)
+    sampler.pieces = [torch.compile(piece, fullgraph=True, dynamic=False,
+                                    backend=lambda graph, _: graphs.append(graph) or graph.forward)
+                      for piece in sampler.pieces]
+    assert equal(sampler(labels, range(2)), plain(model, labels, settings))
+    assert len(graphs) == 2 + 3                                         # store, finish, a step a sub-token
+    with pytest.raises(runtime.UserError, match="--compile"):
+        Sampler(model, 2, settings, compile=True)                       # graphs of the whole step need a GPU
+
+
+def test_buffers_are_allocated_once_and_as_large_as_needed():
+    model, labels = build(small_config()), torch.tensor([0, 1])
+    guided, free = (Sampler(model, 2, sampling_settings(2, cfg_scale=scale)) for scale in (2.0, 1.0))
+    pointers = [t.data_ptr() for pair in guided.cache for t in pair]
+    guided(labels, [0, 1])
+    assert [t.data_ptr() for pair in guided.cache for t in pair] == pointers and len(pointers) == 2 * 2
+    for keys, values in guided.cache:                                   # class + all tokens but the last
+        assert keys.shape == values.shape == (4, 2, 15, 24)
+        assert not keys[:, :, 0].any() and keys[:, :, 1:].any(dim=-1).all() and values.any(dim=-1).all()
+    expected = free(labels, [0, 1])
+    with torch.no_grad():
+        model.class_embedding.weight[4] = math.nan                      # "no class": without guidance unread
+    assert free.x.shape[0] == 2 and equal(free(labels, [0, 1]), expected)
+
+
+def test_sampling_ignores_dropout_and_autocast_and_keeps_the_mode():
+    config = small_config(token_dropout=0.5, attention_dropout=0.5, ffn_dropout=0.5, label_dropout=1.0)
+    model, labels, settings = build(config), torch.tensor([0, 3]), sampling_settings(2, cfg_scale=2.0)
+    expected = fast(model, labels, settings)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert equal(fast(model.train(), labels, settings), expected)
+    assert model.training and model.inter_blocks[0].training
+
+
+def test_preparing_for_bfloat16_keeps_logits_in_float32():
+    config = small_config(width=64, bits=(6, 8))
+    model, (subtokens, labels) = build(config), random_tokens(config, 2)
+    with torch.no_grad():
+        expected = model(subtokens, labels)
+        logits = sample.prepare_for_sampling(model, torch.bfloat16)(subtokens, labels)
+    assert model.rope.dtype == torch.float32
+    assert model.inter_blocks[0].attention.wo.weight.dtype == torch.bfloat16
+    for ours, theirs in zip(logits, expected):
+        assert ours.dtype == torch.float32 and (ours - theirs).abs().mean() < 0.05 * theirs.abs().mean()
+        assert ours.unique().numel() > 0.9 * theirs.unique().numel()    # bfloat16 logits would tie often
+
+
+def test_preparing_keeps_names_and_works_without_packing(monkeypatch):
+    model, labels, settings = build(small_config()), torch.tensor([0, 3]), sampling_settings(2)
+    expected = plain(model, labels, settings)
+    names = {name: tensor.numel() for name, tensor in model.named_parameters()}
+    sample.prepare_for_sampling(model)
+    assert {name: tensor.numel() for name, tensor in model.named_parameters()} == names
+
+    def fail(linear):
+        raise RuntimeError("no such kernel")
+    monkeypatch.setattr(sample, "pack", fail)
+    assert equal(fast(sample.prepare_for_sampling(build(small_config())), labels, settings), expected)
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_an_image_follows_its_own_seed_wherever_it_stands(shape, scale):
+    model, (_, labels) = build(shape), random_tokens(shape, 4)
+    seeds, order = [5, 5 + 2 ** 32, (7, 5), (8, 5)], [2, 0, 3, 1]
+    assert image_noise(seeds, 4, 2).unique().numel() == 4 * 2 * 4       # all bits of a seed count
+    sampler = Sampler(model, 4, settings_of(shape, cfg_scale=scale))
+    tokens = sampler(labels, seeds)
+    assert equal(sampler(labels[order], [seeds[i] for i in order]), [ids[order] for ids in tokens])
+    assert equal(sampler(labels, seeds), tokens)                        # nothing is left over from a batch
+    assert not equal(sampler(labels, range(4)), tokens)
+    for ids, bits in zip(tokens, shape.bits):
+        assert ids.shape == (4, shape.tokens) and 0 <= ids.min() and ids.max() < 2 ** bits
+
+
+def test_impossible_labels_and_guidance_are_user_errors():
+    for label in (-1, 5):
+        with pytest.raises(runtime.UserError, match="--classes"):
+            fast(build(small_config()), torch.tensor([label]), sampling_settings(2))
+    fast(build(small_config()), torch.tensor([4]), sampling_settings(2))             # 4: no class
+    with pytest.raises(runtime.UserError, match="--cfg-scale"):
+        Sampler(build(small_config(num_classes=0)), 2, sampling_settings(2, cfg_scale=2.0))
+
+
+# ---- grids and sets; any number of ranks and kill -9: test_exactness.py ------------------------------------
+
+def save(folder, clips=False, seed=0, classes=("ant", "bee", "cat"), bits=(3, 3)):
+    """(AR checkpoint with random weights, that of its tokenizer, published AR file without a tokenizer)."""
+    torch.manual_seed(seed)
+    shape = dict(resolution=16, channels=32, channel_multipliers=(1, 1, 1), blocks=1, mid_blocks=0, patch=2,
+                 bits=6)
+    tokenizer = tok.Tokenizer(tok.TokenizerConfig(**shape))
+    if clips:
+        tokenizer = video.VideoTokenizer(video.VideoTokenizerConfig(**shape, frames=9, time_strides=(2, 2)))
+    grid = tokenizer.config.latent_grid(9, 16, 16) if clips else tokenizer.config.latent_grid(16, 16)
+    model = build(ar_model.ARConfig(width=48, heads=2, inter_blocks=1, intra_blocks=1, bits=bits, grid=grid,
+                                    num_classes=len(classes), ffn_multiple=16))
+    first_stage = {"format": checkpoints.format_of(tokenizer), "config": dataclasses.asdict(tokenizer.config),
+                   "model": tokenizer.state_dict(), "preset": "custom", "step": 7, "ema": {}, "args": {}}
+    record = {"path": "runs/x.pt", "weights": "raw", "sha256": checkpoints.weights_hash(tokenizer)}
+    folder.mkdir(exist_ok=True)
+    paths = folder / "step-00000020.pt", folder / "tokenizer.pt", folder / "AR.ckpt"
+    torch.save({"format": "open-magvit2-ar", "config": dataclasses.asdict(model.config), "preset": "custom",
+                "step": 20, "model": model.state_dict(), "ema": {}, "classes": list(classes),
+                "tokenizer": record, "first_stage": first_stage, "args": {}}, paths[0])
+    torch.save(first_stage, paths[1])
+    published = ARModel(ar_model.PRESETS["toy"]).state_dict()
+    torch.save({"state_dict": {checkpoints.published_ar_name(name): tensor for name, tensor in
+                               published.items()}, "global_step": 3}, paths[2])
+    return paths
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["images", "clips"])
+def saved(request, tmp_path_factory):
+    return save(tmp_path_factory.mktemp("saved"), request.param)
+
+
+def samples_of(path):
     """arr_0 of an npz, as an evaluator reads it."""
     with np.load(path) as file:
         assert file.files == ["arr_0"]
         return file["arr_0"]
 
 
-# ---- the set ----------------------------------------------------------------------------------------------
+def test_an_interrupted_set_is_completed_part_by_part(tmp_path, saved, monkeypatch, capsys):
+    flags = ["--ckpt", saved[0], "--num-fid-samples", 14, "--batch-size", 4, "--cfg-scale", 1.5, 3, "--top-p",
+             0.8, "--top-k", 0, 5, "--global-seed", 7, "--output"]
+    save_part, drawn = np.save, []
 
-def test_one_two_and_three_ranks_give_the_same_30_samples(tmp_path, trained):
-    draw("--ckpt", trained[0], *SET, "--output", tmp_path / "1.npz")
-    run_script("sample.py", "--ckpt", trained[0], *SET, "--output", tmp_path / "2.npz", ranks=2)
-    run_ranks("sample", "--ckpt", trained[0], *SET, "--output", tmp_path / "3.npz", ranks=3)
-    one = pictures_of(tmp_path / "1.npz")
-    assert one.shape == (30, 16, 16, 3) and one.dtype == np.uint8
-    assert len({picture.tobytes() for picture in one}) == 30             # none lost, none doubled
-    for ranks in "23":
-        assert (tmp_path / f"{ranks}.npz").read_bytes() == (tmp_path / "1.npz").read_bytes()
-    assert not list(tmp_path.glob("*.parts"))
-
-
-def test_killed_after_half_and_restarted_on_other_ranks_gives_the_same_samples(tmp_path, trained):
-    draw("--ckpt", trained[0], *SET, "--output", tmp_path / "whole.npz")
-    killed, parts = tmp_path / "killed.npz", tmp_path / "killed.npz.parts"
-    processes = start_ranks("sample", "--ckpt", trained[0], *SET, "--output", killed, ranks=1)
-    kill_when(lambda: (parts / "000003.npy").exists(), processes)
-    finished = {path: path.stat().st_mtime_ns for path in parts.glob("*.npy")}
-    assert 4 <= len(finished) < 8 and not killed.exists()
-    with pytest.raises(runtime.UserError, match=r"killed.npz.parts .*cfg_scale: \[2.0, 2.0\] there, \[3.0"):
-        draw("--ckpt", trained[0], *SET, "--output", killed, "--cfg-scale", 3)
-    assert {path: path.stat().st_mtime_ns for path in parts.glob("*.npy")} == finished
-    run_ranks("sample", "--ckpt", trained[0], *SET, "--output", killed, ranks=2)
-    assert killed.read_bytes() == (tmp_path / "whole.npz").read_bytes()
-
-
-def test_finished_parts_are_not_drawn_again(tmp_path, trained, monkeypatch):
-    save_part, drawn = runtime.save_part, []
-
-    def interrupted(folder, part, array):
-        if len(drawn) == 5:
+    def interrupted(path, array):
+        drawn.append(len(array))
+        if len(drawn) == 3:
             raise KeyboardInterrupt
-        drawn.append(part)
-        save_part(folder, part, array)
-    monkeypatch.setattr(runtime, "save_part", interrupted)
+        save_part(path, array)
+    monkeypatch.setattr(np, "save", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        draw("--ckpt", trained[0], *SET, "--output", tmp_path / "a.npz")
-    monkeypatch.setattr(runtime, "save_part", lambda *args: (drawn.append(args[1]), save_part(*args)))
-    draw("--ckpt", trained[0], *SET, "--output", tmp_path / "a.npz")
-    assert drawn == list(range(8))
-
-
-def test_the_set_has_equally_many_of_every_class_in_turn_and_comes_from_generate(tmp_path, trained):
-    draw("--ckpt", trained[0], *SET, "--output", tmp_path / "a.npz", "--cfg-scale", "1.5,3",
-         "--temperature", 0.9, "--top-k", "0,5", "--top-p", 0.8, "--global-seed", 7)
-    model, tokenizer, _ = sample.load(trained[0])
-    ar_model.prepare_for_sampling(model)
-    images = sample.generate(model, tokenizer, [n % 3 for n in range(30)], [(7, n) for n in range(30)], 4,
-                             cfg_scale=(1.5, 3), temperature=0.9, top_k=(0, 5), top_p=0.8)
-    assert (torch.cat(list(images)).permute(0, 2, 3, 1).numpy() == pictures_of(tmp_path / "a.npz")).all()
-
-
-def test_the_settings_stand_beside_the_set_and_decide_whether_it_is_made_again(tmp_path, trained, capsys):
-    flags = ["--ckpt", trained[0], "--num-fid-samples", 5, "--output", tmp_path / "a.npz", "--top-p", 0.5]
-    draw(*flags)
+        call(sample, *flags, tmp_path / "a.npz")
+    with pytest.raises(runtime.UserError, match="a.npz.parts exists; .*temperature': 1.0.* there, .*0.9"):
+        call(sample, *flags, tmp_path / "a.npz", "--temperature", 0.9)
+    call(sample, *flags, tmp_path / "a.npz")
+    assert drawn == [4, 4, 4, 4, 2]                                      # the third one twice, none is larger
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.npz"]
     record = json.loads((tmp_path / "a.json").read_text())
-    expected = {"n": 5, "cfg_scale": [2, 2], "temperature": [1, 1], "top_k": [0, 0], "top_p": [0.5, 0.5],
-                "rounding": "round", "batch_size": 5, "mixed_precision": "fp32", "global_seed": 0,
-                "device": "cpu"}
-    assert {name: record[name] for name in expected} == expected
-    assert record["checkpoint"]["sha256"] == runtime.sha256_of(trained[0])
-    assert record["tokenizer"]["sha256"] == runtime.sha256_of(trained[1])
-    before = (tmp_path / "a.npz").stat().st_mtime_ns
-    draw(*flags)
+    assert record["n"] == 14 and record["global_seed"] == 7 and record["batch_size"] == 4
+    assert [setting["cfg_scale"] for setting in record["settings"]] == [1.5, 3]
+
+    model, decoder, info = sample.load(sample.get_args(["--ckpt", str(saved[0])]))
+    assert record["checkpoint"]["sha256"] == checkpoints.weights_hash(model)
+    how = How(4, sampling_settings(2, cfg_scale=(1.5, 3), top_p=0.8, top_k=(0, 5)))
+    sample.prepare_for_sampling(model)
+    labels = [n % 3 for n in range(14)]
+    batches = list(sample.generate(model, decoder, labels, [(7, n) for n in range(14)], how))
+    expected = torch.cat(batches).movedim(1, -1).numpy()
+    assert np.array_equal(samples_of(tmp_path / "a.npz"), expected) and expected.dtype == np.uint8
+    assert [len(batch) for batch in batches] == drawn[1:] and len({x.tobytes() for x in expected}) == 14
+    five = list(sample.generate(model, decoder, torch.tensor(labels[:5]), [(7, n) for n in range(5)], how))
+    assert torch.equal(torch.cat(five), torch.cat(batches)[:5])          # however many follow
+
+    call(sample, *flags, tmp_path / "a.npz")
     assert "exists already" in capsys.readouterr().out
-    with pytest.raises(runtime.UserError, match="a.npz exists; .*global_seed: 0 there, 1 here"):
-        draw(*flags, "--global-seed", 1)
-    assert (tmp_path / "a.npz").stat().st_mtime_ns == before
+    with pytest.raises(runtime.UserError, match="a.npz .*exists; .*global_seed: 7 there, 1 here"):
+        call(sample, *flags, tmp_path / "a.npz", "--global-seed", 1)
 
 
-def test_an_npz_is_stored_part_by_part_as_numpy_would_store_it(tmp_path):
-    array = np.random.default_rng(0).integers(0, 256, (7, 5, 4, 3), dtype=np.uint8)
-    sample.write_npz(tmp_path / "a.npz", array.shape, (array[i:i + 2] for i in range(0, 7, 2)))
-    np.savez(tmp_path / "b.npz", array)
-    assert (pictures_of(tmp_path / "a.npz") == array).all()
-    with zipfile.ZipFile(tmp_path / "a.npz") as a, zipfile.ZipFile(tmp_path / "b.npz") as b:
-        assert a.read("arr_0.npy") == b.read("arr_0.npy") and a.testzip() is None
-        assert a.getinfo("arr_0.npy").compress_type == zipfile.ZIP_STORED
-
-
-def test_it_never_holds_more_than_a_batch(trained, monkeypatch, tmp_path):
-    sizes, to_pixels = [], sample.to_pixels
-    monkeypatch.setattr(sample, "to_pixels", lambda x, how: (sizes.append(len(x)), to_pixels(x, how))[1])
-    reads, load = [], np.load
-    monkeypatch.setattr(np, "load", lambda path, **kwargs: (reads.append(path), load(path, **kwargs))[1])
-    draw("--ckpt", trained[0], *SET, "--output", tmp_path / "a.npz")
-    assert sizes == [4] * 8 and len(reads) == 9           # every part once, and the first one for its shape
-
-
-# ---- pictures ---------------------------------------------------------------------------------------------
-
-def test_guidance_1_is_no_guidance_bit_for_bit_and_needs_no_unconditional_pass(trained):
-    model, tokenizer, _ = sample.load(trained[0])
-    labels, seeds = [0, 1, 2, 0], [(0, n) for n in range(4)]
-    plain = torch.cat(list(sample.generate(model, tokenizer, labels, seeds, 4)))
-    guided = torch.cat(list(sample.generate(model, tokenizer, labels, seeds, 4, cfg_scale=(2.0, 2.0))))
-    with torch.no_grad():
-        model.class_embedding.weight[3] = float("nan")                    # "no class"
-    one = torch.cat(list(sample.generate(model, tokenizer, labels, seeds, 4, cfg_scale=(1.0, 1))))
-    assert torch.equal(plain, one) and not torch.equal(plain, guided)
-
-
-def test_a_picture_depends_on_label_seed_and_place_not_on_how_many_follow(trained):
-    model, tokenizer, _ = sample.load(trained[0])
-    labels, seeds = [0, 1, 2, 0, 1, 2], [5, 6, 7, 8, 9, 10]
-    six = list(sample.generate(model, tokenizer, labels, seeds, 4))
-    assert [len(batch) for batch in six] == [4, 2] and six[0].dtype == torch.uint8
-    five = torch.cat(list(sample.generate(model, tokenizer, torch.tensor(labels[:5]), seeds[:5], 4)))
-    assert torch.equal(five, torch.cat(six)[:5])
-    assert list(sample.generate(model, tokenizer, [], [], 4)) == []
-
-
-def test_rounding_and_truncation_differ_by_at_most_a_level(trained):
-    x = torch.tensor([-2.0, -1.0, 0.0, 0.999, 1.0, 3.0])
-    assert sample.to_pixels(x, "truncate").tolist() == [0, 0, 127, 254, 255, 255]
-    assert sample.to_pixels(x, "round").tolist() == [0, 0, 128, 255, 255, 255]
-    model, tokenizer, _ = sample.load(trained[0])
-    a, b = (next(sample.generate(model, tokenizer, [0, 1], [0, 1], 2, how)) for how in ("round", "truncate"))
-    assert (a.int() - b.int()).unique().tolist() == [0, 1]
-
-
-def test_a_grid_has_a_row_for_each_class_and_shows_members_of_the_set(tmp_path, trained):
-    draw("--ckpt", trained[0], "--classes", "cat,0", "--num-images", 4, "--save-images", "--batch-size", 4,
-         "--output", tmp_path / "a.png", "--cfg-scale", 2, "--top-p", 1)
-    assert Image.open(tmp_path / "a.png").size == (4 * (96 + 2) + 2, 2 * (96 + 2 + 14) + 2)
+def test_a_grid_shows_members_of_the_set_by_class(tmp_path, saved):
+    axes = len(checkpoints.load_ar(saved[0])[0].config.grid)
+    suffix = ".png" if axes == 2 else ".webp"
+    call(sample, "--ckpt", saved[0], "--classes", "cat,0", "--num-images", 4, "--save-images", "--batch-size",
+         4, "--output", tmp_path / f"a{suffix}")
     record = json.loads((tmp_path / "a.json").read_text())
-    assert record["classes"] == ["cat", "ant"] and record["numbers"] == [2, 5, 8, 11, 0, 3, 6, 9]
+    assert record["captions"] == ["cat"] * 4 + ["ant"] * 4 and record["numbers"] == [2, 5, 8, 11, 0, 3, 6, 9]
     files = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert files == [f"class-000{label}-00{i}.png" for label in (0, 2) for i in range(4)]
-    draw("--ckpt", trained[0], "--num-fid-samples", 12, "--batch-size", 4, "--output", tmp_path / "a.npz")
+    assert files == [f"class-000{label}-00{i}{suffix}" for label in (0, 2) for i in range(4)]
+    call(sample, "--ckpt", saved[0], "--num-fid-samples", 12, "--batch-size", 4, "--output",
+         tmp_path / "a.npz")
     for label, i in ((0, 1), (2, 3)):
-        alone = np.asarray(Image.open(tmp_path / "a" / f"class-000{label}-00{i}.png"))
-        assert (alone == pictures_of(tmp_path / "a.npz")[i * 3 + label]).mean() > 0.99
+        with Image.open(tmp_path / "a" / f"class-000{label}-00{i}{suffix}") as file:
+            alone = np.asarray(file.convert("RGB"))                      # of a clip the first frame
+        drawn = samples_of(tmp_path / "a.npz")[i * 3 + label]
+        assert (alone == (drawn if drawn.ndim == 3 else drawn[0])).mean() > 0.99
+    assert Image.open(tmp_path / "a.png").size[1] == 2 * (96 + 2 + 14) + 2
 
 
-def test_with_no_flags_it_draws_every_class_of_the_newest_model(tmp_path, trained, monkeypatch):
+def test_defaults_classes_and_files(tmp_path, saved, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(runtime.UserError, match="no AR model .*runs/ar"):
-        draw()
-    folder = pathlib.Path("runs/ar")
-    folder.mkdir(parents=True)
-    os.link(trained[0], folder / "step-00000020.pt")
-    draw()
-    grid, = pathlib.Path("runs/samples").glob("*.png")
-    assert grid.name == "ar-step-00000020-grid-cfg2-t1-k0-p1-seed0.png"
-    assert json.loads(grid.with_suffix(".json").read_text())["classes"] == ["ant", "bee", "cat"]
-
-
-def test_an_unconditional_model_needs_no_classes(tmp_path, trained):
-    train_ar.main(train_ar.get_args([str(flag) for flag in (
-        *TINY, "--tokenizer", trained[1], "--unconditional", "--length", 1,
-        "--results-dir", tmp_path / "ar")]))
-    ckpt = tmp_path / "ar" / "step-00000001.pt"
-    draw("--ckpt", ckpt, "--num-images", 3, "--output", tmp_path / "a.png")
-    draw("--ckpt", ckpt, "--num-fid-samples", 5, "--output", tmp_path / "a.npz")
-    assert pictures_of(tmp_path / "a.npz").shape[0] == 5
+        call(sample)
+    (tmp_path / "runs" / "ar").mkdir(parents=True)
+    (tmp_path / "runs" / "ar" / "step-00000020.pt").symlink_to(saved[0])
+    for flags in ([], ["--temperature", 0, "--mixed-precision", "bf16"], ["--raw-weights"]):
+        call(sample, "--num-images", 1, *flags)
+        grid, = pathlib.Path("runs/samples").glob("*.png")
+    assert json.loads(grid.with_suffix(".json").read_text())["captions"] == ["ant", "bee", "cat"]
+    ckpt = save(tmp_path / "free", classes=())[0]
+    call(sample, "--ckpt", ckpt, "--num-images", 3, "--output", "a.png")
+    call(sample, "--ckpt", ckpt, "--num-fid-samples", 5, "--output", "a.npz")
+    assert samples_of("a.npz").shape == (5, 16, 16, 3)
     for flags, message in ((["--classes", 0], "unconditional"), (["--cfg-scale", 2], "--cfg-scale")):
         with pytest.raises(runtime.UserError, match=message):
-            draw("--ckpt", ckpt, *flags, "--output", tmp_path / "b.png")
+            call(sample, "--ckpt", ckpt, *flags, "--output", "b.png")
 
 
-# ---- checkpoints ------------------------------------------------------------------------------------------
-
-def save_published(path, with_tokenizer=True, bits=6):
-    """A small file in the form of the published AR files, and the tokenizer inside."""
-    model = ar_model.ARModel(ar_model.ARConfig(width=64, heads=1, inter_blocks=1, intra_blocks=1, bits=(2, 4),
-                                               num_classes=1000, grid=(16, 16)))
-    names = ar_model.PublishedView(model).state_dict()
-    state = {name: torch.from_numpy(fill(name, tuple(tensor.shape))) for name, tensor in names.items()}
-    torch.manual_seed(0)
-    tokenizer = tok.Tokenizer(tok.TokenizerConfig(resolution=64, channels=32, channel_multipliers=(1, 1, 1),
-                                                  blocks=1, mid_blocks=1, bits=bits))
-    if with_tokenizer:
-        state.update({f"first_stage_model.{name}": t for name, t in tokenizer.state_dict().items()})
-    torch.save({"state_dict": state, "global_step": 3}, path)
-    return tokenizer
+def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path, saved):
+    ckpt, own, published = saved
+    other = save(tmp_path / "other", seed=1, bits=(3, 4))
+    for flags, message in (
+            (["--ckpt", ckpt, "--tokenizer", other[1]], f"{other[1]} is not the one .*runs/x.pt"),
+            (["--ckpt", other[0]], r"draws tokens of 128 codes on a grid \(.*\), but .* has 64 codes"),
+            (["--ckpt", published], "AR.ckpt contains no whole tokenizer; .*--tokenizer"),
+            (["--ckpt", published, "--tokenizer", own], "draws tokens of 1024 codes")):
+        with pytest.raises(runtime.UserError, match=message):
+            call(sample, *flags)
+    sample.load(sample.get_args(["--ckpt", str(ckpt), "--tokenizer", str(own)]))       # the right one
 
 
-def test_a_published_file_alone_makes_pictures_with_imagenets_names(tmp_path):
-    tokenizer = save_published(tmp_path / "AR.ckpt")
-    draw("--ckpt", tmp_path / "AR.ckpt", "--classes", "otter,207", "--num-images", 1,
-         "--output", tmp_path / "a.png")
-    record = json.loads((tmp_path / "a.json").read_text())
-    assert record["classes"] == ["otter", "golden retriever"] and record["rounding"] == "truncate"
-    assert record["checkpoint"]["source"] == "published" and record["checkpoint"]["name"] == "AR.ckpt"
-    loaded = sample.load(tmp_path / "AR.ckpt")[1].state_dict()
-    assert all(torch.equal(loaded[name], tensor) for name, tensor in tokenizer.state_dict().items())
-
-    save_published(tmp_path / "bare.ckpt", with_tokenizer=False)
-    with pytest.raises(runtime.UserError, match="bare.ckpt contains no whole tokenizer .*--tokenizer"):
-        sample.load(tmp_path / "bare.ckpt")
-    sample.load(tmp_path / "bare.ckpt", tmp_path / "AR.ckpt")             # its tokenizer from elsewhere
-
-
-def test_a_tokenizer_that_does_not_fit_is_refused_with_both_names(tmp_path, trained):
-    other = save_tokenizer(tmp_path / "other.pt", seed=1)
-    with pytest.raises(runtime.UserError, match=f"{other} .* is not the one that .*{trained[1]}"):
-        draw("--ckpt", trained[0], "--tokenizer", other)
-    sample.load(*trained)                                                 # the right one may be named
-    save_published(tmp_path / "AR.ckpt", bits=7)
-    with pytest.raises(runtime.UserError, match=r"AR.ckpt draws tokens of 2 \+ 4 bits, .* 128 codes, not 64"):
-        sample.load(tmp_path / "AR.ckpt")
-
-
-@pytest.mark.parametrize("preset, scale, temperature", [
-    ("AR-B", [1.9, 2.0], [1.0, 1.0]), ("AR-L", [1.9, 1.9], [1.1, 1.0]), ("AR-XL", [1.75, 1.85], [1.1, 1.0])])
-def test_the_published_settings_are_the_defaults_of_the_published_presets(preset, scale, temperature):
+@pytest.mark.parametrize("preset, scales, temperature", [
+    ("AR-B", [1.9, 2.0], 1.0), ("AR-L", [1.9, 1.9], 1.1), ("AR-XL", [1.75, 1.85], 1.1), ("toy", [2, 2], 1.0)])
+def test_published_settings_are_the_defaults_of_published_presets(preset, scales, temperature):
     with torch.device("meta"):
-        model = ar_model.ARModel(ar_model.PRESETS[preset])
-    args = sample.get_args(["--num-fid-samples", "50000"])
-    settings = sample.settings_from_args(args, model, {"preset": preset})
-    assert settings == {"cfg_scale": scale, "temperature": temperature, "top_k": [0, 0], "top_p": [1.0, 1.0]}
-    settings = sample.settings_from_args(sample.get_args([]), model, {"preset": preset})
-    assert settings["cfg_scale"] == [4.0, 4.0] and settings["top_p"] == [0.96, 0.96]
-    settings = sample.settings_from_args(sample.get_args(["--cfg-scale", "1,3"]), model, {"preset": preset})
-    assert settings["cfg_scale"] == [1.0, 3.0]
-    assert sample.settings_from_args(args, model, {"preset": "toy"})["cfg_scale"] == [2.0, 2.0]
+        model = ARModel(ar_model.PRESETS[preset])
+    info = {"preset": preset, "source": "published"}
+    how = sample.how_from_args(sample.get_args([]), model, info, 50)
+    assert [setting.cfg_scale for setting in how.settings] == scales and how.batch_size == 50 and how.truncate
+    assert how.settings[0].temperature == temperature and how.settings[1] == ar_model.Settings(scales[1])
+    shown = sample.how_from_args(sample.get_args(["--top-k", "7"]), model, info, 100, looking=True)
+    assert shown.settings[0].top_k == 7 and shown.settings[0].top_p == (1 if preset == "toy" else 0.96)
 
 
 def test_classes_go_by_number_or_by_name():
@@ -269,51 +307,27 @@ def test_classes_go_by_number_or_by_name():
     assert sample.find_classes(" 207, Otter", imagenet) == [207, 360]
     assert sample.class_names([f"n{i:08d}" for i in range(1000)], 1000) == imagenet
     assert sample.class_names(None, 3) == ["0", "1", "2"] and sample.find_classes(None, ["a", "b"]) == [0, 1]
-    assert sample.find_classes(None, imagenet) == list(sample.WELL_KNOWN)
-    spread = sample.find_classes(None, [str(i) for i in range(101)])      # as many as UCF-101 has
-    assert spread == [0, 12, 25, 37, 50, 63, 75, 88]
-    assert sample.find_classes("10", ["10", "9", "2"]) == [0]             # a folder called 10
-    with pytest.raises(runtime.UserError, match=r"'crane' names the classes \[1, 3\]; give a number"):
-        sample.find_classes("crane", ["bird", "crane", "lift", "Crane"])
-    with pytest.raises(runtime.UserError, match="'1000' is none of the 1000 classes"):
-        sample.find_classes("1000", imagenet)
-    with pytest.raises(runtime.UserError, match="'retriever' .* golden retriever"):
-        sample.find_classes("retriever", imagenet)
-
-
-# ---- flags and mistakes -----------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("flags", [
-    ["--mixed-precision", "bf16"],
-    ["--mixed-precision", "fp16"],
-    ["--temperature", 0],
-    ["--raw-weights", "--rounding", "truncate", "--num-images", 1],
-])
-def test_every_sampling_flag_runs(tmp_path, trained, flags):
-    draw("--ckpt", trained[0], "--classes", 1, "--num-images", 2, "--output", tmp_path / "a.png", *flags)
-    assert (tmp_path / "a.png").exists()
+    assert imagenet[sample.find_classes(None, imagenet)[2]] == "giant panda"
+    assert sample.find_classes(None, [str(i) for i in range(101)]) == [0, 12, 25, 37, 50, 63, 75, 88]
+    assert sample.find_classes("10", ["10", "9", "2"]) == [0]            # a folder called 10
+    for word, names, message in (("crane", ["bird", "crane", "lift", "Crane"], r"the classes \[1, 3\]"),
+                                 ("1000", imagenet, "'1000' is none of the 1000 classes"),
+                                 ("retriever", imagenet, "'retriever' .* golden retriever")):
+        with pytest.raises(runtime.UserError, match=message):
+            sample.find_classes(word, names)
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--ckpt", "/no/such.pt"], "/no/such.pt"),
-    (["--classes", "dog"], "'dog' is none of the 3 classes"),
-    (["--classes", "3"], "'3' is none of the 3 classes"),
-    (["--classes", "ant", "--num-fid-samples", 5], "--num-fid-samples"),
-    (["--num-images", 0], "--num-images"),
-    (["--num-fid-samples", 0], "--num-fid-samples"),
-    (["--cfg-scale", "1,2,3"], "--cfg-scale has 3 values"),
-    (["--cfg-scale", "strong"], "--cfg-scale"),
-    (["--top-p", 0], "--top-p 0"),
-    (["--top-k", 1.5], "--top-k"),
-    (["--temperature", -1], "--temperature"),
-    (["--output", "x.jpg"], "--output x.jpg"),
-    (["--compile", "--device", "cpu"], "--compile"),
-    (["--nonsense"], "--nonsense"),
-])
-def test_mistakes_name_the_flag_and_exit_with_2(tmp_path, trained, monkeypatch, capsys, flags, message):
+    ("--ckpt /no/such.pt", "/no/such.pt"), ("--classes dog", "'dog' is none of the 3 classes"),
+    ("--classes ant --num-fid-samples 5", "--num-fid-samples"), ("--num-images 0", "--num-images"),
+    ("--num-fid-samples 0", "--num-fid-samples"), ("--cfg-scale 1 2 3", "--cfg-scale has 3 values"),
+    ("--cfg-scale strong", "--cfg-scale"), ("--top-p 0", "--top-p 0"), ("--top-k 1.5", "--top-k"),
+    ("--temperature -1", "--temperature"), ("--output x.jpg", "--output x.jpg"),
+    ("--compile --device cpu", "--compile"), ("--nonsense", "--nonsense")])
+def test_mistakes_are_one_line_and_exit_status_2(tmp_path, saved, monkeypatch, capsys, flags, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as caught:
-        runtime.run_script(sample.main, lambda: sample.get_args(["--ckpt", trained[0], *map(str, flags)]))
+        runtime.run_script(sample.main, lambda: sample.get_args(["--ckpt", str(saved[0]), *flags.split()]))
     text = capsys.readouterr().err
     assert caught.value.code == 2 and message in text and len(text.strip().splitlines()) == 1, text
     assert not list(tmp_path.glob("runs/samples/*"))
