@@ -2,8 +2,7 @@
 
 A number without its protocol is no result. Most disputes over "your FID" are about the resize rule, the
 reference set, the rounding or the number of images, so all of these are printed beside each number and stored
-in a JSON, with what identifies the checkpoint and the networks. Where the official scripts have a quirk, there
-are two protocols:
+in a JSON. Where the official scripts have a quirk, there are two protocols:
 
     clean      what one would do today: pixels rounded to uint8 as an image file holds them, means over images
     official   what produced the published numbers, quirks included
@@ -13,15 +12,14 @@ are two protocols:
     python evaluate.py reconstruction --ckpt pt-256-2^18 --data-path coco --original-resolution
     python evaluate.py reconstruction --ckpt ucf-128 --data-path ucf101 --metrics all --protocol official
     python evaluate.py generation --samples samples.npz --reference VIRTUAL_imagenet256_labeled.npz
-    torchrun --nproc-per-node=8 evaluate.py generation --ckpt AR-B --reference VIRTUAL_imagenet256_labeled.npz
+    torchrun --nproc-per-node=8 evaluate.py generation --ckpt AR-B --data-path imagenet
     python evaluate.py make-reference --data-path imagenet --image-size 256
     python evaluate.py table 4 --imagenet imagenet
 
-Images and clips go the same way: an image is a clip of one frame. No number of ranks changes a result. Metrics
-with a network need a download; without a connection, --allow-random-weights tries the machinery out and marks
-what it prints as not comparable. The metrics themselves are explained in metrics.py.
-
-Axis letters: B samples of a batch, N of a set, T frames, H W their size, D features, V codes.
+Images and clips go the same way: an image is a clip of one frame. No number of ranks changes a result. Some
+metrics need networks to be downloaded; --allow-random-weights tries the machinery out without, and marks what
+it prints as not comparable. metrics.py explains the metrics. Axis letters: B samples of a batch, N of a set,
+T frames, H W their size, D features, V codes.
 """
 import argparse
 import datetime
@@ -42,15 +40,12 @@ import torchvision.transforms.functional as TF
 from PIL import Image
 from tqdm import tqdm
 
-import ar_model
 import checkpoints
 import data
 import metrics
 import pictures
 import runtime
 import sample
-import tokenizer
-import video
 from checkpoints import RANDOM_LABEL
 from runtime import require
 
@@ -58,18 +53,18 @@ from runtime import require
 
 
 class Metric(typing.NamedTuple):
-    """All that this file knows of a metric. A new one of images is a function in metrics.py and a row below."""
+    """All that is known of a metric here. A new one of images is a function in metrics.py and a row below."""
     name: str
-    measure: object             # a function of uint8 frames and their reconstructions, or the name of a network
+    measure: object                # a function of uint8 originals and reconstructions, or a network's name
     format: str
-    measured_on: str            # filled in by the facts of a run
+    measured_on: str               # filled in by the facts of a run
 
 
 METRICS = {
     "psnr": Metric("PSNR (dB)", metrics.psnr, "{:.2f}", "{pixels}, {mean}"),
     "ssim": Metric("SSIM", metrics.ssim, "{:.4f}", "{pixels}, {mean}, 7 x 7 windows"),
-    "lpips-vgg": Metric("LPIPS (VGG)", "lpips-vgg", "{:.4f}", "{floats}, mean over {kind}s"),
-    "lpips-alex": Metric("LPIPS (Alex)", "lpips-alex", "{:.4f}", "{floats}, mean over {kind}s"),
+    "lpips-vgg": Metric("LPIPS (VGG)", "lpips-vgg", "{:.4f}", "{floats}, mean over all"),
+    "lpips-alex": Metric("LPIPS (Alex)", "lpips-alex", "{:.4f}", "{floats}, mean over all"),
     "usage": Metric("codebook usage", None, "{:.2%}", "{tokens} tokens of {codes} codes"),
     "perplexity": Metric("perplexity", None, "{:.1f}", "at most {codes}"),
     "bits_per_pixel": Metric("bits per pixel", None, "{:.4f}", "{bits:g} bits a token"),
@@ -79,67 +74,59 @@ METRICS = {
     "fid": Metric("FID", "inception", "{:.3f}", "{n} samples, {real} images, resize tf1"),
     "sfid": Metric("sFID", "inception", "{:.3f}", "{n} samples, {real} images, resize tf1"),
     "inception_score": Metric("Inception Score", "inception", "{:.2f}", "blocks of 5,000: {blocks}, {order}"),
-    "precision": Metric("precision", "inception", "{:.4f}", "{n} samples, {near} images, k = 3, {distances}"),
-    "recall": Metric("recall", "inception", "{:.4f}", "{n} samples, {near} images, k = 3, {distances}"),
+    "precision": Metric("precision", "inception", "{:.4f}", "{n} samples, {near} images, k = 3, {digits}"),
+    "recall": Metric("recall", "inception", "{:.4f}", "{n} samples, {near} images, k = 3, {digits}"),
     "fvd": Metric("FVD", "i3d", "{:.2f}", "{n} samples, {real} clips of {frames} frames, float64"),
     "fvd-float32": Metric("FVD, float32", "i3d", "{:.2f}", "the same with the official script's roundings")}
-OF_SETS = {"inception": (2048, 2023, 1008), "i3d": (400,)}            # networks that see sets: what D they give
+OF_SETS = {"inception": (2048, 2023, 1008), "i3d": (400,)}            # networks of sets: D of their outputs
 OF_SAMPLES = [key for key, metric in METRICS.items() if metric.measure and metric.measure not in OF_SETS]
 OF_RECONSTRUCTIONS = (*OF_SAMPLES, "usage", "rfid", "rfvd")           # for --metrics; usage brings two others
-
-
-def start(args):
-    """Set up the processes and exact fp32 (TF32 keeps 10 bits of each factor); returns the device."""
-    device = runtime.setup_process_group(args.device)
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cudnn.deterministic = True
-    return device
+# Flags of `generation` that only make sense where it draws the samples itself.
+DRAWING = ("ckpt", "num_samples", "tokenizer", "raw_weights", "trust_checkpoint", "cfg_scale", "temperature",
+           "top_k", "top_p", "compile")
 
 
 def load_network(name, args, device):
     """The network of a metric, with its `name` and its `source`: what its weights are."""
-    eps = 1e-5 if args.protocol == "official" else 1e-3    # of I3D: that of the official script's port, or TF's
+    eps = 1e-5 if args.protocol == "official" else 1e-3    # of I3D: in the official script's port, or in TF
     network, source = checkpoints.load_network(name, args.weights_dir, args.allow_random_weights, eps)
     network.name = name
     network.source = source
     return network.to(device)
 
 
+def report(subject, values, facts, record, args):
+    """Print `values` {metric: number} and write them to a JSON with their `record`; returns its path. Rank 0.
+
+    facts: what fills in the registry's `measured_on`. Other settings give another file.
+    """
+    n = facts["n"]
+    entries = {}
+    rows = []
+    for key in [key for key in METRICS if key in values]:
+        metric = METRICS[key]
+        label = RANDOM_LABEL if record["networks"].get(metric.measure) == RANDOM_LABEL else ""
+        note = metric.measured_on.format(**facts)
+        rows.append([metric.name, metric.format.format(values[key]), note, label])
+        value = values[key] if math.isfinite(values[key]) else str(values[key])
+        entries[key] = {"value": value, "measured_on": note, "label": label}
+        if key in ("rfid", "rfvd", "fid", "fvd") and n < 2 * OF_SETS[metric.measure][0]:
+            print(f"warning: {metric.name} of {n} samples is biased upwards ({OF_SETS[metric.measure][0]} features "
+                  f"want twice as many); compare it only with that of equally many")
+    print()
+    runtime.print_table(rows, ["metric", "value", "measured on", ""])
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
+    record = {"command": args.command, "protocol": args.protocol, "n": n, **record, "arguments": vars(args),
+              "versions": versions}
+    path = pathlib.Path(args.output, f"{args.command}-{pathlib.Path(subject).stem}-{short_hash(record)}.json")
+    runtime.write_json(path, {"metrics": entries, **record, "date": datetime.datetime.now().isoformat()})
+    print(f"\nwritten to {path}")
+    return path
+
+
 def short_hash(value):
     """Eight hexadecimal digits that stand for a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
-
-
-def report(subject, values, facts, record, args):
-    """Print `values` {metric: number} and write them to a JSON file, whose path is returned. Rank 0 only.
-
-    facts fill in the registry's `measured_on`; record: what the numbers are of. The file name carries a hash of
-    record and flags, so that another protocol, checkpoint or data set does not overwrite it.
-    """
-    entries = {}
-    for key in [key for key in METRICS if key in values]:
-        random = record["networks"].get(METRICS[key].measure) == RANDOM_LABEL
-        entries[key] = {"value": values[key] if math.isfinite(values[key]) else str(values[key]),
-                        "measured_on": METRICS[key].measured_on.format(**facts),
-                        "label": RANDOM_LABEL if random else ""}
-    print()
-    runtime.print_table([(METRICS[key].name, METRICS[key].format.format(values[key]), entry["measured_on"],
-                          entry["label"]) for key, entry in entries.items()], ("metric", "value", "measured on", ""))
-    record = {"command": args.command, "protocol": args.protocol, "n": facts["n"], **record, "arguments": vars(args)}
-    parts = pathlib.Path(subject).with_suffix("").parts[-2:]
-    name = "".join(c if c.isalnum() else "-" for c in "-".join([args.command, *parts]))
-    path = pathlib.Path(args.output) / f"{name}-{short_hash(record)}.json"
-    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
-    runtime.write_json(path, {"metrics": entries, **record, "versions": versions,
-                              "date": datetime.datetime.now().isoformat()})
-    few = [METRICS[key].name for key in ("rfid", "rfvd", "fid", "fvd")
-           if key in values and facts["n"] < 2 * OF_SETS[METRICS[key].measure][0]]
-    if few:
-        print(f"warning: {few[0]} of {facts['n']} {facts['kind']}s is biased upwards, as there should be twice as "
-              f"many as features; compare it only with that of equally many")
-    print(f"\nwritten to {path}")
-    return path
 
 
 # ---- 2. Sets of samples, and their statistics --------------------------------------------------------------
@@ -171,65 +158,63 @@ def sample_array(path):
     arrays = read_npz(path)
     require("arr_0" in arrays, f"{path} holds no array arr_0, only {', '.join(arrays)}")
     array = arrays["arr_0"]
+    shape = list(array.shape)
     require(array.dtype == np.uint8, f"{path}: arr_0 is {array.dtype}, expected uint8; convert floats in [0, 1] "
-                                     f"with (x * 255).round().astype('uint8')")
-    hint = "; use arr_0.transpose(0, 2, 3, 1)" if array.ndim == 4 and array.shape[1] == 3 else ""
-    require(array.ndim in (4, 5) and array.shape[-1] == 3, f"{path}: arr_0 has the shape {list(array.shape)}, "
-                                                           f"not (N, H, W, 3) or (N, T, H, W, 3){hint}")
+            f"with (x * 255).round().astype('uint8')")
+    hint = "; use arr_0.transpose(0, 2, 3, 1)" if len(shape) == 4 and shape[1] == 3 else ""
+    require(len(shape) in (4, 5) and shape[-1] == 3,
+            f"{path}: arr_0 has the shape {shape}, not (N, H, W, 3) or (N, T, H, W, 3){hint}")
     return array
 
 
-def batches_of(samples, order, size, args, title):
-    """This rank's batches of samples[order]: (uint8 tensors (B, 3, [T,] H, W), how many count, their indices).
+def batches_of(samples, order, args, title):
+    """This rank's batches of samples[order]: (uint8 (B, 3, [T,] H, W), how many of them count, their indices).
 
-    samples: a data set, or an array as of `sample_array`. Ranks share out whole batches, and all have one shape,
-    the last filled up by repetition. So a sample always has the same neighbours, and its numbers the same last
-    bits: convolutions of other shapes add in another order.
+    samples: a data set, or an array as of `sample_array`. Ranks share out whole batches, all of one shape, the
+    last filled up by repetition, as convolutions of other shapes add in another order. So a sample always has
+    the same neighbours, and its numbers the same last bits.
     """
+    size = args.batch_size
     batches = data.eval_batches(samples, order, size, args.num_workers)
     total = len(batches)
     if isinstance(samples, np.ndarray):
         batches = ((torch.from_numpy(samples[part]).movedim(-1, 1), None, torch.tensor(part))
                    for part in batches.parts)
-    for x, _, indices in tqdm(batches, title, total, unit="batch", disable=None if runtime.is_main() else True):
+    silent = None if runtime.is_main() else True
+    for x, _, indices in tqdm(batches, title, total, unit="batch", disable=silent):
         yield torch.cat([x, x[-1:].expand(size - len(x), *x.shape[1:])]), len(x), indices
 
 
 def gather_rows(rows, indices):
-    """The `rows` (n, ...) of all ranks, sorted by `indices` (n,): (N, ...) on rank 0's CPU, elsewhere None."""
-    counts = runtime.gather_objects(len(rows))
-    gathered = [rows.cpu(), indices.cpu()]
-    if len(counts) > 1:
-        for k, tensor in enumerate(gathered):                          # gather wants equal sizes: pad, cut
-            padded = torch.cat([tensor, tensor.new_zeros(max(counts) - len(tensor), *tensor.shape[1:])])
-            parts = [torch.empty_like(padded) for _ in counts] if runtime.is_main() else None
-            dist.gather(padded, parts)
-            gathered[k] = parts and torch.cat([part[:n] for part, n in zip(parts, counts)])
-    if runtime.is_main():
-        return gathered[0][gathered[1].argsort(stable=True)]
+    """The `rows` (n, ...) of all ranks, sorted by `indices` (n,): (N, ...) on rank 0, elsewhere None."""
+    parts = [None] * runtime.world_size() if runtime.is_main() else None
+    dist.gather_object((rows.cpu(), indices.cpu()), parts)
+    if parts:
+        rows, indices = [torch.cat(each) for each in zip(*parts)]
+        return rows[indices.argsort(stable=True)]
 
 
 class FeatureStream:
     """Sends samples through the network of a metric of sets, and keeps what distances of sets need.
 
-    kept: of which indices to keep features and logits, and with axes ([T,] H, W) also the samples.
+    kept: of which indices to keep features and logits; axes (H, W): also the images themselves.
     """
 
-    def __init__(self, network, rule, kept=(), axes=None):
+    def __init__(self, network, kept=(), rule="tf1", axes=None):
         lengths = OF_SETS[network.name]
         self.network = network
         self.device = next(network.parameters()).device
-        self.rule = rule                                               # of `metrics.inception_input`
         self.kept = kept
+        self.rule = rule                                               # of `metrics.inception_input`
         self.moments = [metrics.Moments(D, self.device) for D in lengths[:2]]       # the second for sFID
         self.rows = {"features": [torch.empty(0, lengths[0])], "logits": [torch.empty(0, lengths[-1])]}
         if axes:
-            self.rows["arr_0"] = [torch.empty(0, 3, *axes, dtype=torch.uint8)]
+            self.rows["arr_0"] = [torch.empty(0, *axes, 3, dtype=torch.uint8)]
         self.indices = [torch.empty(0, dtype=torch.long)]
 
     @torch.no_grad()
     def add(self, samples, n, indices):
-        """Count in the first n samples: uint8 images or clips, or (rule half-pixel) float images in [0, 1]."""
+        """Count in the first n samples: uint8 images or clips, or for rule half-pixel floats in [0, 1]."""
         inputs = samples.to(self.device)
         if self.network.name == "inception":
             outputs = self.network(metrics.inception_input(inputs, self.rule))
@@ -238,17 +223,16 @@ class FeatureStream:
         for moments, output in zip(self.moments, outputs):
             moments.add(output[:n])
         kept = torch.tensor([index in self.kept for index in indices.tolist()])
-        found = {"features": outputs[0], "logits": outputs[-1], "arr_0": samples}
-        for name in self.rows:
-            self.rows[name].append(found[name][:n].cpu()[kept])
+        found = {"features": outputs[0], "logits": outputs[-1], "arr_0": samples.movedim(1, -1)}
+        for name, parts in self.rows.items():
+            parts.append(found[name][:n].cpu()[kept])
         self.indices.append(indices[kept])
 
     def finish(self):
-        """{name: numpy array} on rank 0, under ADM's names, elsewhere None. A collective.
-
-        n, mean and covariance of features (mu, sigma) and of spatial features (mu_s, sigma_s); what was kept.
-        """
-        arrays = {name: gather_rows(torch.cat(parts), torch.cat(self.indices)) for name, parts in self.rows.items()}
+        """{name: array} on rank 0, under ADM's names, elsewhere None: n, mean and covariance of features (mu,
+        sigma) and of spatial features (mu_s, sigma_s), and what was kept. A collective."""
+        indices = torch.cat(self.indices)
+        arrays = {name: gather_rows(torch.cat(parts), indices) for name, parts in self.rows.items()}
         for suffix, moments in zip(("", "_s"), self.moments):
             moments.n = int(runtime.all_reduce_sum(torch.tensor(moments.n)))
             moments.total = runtime.all_reduce_sum(moments.total)
@@ -258,9 +242,17 @@ class FeatureStream:
         if runtime.is_main():
             return {"n": self.moments[0].n, **{name: np.asarray(array) for name, array in arrays.items()}}
 
+    def run(self, samples, order, args, title):
+        """Send all of samples[order] through it, and `finish`. A collective."""
+        for x, n, indices in batches_of(samples, order, args, title):
+            self.add(x, n, indices)
+        if isinstance(samples, data.Samples):
+            samples.raise_if_broken(all_ranks=True)
+        return self.finish()
+
 
 def cached(path, key, make):
-    """The arrays {name: array} of `make()`, on rank 0, elsewhere None; kept in the npz file `path`. A collective.
+    """The {name: array} of `make()`, on rank 0, elsewhere None; kept in the npz file `path`. A collective.
 
     key: all that they depend on, a JSON value. A file of another key is an error that names the difference.
     """
@@ -272,30 +264,20 @@ def cached(path, key, make):
     if runtime.is_main():
         arrays = read_npz(path)
         require("settings" in arrays, f"{path} is of another program; choose another --reference")
-        runtime.check_same(json.loads(str(arrays["settings"])), json.loads(json.dumps(key)), f"{path} exists and")
+        runtime.check_same(json.loads(str(arrays["settings"])), json.loads(json.dumps(key)), f"{path} exists, and")
         return arrays
 
 
 def distances(key, reference, made, args):
-    """{key: Frechet distance of two sets as `FeatureStream.finish` gives them}, and what belongs beside it."""
+    """{key: Frechet distance of what `FeatureStream.finish` gives of two sets}, and what belongs beside it."""
     values = {}
-    for name, suffix in ((key, ""), ("sfid", "_s")):
-        if name == key or key == "fid":
-            values[name] = metrics.frechet_distance(*[arrays[part + suffix] for arrays in (reference, made)
-                                                      for part in ("mu", "sigma")])
+    for name, suffix in [(key, ""), ("sfid", "_s")][:2 if key == "fid" else 1]:
+        statistics = [arrays[part + suffix] for arrays in (reference, made) for part in ("mu", "sigma")]
+        values[name] = metrics.frechet_distance(*statistics)
     if METRICS[key].measure == "i3d" and args.protocol == "official":
-        features = [torch.from_numpy(arrays["features"]) for arrays in (reference, made)]
+        features = [torch.tensor(arrays["features"]) for arrays in (reference, made)]
         values[f"{key}-float32"] = metrics.frechet_distance_official(*features)
     return values
-
-
-def statistics_of(samples, order, stream, args, title):
-    """What `stream` finds in samples[order], on rank 0, elsewhere None. A collective."""
-    for x, n, indices in batches_of(samples, order, args.batch_size, args, title):
-        stream.add(x, n, indices)
-    if not isinstance(samples, np.ndarray):
-        samples.raise_if_broken(all_ranks=True)
-    return stream.finish()
 
 
 # ---- 3. Reconstruction: what a sample loses on its way through the tokens (tables 3, 4 and 6) --------------
@@ -304,72 +286,73 @@ def reconstruction(args, device):
     """Judge a tokenizer, of images or of clips, by its reconstructions."""
     path = args.ckpt or runtime.latest_checkpoint("runs/tokenizer", "tokenizer checkpoint")
     model, info = checkpoints.load_tokenizer(path, not args.raw_weights, args.trust_checkpoint)
-    frames = getattr(model.config, "frames", None)
-    other = "rfid" if frames else "rfvd"
-    require(other not in args.metrics, f"--metrics {other} is not for this tokenizer of {'clips' if frames else 'images'}")
+    samples, order, about = held_out(model.config, info["trained_on"], args)
+    other = "rfid" if about["frames"] else "rfvd"
+    require(other not in args.metrics, f"--metrics {other} is not for a tokenizer of {samples.kind}s")
     possible = [key for key in OF_RECONSTRUCTIONS if key != other]
     if "all" in args.metrics:
         args.metrics = possible
-    require("rfvd" not in args.metrics or frames >= 9, f"--metrics rfvd: I3D needs clips of 9 frames or more, the "
-                                                       f"tokenizer's have {frames}; leave it out")
-    samples, order, about = held_out(model.config, info["trained_on"], args)
+    require("rfvd" not in args.metrics or about["frames"] >= 9, f"--metrics rfvd: I3D needs clips of 9 frames "
+            f"or more, those of {path} have {about['frames']}; leave it out")
+    size = about["size"]
+    require(size == "original" or size >= 32 or not any("lpips" in key for key in args.metrics),
+            f"--metrics: LPIPS needs images of 32 x 32 or more, not {size} x {size}; leave it out")
     needed = {METRICS[key].measure for key in args.metrics if isinstance(METRICS[key].measure, str)}
     networks = {name: load_network(name, args, device) for name in sorted(needed)}
     # Clean departs from the official resize rule only where a side exceeds Inception's 299 pixels.
-    large = args.original_resolution or samples.view.image_size > 299
-    record = {"checkpoint": {**info, "sha256": runtime.on_main(checkpoints.weights_hash, model)}, "data": about,
-              "networks": {name: network.source for name, network in networks.items()},
-              "resize_rule": "half-pixel-antialiased" if large and args.protocol == "clean" else "half-pixel"}
-    left_out = ", ".join(key for key in possible if key not in args.metrics) or "nothing"
+    antialias = args.protocol == "clean" and (size == "original" or size > 299)
+    info["sha256"] = runtime.on_main(checkpoints.weights_hash, model)
+    record = {"checkpoint": info, "data": about, "networks": {name: networks[name].source for name in networks},
+              "resize_rule": "half-pixel-antialiased" if antialias else "half-pixel"}
     runtime.print_facts(
-        ("model", f"{info['path']}: {info['preset']}, {info['weights']} weights, step {info['step']}"),
-        ("data", f"{len(order)} {samples.kind}s of {samples.name}, {about['split']} split, size {about['size']}, "
-                 f"{about['crop']} crop"),
+        ("model", f"{path}: {info['preset']}, {info['weights']} weights, step {info['step']}"),
+        ("data", f"{len(order)} {samples.kind}s of {samples.name}, {args.split} split, size {size}"),
         ("protocol", f"{args.protocol}, tokenizer in {args.mixed_precision}, metrics in fp32, "
-                     f"{runtime.world_size()} x {device.type}"),
-        ("left out", f"{left_out}{'' if left_out == 'nothing' else ' (networks to download); add --metrics all'}"))
+                     f"{runtime.world_size()} x {device.type}"))
+    if left_out := [key for key in possible if key not in args.metrics]:
+        runtime.print_main(f"left out {', '.join(left_out)}; add --metrics all (networks are downloaded)")
     found = measure(model.to(device), samples, order, networks, record, args)
     if runtime.is_main():
         summarise(found, record, args)
 
 
 def held_out(config, trained_on, args):
-    """(data set, indices, what the record says): samples that the tokenizer has not seen, of what it learned from.
+    """(data set, indices, record): samples that a tokenizer has not seen, of what it has learned from.
 
-    Protocol official, for clips: the training split, random crops, filled up to 10,000 with a random sample of
+    Protocol official, for clips: the training split, random crops, filled up to 10,000 with a random choice of
     the same clips (463 of UCF-101's 9,537), as in the script that the published rFVD of 16 came from.
     """
     frames = getattr(config, "frames", None)
+    require(not (frames and args.original_resolution), "--original-resolution is for tokenizers of images")
     seen = args.protocol == "official" and frames is not None
     if args.data_path is None and args.split_list is None:
-        args.data_path = trained_on["data_path"] if seen else trained_on["val_data_path"] or trained_on["data_path"]
+        prefix = "" if seen or not trained_on["val_data_path"] else "val_"
+        args.data_path = trained_on[f"{prefix}data_path"]
         args.split_list = trained_on["split_list" if seen else "val_split_list"]
         args.resize = args.resize or trained_on["resize"]
     args.split = args.split or ("train" if seen else "val")
     args.batch_size = args.batch_size or (4 if frames else 16)
     crop = "random" if seen else "center"
     if args.original_resolution:
-        require(frames is None, "--original-resolution is for tokenizers of images")
         args.batch_size = 1
         crop = "original"
     size = args.image_size or config.resolution
     view = data.View(size, frames, crop, resize=args.resize, seed=args.global_seed)
     samples = data.build_dataset(args.data_path, args.split, view, args.split_list)
-    order = list(range(len(samples)))
+    order = data.evenly_spaced(10_000 if seen else None, len(samples))
     if seen:
-        order = data.evenly_spaced(10_000, len(samples))
         shuffled = np.random.default_rng(args.global_seed).permutation(len(samples)).tolist()
         order += shuffled[:10_000 - len(order)]
     order = [order[k] for k in data.evenly_spaced(args.max_samples, len(order))]
     require(len(order) > 1, f"{samples.name} has {len(order)} {samples.kind}s; two or more are needed")
-    return samples, order, {
-        "path": args.data_path, "name": samples.name, "split": args.split, "crop": crop, "resize": args.resize,
-        "size": "original" if args.original_resolution else size, "frames": frames, "repeated": len(order) - len(set(order)),
-        "fingerprint": runtime.on_main(data.fingerprint, samples, order)}
+    return samples, order, {"path": args.data_path, "name": samples.name, "split": args.split, "crop": crop,
+                            "resize": args.resize, "size": "original" if args.original_resolution else size,
+                            "frames": frames, "n": len(order), "repeated": len(order) - len(set(order)),
+                            "fingerprint": runtime.on_main(data.fingerprint, samples, order)}
 
 
 def reconstruct(model, x, args):
-    """Float samples (B, 3, [T,] H, W) in [-1, 1] through the tokens: (reconstructions as x, ids (B, [t,] h, w)).
+    """x (B, 3, [T,] H, W) in [-1, 1] through the tokens: (reconstructions as x, ids (B, [t,] h, w)).
 
     At their original resolution images are padded with 0, mid-grey, to whole tokens, and cropped again.
     """
@@ -392,8 +375,8 @@ def reconstruct(model, x, args):
 def measure(model, samples, order, networks, record, args):
     """The measuring loop: every sample goes through the tokenizer once and is seen by every metric.
 
-    Returns on rank 0 {metric: its value for each sample (N,), or of the set}, "pixels" (N,), code "counts" (V,),
-    "examples" {index: uint8 original and reconstruction}. A collective.
+    Returns on rank 0 {metric: its value for each sample (N,), or of the set}, the samples' "pixels" (N,), the
+    "counts" of codes (V,), and "examples", {index: uint8 original and reconstruction}. A collective.
     """
     device = next(model.parameters()).device
     official = args.protocol == "official"
@@ -402,8 +385,8 @@ def measure(model, samples, order, networks, record, args):
     if distance:                                           # the originals' half is the same for all tokenizers
         network = networks[METRICS[distance].measure]
         kept = range(len(samples)) if distance == "rfvd" else ()
-        streams = [FeatureStream(network, record["resize_rule"], kept) for _ in range(2)]
-        key = {"data": record["data"], "n": len(order), "protocol": args.protocol, "network": network.source,
+        streams = [FeatureStream(network, kept, record["resize_rule"]) for _ in range(2)]
+        key = {"data": record["data"], "protocol": args.protocol, "network": network.source,
                "resize_rule": record["resize_rule"], "device": device.type, "batch_size": args.batch_size}
         cache = pathlib.Path(args.output) / "references" / f"originals-{short_hash(key)}.npz"
         known = runtime.on_main(cache.exists)
@@ -411,7 +394,7 @@ def measure(model, samples, order, networks, record, args):
     numbers = [torch.empty(0, dtype=torch.long)]
     counts = torch.zeros(model.quantizer.vocabulary, dtype=torch.long, device=device)
     examples = {}
-    for originals, n, indices in batches_of(samples, order, args.batch_size, args, "measuring"):
+    for originals, n, indices in batches_of(samples, order, args, "measuring"):
         x = pictures.to_float(originals.to(device))                      # (B, 3, [T,] H, W)
         y, ids = reconstruct(model, x, args)                             # as x, (B, [t,] h, w)
         # clean: every metric sees the pixels that an image file would hold. official: truncated ones, the
@@ -434,7 +417,9 @@ def measure(model, samples, order, networks, record, args):
             pair = [(x + 1) / 2, (y + 1) / 2] if official and distance == "rfid" else [real, made]
             for stream, seen in list(zip(streams, pair))[known:]:
                 stream.add(seen, n, indices)
-        examples.update({i: (originals[j], made[j].cpu()) for j, i in enumerate(indices.tolist()) if i in order[:8]})
+        for j, index in enumerate(indices.tolist()):
+            if index in order[:8]:
+                examples[index] = [originals[j], made[j].cpu()]
     samples.raise_if_broken(all_ranks=True)
     found = {"counts": runtime.all_reduce_sum(counts), "examples": runtime.gather_objects(examples)}
     rows = gather_rows(torch.cat(rows), torch.cat(numbers))
@@ -453,28 +438,25 @@ def summarise(found, record, args):
     official = args.protocol == "official"
     counts = found["counts"]
     bits = math.log2(len(counts))
-    frames = record["data"]["frames"]
     # The official script averages PSNR and SSIM over its batches, of four images or of one.
-    batch = 4 if official and not frames and not args.original_resolution else 1
+    batch = 4 if official and not record["data"]["frames"] and not args.original_resolution else 1
     pixels = "truncated uint8" if official else "rounded uint8"
-    kind = "clip" if frames else "image"
-    facts = {"n": len(found["pixels"]), "kind": kind, "frames": frames, "pixels": pixels, "bits": bits,
-             "floats": "floats" if official else pixels, "resize_rule": record["resize_rule"],
-             "mean": f"mean over batches of {batch}" if batch > 1 else f"mean over {kind}s",
-             "tokens": int(counts.sum()), "codes": len(counts)}
+    facts = {**record["data"], "n": len(found["pixels"]), "resize_rule": record["resize_rule"], "bits": bits,
+             "mean": f"mean over batches of {batch}" if batch > 1 else "mean over all", "codes": len(counts),
+             "tokens": int(counts.sum()), "pixels": pixels, "floats": "floats" if official else pixels}
+    record["skipped"] = record["data"]["n"] - facts["n"]
     values = {key: found[key] for key in METRICS if key in found}
-    for key in OF_SAMPLES:
-        if key in values:
-            size = batch if callable(METRICS[key].measure) else 1
-            values[key] = float(torch.stack([part.mean() for part in values[key].split(size)]).mean())
+    for key in values.keys() & set(OF_SAMPLES):
+        means = [part.mean() for part in values[key].split(batch if callable(METRICS[key].measure) else 1)]
+        values[key] = float(torch.stack(means).mean())
     if "usage" in args.metrics:
         values.update(metrics.codebook_usage(counts))
         values["bits_per_pixel"] = float(bits * counts.sum() / found["pixels"].sum())
-    path = report(pathlib.Path(record["checkpoint"]["path"]), values, facts, record, args)
-    examples = dict(sorted(pair for part in found["examples"] for pair in part.items()))
-    sides = [min(256, *[pair[0].shape[axis] for pair in examples.values()]) for axis in (-2, -1)]
-    shown = torch.stack([TF.center_crop(examples[i][k], sides) for k in (0, 1) for i in examples])
-    written = pictures.save_samples(path.with_suffix(".png"), shown, len(examples))
+    path = report(record["checkpoint"]["path"], values, facts, record, args)
+    pairs = [pair for _, pair in sorted(pair for part in found["examples"] for pair in part.items())]
+    sides = [min(256, *[original.shape[axis] for original, _ in pairs]) for axis in (-2, -1)]
+    shown = torch.stack([TF.center_crop(pair[k], sides) for k in (0, 1) for pair in pairs])
+    written = pictures.save_samples(path.with_suffix(".png"), shown, len(pairs))
     print(f"originals above reconstructions: {', '.join(map(str, written))}")
 
 
@@ -486,68 +468,66 @@ def newest_samples(folder="runs/samples"):
 
 
 def choose_samples(args):
-    """The path of the samples to judge. Where there are none, or flags say how to draw them, sample.py draws an
-    npz, that can be interrupted and continued."""
-    names = ("ckpt", "num_samples", "tokenizer", "raw_weights", "trust_checkpoint", "cfg_scale", "temperature",
-             "top_k", "top_p", "compile")
-    how = {name: getattr(args, name) for name in names if getattr(args, name)}
+    """The path of the samples to judge: given, drawn now as flags say, the newest there are, or drawn now."""
+    how = {name: getattr(args, name) for name in DRAWING if getattr(args, name)}
     flags = ", ".join(f"--{name.replace('_', '-')}" for name in how)
-    require(not (args.samples and how), f"--samples {args.samples} is drawn already; the flags on how to draw (here "
+    require(not (args.samples and how), f"--samples {args.samples} is drawn already; flags on how to draw (here "
                                         f"{flags}) do not go with it")
     if path := args.samples or (None if how else runtime.on_main(newest_samples)):
         return pathlib.Path(path)
-    require(args.ckpt or runtime.list_checkpoints("runs/ar"), "no samples (*.npz) in runs/samples and no AR model "
-            "in runs/ar; name some with --samples, or a checkpoint to draw them from with --ckpt")
-    args.ckpt = str(args.ckpt or runtime.latest_checkpoint("runs/ar"))
-    args.num_samples = args.num_samples or (50_000 if args.ckpt in checkpoints.PUBLISHED else 5_000)
-    how = {**how, "ckpt": args.ckpt, "n": args.num_samples, "seed": args.global_seed, "size": args.batch_size,
-           "precision": args.mixed_precision}
+    what = "samples (*.npz) in runs/samples and no AR model"
+    args.ckpt = str(args.ckpt or runtime.latest_checkpoint("runs/ar", what))
+    n = args.num_samples or (50_000 if args.ckpt in checkpoints.PUBLISHED else 5_000)
+    how = [n, *[getattr(args, name) for name in (*DRAWING, "global_seed", "batch_size", "mixed_precision")]]
     path = pathlib.Path("runs/samples") / f"drawn-{short_hash(how)}.npz"
-    sample.main(argparse.Namespace(**vars(args), num_fid_samples=args.num_samples, classes=None, num_images=1,
-                                   save_images=False, **{"output": path}))
+    sample.main(argparse.Namespace(**{**vars(args), "output": path, "num_fid_samples": n, "classes": None,
+                                      "num_images": 1, "save_images": False}))
+    runtime.barrier()                                      # rank 0 has joined the parts
     return path
+
+
+def open_samples(path):
+    """(samples in an npz file or a folder of images, their axes ([T,] H, W), what identifies them)."""
+    if not path.is_dir():
+        samples = sample_array(path)
+        return samples, samples.shape[1:-1], runtime.on_main(runtime.sha256_of, path)
+    samples = data.Folder(path, data.View(1, crop="original"))
+    sizes = set()
+    for i in range(len(samples)):
+        with Image.open(samples.path(i)) as image:
+            sizes.add(image.size[::-1])
+    require(len(sizes) == 1, f"--samples {path} mixes the sizes {sorted(sizes)[:2]}; all must have one")
+    return samples, sizes.pop(), runtime.on_main(data.fingerprint, samples, range(len(samples)))
 
 
 def generation(args, device):
     """Judge generated samples: FID, sFID, Inception Score, precision and recall of images, FVD of clips."""
     path = choose_samples(args)
-    if path.is_dir():
-        samples = data.Folder(path, data.View(1, crop="original"))
-        sizes = sorted({Image.open(samples.path(i)).size[::-1] for i in range(len(samples))})
-        require(len(sizes) == 1, f"--samples {path} mixes the sizes {sizes[:2]}; the images of a set must have one")
-        axes = sizes[0]
-        identity = runtime.on_main(data.fingerprint, samples, range(len(samples)))
-    else:
-        samples = sample_array(path)
-        axes = samples.shape[1:-1]
-        identity = runtime.on_main(runtime.sha256_of, path)
+    samples, axes, identity = open_samples(path)
     n = len(samples)
     clips = len(axes) == 3
-    kind = "clip" if clips else "image"
-    require(n > 3, f"{path} holds {n} {kind}s; generation metrics need four or more")
-    require(not (clips and args.reference), "--reference is for images; clips are compared with those of --data-path")
-    require(args.reference or axes[-1] == axes[-2], f"{path} holds samples of {list(axes)}, those of --data-path are "
-                                                    f"cropped to squares; make square ones, or give a --reference")
+    require(n > 3, f"{path} holds {n} samples; generation metrics need four or more")
+    require(not (clips and args.reference), "--reference is for images; give real clips with --data-path")
+    require(args.reference or axes[-1] == axes[-2], f"{path} holds samples of {list(axes)}, those of --data-path "
+            f"are cropped to squares; make square ones, or give a --reference")
     require(not clips or axes[0] >= 9, f"{path}: I3D needs clips of 9 frames or more, these have {axes[0]}")
     network = load_network("i3d" if clips else "inception", args, device)
-    runtime.print_facts(("samples", f"{path}, {n} {kind}s of {' x '.join(map(str, axes))}"),
+    runtime.print_facts(("samples", f"{path}, {n} of {' x '.join(map(str, axes))}"),
                         ("protocol", f"{args.protocol}, {runtime.world_size()} x {device.type}"))
     if args.reference:
         reference = stored_reference(args, network, axes)
     else:
         reference = reference_of_data(args, network, axes, args.max_samples or n)
-    made = statistics_of(samples, range(n), FeatureStream(network, "tf1", range(n)), args, "samples")
+    made = FeatureStream(network, range(n)).run(samples, range(n), args, "samples")
     if not runtime.is_main():
         return
-    require(made["n"] == n, f"{n - made['n']} of the {n} {kind}s in {path} are broken; make them again")
+    require(made["n"] == n, f"{n - made['n']} of the {n} samples in {path} are broken; make them again")
     real = int(reference["n"]) if "n" in reference else "the stored statistics'"
     if real != n:
-        print(f"warning: {n} samples are compared with {real} reference {kind}s; distances depend on both numbers")
-    facts = {"n": n, "kind": kind, "real": real, "frames": axes[0]}
+        print(f"warning: {n} samples are compared with {real} real ones; distances depend on both numbers")
+    facts = {"n": n, "real": real, "frames": axes[0]}
     values = distances("fvd" if clips else "fid", reference, made, args)
     if not clips:
-        if n != 50_000:
-            print(f"warning: published numbers are of 50,000 samples, these are of {n}")
         values.update(image_metrics(reference, made, facts, args, device))
     beside = path.with_suffix(".json")
     report(path, values, facts, {
@@ -560,69 +540,66 @@ def generation(args, device):
 
 def image_metrics(reference, made, facts, args, device):
     """{metric: value} of Inception Score, precision and recall; adds to `facts`. Rank 0 only."""
+    n = facts["n"]
+    if n != 50_000:
+        print(f"warning: published numbers are of 50,000 samples, these are of {n}")
     logits = torch.from_numpy(made["logits"])
-    order = "file order"
+    facts["order"] = "file order"
     if args.protocol == "clean":
-        order = f"shuffled with seed {args.global_seed}"
-        logits = logits[torch.randperm(len(logits), generator=torch.Generator().manual_seed(args.global_seed))]
+        facts["order"] = f"shuffled with seed {args.global_seed}"
+        logits = logits[torch.randperm(n, generator=torch.Generator().manual_seed(args.global_seed))]
     score, deviation, blocks = metrics.inception_score(logits)
-    half = args.protocol == "official"                                   # as in ADM's evaluator
+    half = args.protocol == "official"                     # as in ADM's evaluator
     features = [torch.tensor(arrays["features"]).to(device) for arrays in (reference, made)]
     precision, recall = metrics.precision_recall(*features, half=half)
-    facts.update(blocks=f"{blocks}, std {deviation:.2f}", order=order, near=len(features[0]),
-                 distances="fp16 distances" if half else "fp32 distances")
+    facts.update(blocks=f"{blocks}, std {deviation:.2f}", near=len(features[0]),
+                 digits="fp16" if half else "fp32")
     return {"inception_score": score, "precision": precision, "recall": recall}
 
 
 def reference_of_data(args, network, axes, count, path=None):
-    """The statistics of `count` (None: all) samples of --data-path of the size `axes`, cached. A collective.
+    """The statistics of `count` (None: all) samples of --data-path, of these axes, cached. A collective.
 
-    With the features, and of images also the pixels, of 10,000 at most, so that ADM's own evaluator can read them.
+    With features, and of images the pixels, of up to 10,000, so that ADM's own evaluator can read the file.
     """
     view = data.View(axes[-1], axes[0] if len(axes) == 3 else None, resize=args.resize)
-    samples = data.build_dataset(args.data_path, args.split or "train", view, args.split_list)
+    split = args.split or "train"
+    samples = data.build_dataset(args.data_path, split, view, args.split_list)
     order = data.evenly_spaced(count, len(samples))
-    require(len(order) > 3, f"{samples.name} has {len(order)} {samples.kind}s; a reference needs four or more")
-    key = {"name": samples.name, "split": args.split or "train", "axes": list(axes), "n": len(order),
-           "fingerprint": runtime.on_main(data.fingerprint, samples, order), "network": network.source,
-           "protocol": args.protocol, "device": next(network.parameters()).device.type, "batch_size": args.batch_size}
-    path = path or pathlib.Path(args.output) / "references" / f"{samples.kind}s-{axes[-1]}-{short_hash(key)}.npz"
+    require(len(order) > 3, f"{samples.name} has {len(order)} {samples.kind}s; a reference needs four")
+    key = {"name": samples.name, "split": split, "n": len(order), "protocol": args.protocol,
+           "fingerprint": runtime.on_main(data.fingerprint, samples, order), "network": network.source}
+    path = path or pathlib.Path(args.output, "references", f"{samples.kind}s-{axes[-1]}-{short_hash(key)}.npz")
     runtime.print_facts(("reference", f"{path}, {len(order)} {samples.kind}s of {samples.name}"))
-
-    def make():
-        kept = {order[k] for k in data.evenly_spaced(10_000, len(order))}
-        stream = FeatureStream(network, "tf1", kept, axes if len(axes) == 2 else None)
-        return statistics_of(samples, order, stream, args, "reference")
-    return cached(path, key, make)
+    kept = {order[k] for k in data.evenly_spaced(10_000, len(order))}
+    stream = FeatureStream(network, kept, axes=axes if len(axes) == 2 else None)
+    return cached(path, key, lambda: stream.run(samples, order, args, "reference"))
 
 
 def stored_reference(args, network, axes):
     """The statistics in the npz --reference, ours or ADM's. A collective.
 
-    ADM's files bring statistics of ImageNet's training set by the TensorFlow network, and 10,000 images, whose
-    features precision and recall need; these are computed once, and cached beside the results.
+    ADM's files bring statistics of ImageNet's training set by the TensorFlow network, and 10,000 images, of
+    which precision and recall need the features; these are computed once, and cached beside the results.
     """
     path = args.reference
     require(pathlib.Path(path).is_file(), f"--reference {path} does not exist; download it, or make one with "
                                           f"`python evaluate.py make-reference`")
     stored = read_npz(path)
-    if "settings" in stored:
-        key = json.loads(str(stored["settings"]))
-        require(key["network"] == network.source, f"--reference {path} was made with other Inception weights; make "
-                                                  f"it again")
-    require("arr_0" in stored, f"--reference {path} holds {', '.join(stored)} but no images (arr_0), so it is not "
-            f"ADM's: statistics do not tell by which network and resize rule they were made")
+    require("arr_0" in stored, f"--reference {path} holds {', '.join(stored)} but no images (arr_0), so it is "
+            f"not ADM's: statistics do not tell by which network and resize rule they were made")
     images = sample_array(path)
-    require(images.shape[1:-1] == axes, f"--reference {path} is of images of {images.shape[1:-1]}, the samples have "
-                                        f"{axes}; compare sets of one size (make-reference has --image-size)")
+    require(images.shape[1:-1] == axes, f"--reference {path} is of images of {images.shape[1:-1]}, the samples "
+            f"have {axes}; compare sets of one size (make-reference has --image-size)")
     if "settings" in stored:
+        made_by = json.loads(str(stored["settings"]))["network"]
+        require(made_by == network.source, f"--reference {path} is of other Inception weights; make it again")
         return stored
-    key = {"sha256": runtime.on_main(runtime.sha256_of, path), "network": network.source, "batch_size": args.batch_size,
-           "device": next(network.parameters()).device.type}
+    key = {"sha256": runtime.on_main(runtime.sha256_of, path), "network": network.source}
     everything = range(len(images))
-    computed = cached(pathlib.Path(args.output) / "references" / f"npz-{short_hash(key)}.npz", key, lambda: statistics_of(
-        images, everything, FeatureStream(network, "tf1", everything), args, "reference"))
-    # ADM's statistics belong to the published network. Where there are none, it takes those of arr_0; so do we.
+    computed = cached(pathlib.Path(args.output) / "references" / f"npz-{short_hash(key)}.npz", key,
+                      lambda: FeatureStream(network, everything).run(images, everything, args, "reference"))
+    # ADM's statistics belong to the published network. Without any, it takes those of arr_0; so do we.
     if computed and network.source != RANDOM_LABEL and {"mu", "sigma", "mu_s", "sigma_s"} <= stored.keys():
         return {**stored, "features": computed["features"]}
     return computed
@@ -632,48 +609,51 @@ def make_reference(args, device):
     """Statistics of real images for `generation` to compare with, in ADM's format."""
     network = load_network("inception", args, device)
     reference_of_data(args, network, (args.image_size, args.image_size), args.max_samples, args.reference)
-    if network.source == RANDOM_LABEL:
-        runtime.print_main(f"this reference is {RANDOM_LABEL}")
 
 
 # ---- 5. The paper's tables: their rows lie in tables.json; those of ours name what measures them -----------
 
 def configuration(name):
     """What a preset of this code has, for tables 1 and 2: computed, not copied."""
-    if name in ar_model.PRESETS:
-        config = ar_model.PRESETS[name]
-        with torch.device("meta"):                                       # shapes without memory
-            parameters = sum(p.numel() for p in ar_model.ARModel(config).parameters())
-        return f"{parameters / 1e6:.2f}M, {config.inter_blocks}, {config.intra_blocks}, {config.width}, {config.heads}"
-    config = {**tokenizer.PRESETS, **video.PRESETS}[name]
-    codes = tokenizer.QUANTIZERS[config.quantizer](config).vocabulary
-    return f"{codes} codes, {config.resolution}x{config.resolution}, {config.downsampling}x"
+    kind, _, presets = next(entry for entry in checkpoints.FORMATS.values() if name in entry[2])
+    config = presets[name]
+    with torch.device("meta"):                             # shapes without memory
+        model = kind(config)
+    if hasattr(config, "inter_blocks"):
+        parameters = sum(p.numel() for p in model.parameters()) / 1e6
+        numbers = [config.inter_blocks, config.intra_blocks, config.width, config.heads]
+        return f"{parameters:.2f}M, {', '.join(map(str, numbers))}"
+    side = config.resolution
+    return f"{model.quantizer.vocabulary} codes, {side}x{side}, {config.downsampling}x"
 
 
-def measured(row, kind, results, args):
-    """(cell, command) of a row of ours on the data `kind`: the newest values measured here, how to get them."""
-    path = getattr(args, kind)
+def measured(what, results, args):
+    """(cell, command) of a measurement in a table: its newest values here, and how to get what is missing."""
+    path = getattr(args, what["data"])
 
     def fits(result):                                      # of this checkpoint, or our training of its preset
-        made = result.get("checkpoint") or (result.get("sampling") or {}).get("checkpoint", {})
+        made = result.get("checkpoint") or (result["sampling"] or {}).get("checkpoint", {})
         on = result.get("data") or result["reference"]
-        return (made.get("preset") == row["checkpoint"] and result["protocol"] == args.protocol
+        return (made.get("preset") == what["checkpoint"] and result["protocol"] == args.protocol
                 and on["path"] and os.path.abspath(on["path"]) == os.path.abspath(path)
-                and on.get("size", row["size"]) == row["size"] and RANDOM_LABEL not in result["networks"].values())
+                and on.get("size", what["size"]) == what["size"]
+                and RANDOM_LABEL not in result["networks"].values())
 
-    newest = max(filter(fits, results), key=lambda result: result["date"], default={"metrics": {}})
-    found = newest["metrics"]
-    cell = " / ".join(METRICS[key].format.format(float(found[key]["value"])) if key in found else "-"
-                      for key in row["metrics"])
-    cell = f"{kind} {cell} ({newest['n']}, {args.protocol})" if found else ""
-    if all(key in found for key in row["metrics"]):
+    cell = ""
+    found = {}
+    if newest := max(filter(fits, results), key=lambda result: result["date"], default=None):
+        found = newest["metrics"]
+        shown = [METRICS[key].format.format(float(found[key]["value"])) if key in found else "-"
+                 for key in what["metrics"]]
+        cell = f"{what['data']} {' / '.join(shown)} ({newest['n']}, {args.protocol})"
+    if all(key in found for key in what["metrics"]):
         return cell, None
-    flags = f"generation --ckpt {row['checkpoint']} --reference {path}"
-    if kind != "reference":
-        size = "--original-resolution" if row["size"] == "original" else f"--image-size {row['size']}"
-        flags = (f"reconstruction --ckpt {row['checkpoint']} --data-path {path} {size} --metrics "
-                 f"{' '.join(row['metrics'])}")
-    return cell, f"python evaluate.py {flags}" + (" --protocol official" if args.protocol == "official" else "")
+    command = f"python evaluate.py generation --ckpt {what['checkpoint']} --reference {path}"
+    if what["data"] != "reference":
+        size = "--original-resolution" if what["size"] == "original" else f"--image-size {what['size']}"
+        command = (f"python evaluate.py reconstruction --ckpt {what['checkpoint']} --data-path {path} {size} "
+                   f"--metrics {' '.join(what['metrics'])}")
+    return cell, f"{command} --protocol {args.protocol}"
 
 
 def table(args):
@@ -683,7 +663,7 @@ def table(args):
     rows = []
     commands = []
     for row in content["rows"]:
-        cells = [measured(row, kind, results, args) for kind in row.get("data", ())]
+        cells = [measured(what, results, args) for what in row.get("measure", ())]
         commands += [command for _, command in cells if command]
         own = configuration(row["preset"]) if "preset" in row else "-"
         if cells:
@@ -691,8 +671,7 @@ def table(args):
         rows.append([*row["cells"], own])
     print(f"Table {args.number}. {content['title']}\n")
     runtime.print_table(rows, content["header"])
-    if content["note"]:
-        print(f"\n{content['note']}")
+    print(f"\n{content['note']}")
     if commands:
         print("\nTo measure what is missing (checkpoints are downloaded):\n  " + "\n  ".join(commands))
 
@@ -702,15 +681,17 @@ def table(args):
 def add_flags(parser, data_default, count_default):
     """Flags of every command that measures. The texts say what holds if a flag is not given."""
     group = parser.add_argument_group("real samples")
-    group.add_argument("--data-path", help=f"folder, tar shards, generated or generated-plain ({data_default})")
+    group.add_argument("--data-path", help=f"folder, tar files, generated or generated-plain ({data_default})")
     group.add_argument("--split", choices=data.SPLITS, help="part of the data set")
     group.add_argument("--split-list", help="official UCF-101 list of the clips to use, as testlist01.txt")
     group.add_argument("--max-samples", type=runtime.positive_int, help=f"evenly spaced ({count_default})")
-    group.add_argument("--resize", type=runtime.positive_int, help="shorter side before the crop (that of the crop)")
+    group.add_argument("--resize", type=runtime.positive_int, help="shorter side before the crop (the crop's)")
     group = parser.add_argument_group("computing")
+    group.add_argument("--protocol", choices=("clean", "official"), default="clean",
+                       help="official: what the published numbers were made with, quirks included")
+    group.add_argument("--global-seed", type=runtime.non_negative_int, default=0, help="of draws and crops")
     group.add_argument("--weights-dir", default=runtime.default_weights_dir(), help="where downloads go")
-    group.add_argument("--allow-random-weights", action="store_true",
-                       help="seeded random weights in the metrics' networks; marks numbers as not comparable")
+    group.add_argument("--allow-random-weights", action="store_true", help="tries metrics' networks out")
     group.add_argument("--num-workers", type=runtime.non_negative_int, default=0, help="reading processes")
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
     group.add_argument("--output", default="runs/evaluation", help="folder for JSON, grid and statistics")
@@ -718,44 +699,34 @@ def add_flags(parser, data_default, count_default):
 
 def get_args(argv=None):
     """Parse the command line; no command at all means "judge what is in runs/"."""
-    argv = sys.argv[1:] if argv is None else list(argv)
     parser = runtime.ArgumentParser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    protocol = {"choices": ("clean", "official"), "default": "clean",
-                "help": "clean, or what the published numbers were made with, quirks included"}
-    seed = {"type": runtime.non_negative_int, "default": 0, "help": "for drawing, shuffling and random crops"}
+    count = runtime.positive_int
 
     p = commands.add_parser("reconstruction", help="judge a tokenizer", description=reconstruction.__doc__)
     p.add_argument("--ckpt", help="tokenizer, a file or a published name; the newest of runs/tokenizer")
     p.add_argument("--raw-weights", action="store_true", help="the raw weights, not their EMA")
     p.add_argument("--trust-checkpoint", action="store_true", help="unpickle foreign classes in --ckpt")
-    p.add_argument("--mixed-precision", choices=runtime.AUTOCAST_DTYPES, default="fp32",
-                   help="of the tokenizer; that of the metrics is always fp32")
-    p.add_argument("--metrics", nargs="+", choices=(*OF_RECONSTRUCTIONS, "all"), default=["psnr", "ssim", "usage"],
-                   help="what to measure; usage brings perplexity and bits per pixel")
-    p.add_argument("--protocol", **protocol)
-    p.add_argument("--image-size", type=runtime.positive_int, help="side of the crops (the tokenizer's)")
+    p.add_argument("--mixed-precision", choices=runtime.AUTOCAST_DTYPES, default="fp32", help="tokenizer's")
+    p.add_argument("--metrics", nargs="+", choices=(*OF_RECONSTRUCTIONS, "all"),
+                   default=["psnr", "ssim", "usage"], help="usage brings perplexity and bits per pixel")
+    p.add_argument("--image-size", type=count, help="side of the crops (the tokenizer's)")
     p.add_argument("--original-resolution", action="store_true", help="no resizing; pads to whole tokens")
-    p.add_argument("--batch-size", type=runtime.positive_int, help="at once on a rank (16 images, 4 clips)")
-    p.add_argument("--global-seed", **seed)
+    p.add_argument("--batch-size", type=count, help="at once on a rank (16 images, 4 clips)")
     add_flags(p, "what --ckpt was trained on, held out", "all")
 
     p = commands.add_parser("generation", help="judge generated samples", description=generation.__doc__)
-    p.add_argument("--samples", help="npz with arr_0, or folder; not given: drawn from --ckpt, or else the newest "
-                                     "npz of runs/samples, or else drawn from the newest of runs/ar")
+    p.add_argument("--samples", help="npz with arr_0, or folder; not given: drawn from --ckpt, or else the "
+                                     "newest npz of runs/samples, or else drawn from the newest of runs/ar")
     p.add_argument("--reference", help="npz, ADM's or of make-reference; made of --data-path if not given")
-    p.add_argument("--num-samples", type=runtime.positive_int,
-                   help="how many to draw (50,000 of a published model, 5,000 of ours)")
-    p.add_argument("--protocol", **protocol)
-    p.add_argument("--global-seed", **seed)
+    p.add_argument("--num-samples", type=count, help="to draw (50,000 of a published name, else 5,000)")
     sample.add_drawing_flags(p)                            # with --batch-size
     add_flags(p, "generated", "as many as samples")
 
     p = commands.add_parser("make-reference", help="real statistics", description=make_reference.__doc__)
     p.add_argument("--reference", help="npz file to write; named after its content if not given")
-    p.add_argument("--image-size", type=runtime.positive_int, default=256, help="side of the crops")
-    p.add_argument("--batch-size", type=runtime.positive_int, default=64, help="images at once on a rank")
-    p.set_defaults(protocol="clean")
+    p.add_argument("--image-size", type=count, default=256, help="side of the crops")
+    p.add_argument("--batch-size", type=count, default=64, help="at once on a rank")
     add_flags(p, "generated", "all")
 
     p = commands.add_parser("table", help="one of the paper's tables", description=table.__doc__)
@@ -765,20 +736,23 @@ def get_args(argv=None):
     p.add_argument("--ucf101", default="data/ucf101", help="folder of UCF-101, with train/ and test/")
     p.add_argument("--reference", default="VIRTUAL_imagenet256_labeled.npz", help="ADM's npz, for table 5")
     p.add_argument("--output", default="runs/evaluation", help="folder with the JSON files of earlier runs")
-    p.add_argument("--protocol", **protocol)
-    return parser.parse_args(argv or ["reconstruction"])
+    p.add_argument("--protocol", choices=("clean", "official"), default="clean", help="of the values shown")
+    return parser.parse_args((sys.argv[1:] if argv is None else list(argv)) or ["reconstruction"])
 
 
 def main(args):
-    """Run the command."""
+    """Run the command, in exact fp32: TF32 keeps 10 bits of each factor."""
     if args.command == "table":
-        table(args)
-        return
+        return table(args)
+    device = runtime.setup_process_group(args.device)
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
     {"reconstruction": reconstruction, "generation": generation,
-     "make-reference": make_reference}[args.command](args, start(args))
+     "make-reference": make_reference}[args.command](args, device)
     if args.command == "reconstruction" and newest_samples():
-        runtime.print_main("runs/samples holds generated samples too: python evaluate.py generation (FID and the "
-                           "like need a download of 96 MB)")
+        runtime.print_main("runs/samples holds generated samples too: python evaluate.py generation (which "
+                           "downloads 96 MB)")
 
 
 if __name__ == "__main__":

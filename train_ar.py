@@ -235,9 +235,9 @@ def prepare(args):
     runtime.require(2 ** sum(args.split) == vocabulary, f"--split {' + '.join(map(str, args.split))} are "
                     f"{sum(args.split)} bits, but {vocabulary} codes of --tokenizer {args.tokenizer} have "
                     f"{math.log2(vocabulary):.4g}; split these (if no integer: use another --codebook-size)")
-    config = runtime.config_from_args(
-        ar_model.PRESETS[args.preset], args, bits=args.split, grid=tokenizer.config.latent_grid(*dataset.axes),
-        num_classes=0 if args.unconditional else len(dataset.classes))
+    grid = tokenizer.config.latent_grid(*dataset.axes)
+    config = runtime.config_from_args(ar_model.PRESETS[args.preset], args, bits=args.split, grid=grid,
+                                      num_classes=0 if args.unconditional else len(dataset.classes))
     return tokenizer, made_with, dataset, held_out, config
 
 

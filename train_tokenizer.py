@@ -521,13 +521,15 @@ def read_run(args, model, dataset):
 
     Raises `UserError` unless it belongs to this model, data and order of samples.
     """
-    path = args.resume = runtime.resume_path(args)
+    path = runtime.resume_path(args)
     if path is None:
         return None
+    args.resume = str(path)
     saved = checkpoints.read(path)
     with checkpoints.guard(path):
-        runtime.require(saved.get("format") == checkpoints.format_of(model) and "optimizer" in saved,
-                        f"--resume {path}: not a training checkpoint of this script and preset")
+        lacks = {"model", "optimizer", "lecam", "skipped", "rng"} - saved.keys()
+        runtime.require(saved.get("format") == checkpoints.format_of(model) and not lacks, f"--resume {path}: "
+                        f"not a training checkpoint of this script and preset {', '.join(sorted(lacks))}")
         runtime.check_same(saved["config"], dataclasses.asdict(model.config), f"--resume {path}: the model")
         runtime.check_same(saved["dataset"], {"length": len(dataset)}, f"--resume {path}: the data set",
                            ["length"])
