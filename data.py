@@ -24,7 +24,6 @@ import hashlib
 import io
 import itertools
 import json
-import math
 import os
 import pathlib
 import re
@@ -37,6 +36,7 @@ import torch
 import torchvision.transforms.functional as TF
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets.folder import make_dataset
 from tqdm import tqdm
 
 import pictures
@@ -51,18 +51,16 @@ BROKEN_LIMIT = 0.01                             # the fraction of a data set tha
 MAX_PIXELS = 2 ** 28                            # 0.8 GB as RGB: a larger image is an accident or an attack
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2        # PIL warns above this number and raises above twice as many
 
-# ------------------------------------------------------------------------------------------------------------
-# 1. From a file to pixels
-# ------------------------------------------------------------------------------------------------------------
+# ---- 1. From a file to pixels ------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class View:
     """How samples are looked at: images (3, S, S), or clips (3, T, S, S) where `frames` are given.
 
-    crop: "center" (evaluation), "random" (training), "ten" (for stage II: (10, 3, S, S), corners and centre at
-    1.1 x the size, and their mirror images; of a video five clips from its first frame to its last, and
-    mirrored), or "original": no crop, and no resizing. resize: the shorter side before the crop (None: S).
+    crop: "center" (evaluation), "random" (training), "ten" (for stage II: (10, 3, [T,] S, S), corners and
+    centre at 1.1 x the size, or five clips from the first frame to the last, and their mirror images), or
+    "original", neither cropped nor resized. resize: the shorter side before the crop (None: S).
     """
     image_size: int                             # S
     frames: int = None                          # T
@@ -72,8 +70,8 @@ class View:
     seed: int = 0                               # of crops and flips, where nobody gives another
 
     def __post_init__(self):
-        require(self.resize is None or self.resize >= self.image_size, f"--resize {self.resize} is smaller than "
-                f"--image-size {self.image_size}: the crop would not fit")
+        require(self.resize is None or self.resize >= self.image_size, f"--resize {self.resize} is smaller "
+                f"than --image-size {self.image_size}: the crop would not fit")
 
     @property
     def random(self):
@@ -84,8 +82,8 @@ class View:
 def view_pixels(image, view, rng=None):
     """PIL RGB image (H, W) to uint8 (3, S, S), or (10, 3, S, S) of ten crops, as `view` says.
 
-    Resizing a tensor, or cropping as the ADM evaluator does, moves pixels by up to a level or more on average:
-    FID then compares other images. Raises ValueError where a side would not fit into memory.
+    Resizing a tensor, or cropping as the ADM evaluator does, moves pixels by up to a level on average: FID then
+    compares other images. Raises ValueError where a side would not fit into memory.
     """
     if view.crop == "original":
         return TF.pil_to_tensor(image)
@@ -151,19 +149,17 @@ def frame_rate(path):
         return float(container.streams.video[0].average_rate or 25)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 2. Data sets
-# ------------------------------------------------------------------------------------------------------------
+# ---- 2. Data sets ------------------------------------------------------------------------------------------
 
 class Samples(Dataset):
     """What all data sets share: how a sample is asked for, and what happens when a file is broken.
 
-    `dataset[index]` is (uint8 tensor as `view` says, label, index). A file that cannot be read is reported once
-    on stderr and counted in `broken`, one flag a sample, in shared memory, so that what a worker process finds
-    counts in the process that trains; the next readable sample stands in for it, with its own index.
+    `dataset[index]` is (uint8 tensor as `view` says, label, index). A file that cannot be read is reported
+    once on stderr and counted in `broken`, one flag a sample, in memory that worker processes share; the next
+    readable sample stands in for it, with its own index.
 
-    A subclass provides `label(index)`, `path(index)` and `read(index, rng)`, which returns the tensor or raises
-    anything. `classes` are the names in label order, [] without labels.
+    A subclass provides `label(index)`, `path(index)` and `read(index, rng)`, which returns the tensor or
+    raises anything. `classes` are the names in label order, [] without labels.
     """
 
     def __init__(self, name, classes, length, view):
@@ -213,8 +209,7 @@ class Samples(Dataset):
         return int(self.broken.sum()) > BROKEN_LIMIT * len(self)
 
     def raise_if_broken(self, all_ranks=False):
-        """Raise `UserError` if more than 1 % are broken, as far as this rank has met them, or (a collective, at
-        the end of an evaluation) any rank has."""
+        """Raise `UserError` if more than 1 % are known to be broken, here or (a collective) on any rank."""
         if all_ranks:
             self.broken |= runtime.all_reduce_sum(self.broken.int()) > 0
         if self.too_many_broken():
@@ -228,59 +223,52 @@ class Folder(Samples):
     """A folder with a subfolder for each class (files at any depth below it), or a flat one without labels.
 
     Images, or videos where the view has frames. Class names are the sorted names of the subfolders, or
-    `classes` where other folders share them; files are sorted by class, then path. Hidden files are ignored
-    (macOS leaves a "._name.jpg" beside "name.jpg"). files: paths below the folder to use (None: all).
-    Raises `UserError` where there is nothing, or both readings are possible.
+    `classes` where other folders share them. Hidden files are ignored (macOS leaves a "._name.jpg" beside
+    "name.jpg"). files: paths below the folder to use (None: all). Raises `UserError` where there is nothing,
+    or both readings are possible.
     """
 
     def __init__(self, folder, view, classes=None, files=None):
-        self.folder = pathlib.Path(folder)
-        suffixes = VIDEO_SUFFIXES if view.frames else IMAGE_SUFFIXES
-        found = []                                        # paths, each a tuple of parts
-        for directory, subfolders, names in os.walk(self.folder, followlinks=True):
-            subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-            parts = pathlib.Path(directory).relative_to(self.folder).parts
-            found += [(*parts, name) for name in names
-                      if name.lower().endswith(suffixes) and not name.startswith(".")]
-        hint = ""
-        if any(self.folder.glob("*.tar")):
-            hint = "; for its tar files, give a pattern such as 'shards-{000..127}.tar'"
         kind = "videos" if view.frames else "images"
-        require(found, f"--data-path {folder} holds no {kind} ({' '.join(suffixes)}){hint}")
-        flat = [parts[0] for parts in found if len(parts) == 1]
-        require(len(flat) in (0, len(found)), f"--data-path {folder} holds {kind} in class subfolders and "
+        suffixes = VIDEO_SUFFIXES if view.frames else IMAGE_SUFFIXES
+        names = subfolder_names(folder)
+        found = make_dataset(folder, {name: i for i, name in enumerate(classes or names) if name in names},
+                             suffixes, allow_empty=True) if names else []
+        flat = [(item.path, 0) for item in os.scandir(folder) if item.name.lower().endswith(suffixes)]
+        found, flat = [sorted(item for item in each if not os.path.basename(item[0]).startswith("."))
+                       for each in (found, flat)]
+        hint = ""
+        if any(pathlib.Path(folder).glob("*.tar")):
+            hint = "; for its tar files, give a pattern such as 'shards-{000..127}.tar'"
+        require(found or flat, f"--data-path {folder} holds no {kind} ({' '.join(suffixes)}){hint}")
+        require(not (found and flat), f"--data-path {folder} holds {kind} in class subfolders and "
                 f"{len(flat)} beside them, such as {flat[:1]}; move all into subfolders, or none")
-        names = [] if flat else classes or subfolder_names(self.folder)
-        self.files = ["/".join(parts) for parts in sorted(found)]
         if files is not None:
-            missing = sorted(set(files) - set(self.files))
+            paths = [os.path.join(folder, file) for file in files]
+            labels = dict(found)
+            missing = [path for path in paths if path not in labels]
             require(not missing, f"--data-path {folder} lacks {len(missing)} of the {len(files)} clips of "
                     f"--split-list, such as {missing[:1]}; give the folder that holds the class folders")
-            self.files = files
-        number = {name: i for i, name in enumerate(names)}
-        self.labels = [0 if flat else number[file.split("/")[0]] for file in self.files]
-        super().__init__(str(folder), names, len(self.files), view)
-        if view.frames and not all(file.lower().endswith(pictures.PILLOW_FORMATS) for file in self.files):
+            found = [(path, labels[path]) for path in paths]
+        self.files = found or flat                        # (path, label)
+        super().__init__(str(folder), (classes or names) if found else [], len(self.files), view)
+        if view.frames and not all(path.lower().endswith(pictures.PILLOW_FORMATS) for path, _ in self.files):
             pictures.import_av()                          # to miss it now, not in the middle of an epoch
         # Numbers of frames, once known: an index of a file is not reliable, so the first visit decodes all.
         self.lengths = torch.zeros(len(self), dtype=torch.int32).share_memory_()
 
     def path(self, index):
         """Where sample `index` lies."""
-        return str(self.folder / self.files[index])
+        return self.files[index][0]
 
     def label(self, index):
         """The class of sample `index`, 0 where there are no classes."""
-        return self.labels[index]
-
-    def load(self, index):
-        """The RGB PIL image as stored, or the first frame of a video."""
-        return next(video_frames(self.path(index)))() if self.view.frames else decode(self.path(index))
+        return self.files[index][1]
 
     def read(self, index, rng):
         """What the view shows of the file."""
         if self.view.frames is None:
-            return view_pixels(self.load(index), self.view, rng)
+            return view_pixels(decode(self.path(index)), self.view, rng)
         if not self.lengths[index]:
             self.lengths[index] = sum(1 for _ in video_frames(self.path(index)))
         spare = int(self.lengths[index]) - self.view.frames
@@ -289,10 +277,10 @@ class Folder(Samples):
         if self.view.crop == "ten":
             clips = torch.stack([self.clip(index, round(spare * i / 4), 0) for i in range(5)])
             return torch.cat([clips, clips.flip(-1)])
+        first = (spare + self.view.frames) // 2 - self.view.frames // 2
         if self.view.crop == "random":
-            return self.clip(index, int(rng.integers(spare + 1)), int(rng.integers(2 ** 31)))
-        middle = (spare + self.view.frames) // 2 - self.view.frames // 2
-        return self.clip(index, middle, int(rng.integers(2 ** 31)) if rng else 0)
+            first = int(rng.integers(spare + 1))
+        return self.clip(index, first, int(rng.integers(2 ** 31)) if rng else 0)
 
     def clip(self, index, first, seed):
         """The clip that starts at frame `first`, uint8 (3, T, S, S); `seed` decides crop and mirroring."""
@@ -319,8 +307,8 @@ class TarShards(Samples):
     def __init__(self, pattern, view):
         self.shards = expand_braces(str(pattern))
         missing = [shard for shard in self.shards if not os.path.isfile(shard)]
-        require(not missing, f"--data-path {pattern}: {len(missing)} of {len(self.shards)} shards missing, such "
-                             f"as {', '.join(missing[:5])}; check the path and the range")
+        require(not missing, f"--data-path {pattern}: {len(missing)} of {len(self.shards)} shards missing "
+                             f"({', '.join(missing[:5])}); check the path and the range")
         self.members = []                                 # (shard, name, offset, bytes)
         labels = []
         silent = None if runtime.is_main() else True      # None: a progress bar on a terminal
@@ -346,16 +334,12 @@ class TarShards(Samples):
         """The class of image `index`, 0 where there are no classes."""
         return self.labels[index]
 
-    def load(self, index):
-        """The RGB PIL image as stored."""
+    def read(self, index, rng):
+        """What the view shows of the image."""
         shard, _, offset, size = self.members[index]
         with open(self.shards[shard], "rb") as file:      # opened anew: workers must not share a position
             file.seek(offset)
-            return decode(io.BytesIO(file.read(size)))
-
-    def read(self, index, rng):
-        """What the view shows of the image."""
-        return view_pixels(self.load(index), self.view, rng)
+            return view_pixels(decode(io.BytesIO(file.read(size))), self.view, rng)
 
 
 def index_shard(shard):
@@ -386,26 +370,15 @@ def index_shard(shard):
 
 
 def expand_braces(pattern):
-    """'a-{00..02}.tar' to ['a-00.tar', 'a-01.tar', 'a-02.tar'], like bash; also several, and lists {a,b}."""
-    braces = re.search(r"\{([^{}]*)\}", pattern)
-    if not braces:
-        require("{" not in pattern and "}" not in pattern, f"--data-path {pattern}: a brace is not closed")
+    """'a-{00..02}.tar' to ['a-00.tar', 'a-01.tar', 'a-02.tar'], like bash; also several ranges."""
+    found = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if not found:
+        require("{" not in pattern and "}" not in pattern, f"--data-path {pattern}: a range is {{000..127}}")
         return [pattern]
-    options = []
-    for part in braces[1].split(","):
-        ends = re.fullmatch(r"(\d+)\.\.(\d+)", part)
-        require(ends or "," in braces[1], f"--data-path {pattern}: {braces[0]} is neither a range like "
-                f"{{000..127}} nor a list like {{a,b}}")
-        if ends:
-            first, last, step = int(ends[1]), int(ends[2]), 1 if int(ends[1]) <= int(ends[2]) else -1
-            padded = any(end.startswith("0") and end != "0" for end in ends.groups())
-            width = max(len(ends[1]), len(ends[2])) if padded else 0
-            options += [str(i).zfill(width) for i in range(first, last + step, step)]
-        else:
-            options.append(part)
-    before, after = pattern[:braces.start()], pattern[braces.end():]
-    expanded = itertools.chain(*(expand_braces(before + option + after) for option in options))
-    return list(dict.fromkeys(expanded))                  # no shard twice, in the order given
+    numbers = range(int(found[1]), int(found[2]) + 1)
+    require(numbers, f"--data-path {pattern}: the range {found[0]} is empty")
+    return [shard for number in numbers for shard in expand_braces(
+        pattern[:found.start()] + str(number).zfill(len(found[1])) + pattern[found.end():])]
 
 
 class Generated(Samples):
@@ -421,16 +394,17 @@ class Generated(Samples):
         super().__init__(name, list(shapes.MOTIONS if view.frames else shapes.SHAPES), length, view)
 
     def __getitems__(self, requests):
+        view = self.view
         indices = [index for index, _ in requests]
-        if self.view.frames:
-            drawn = shapes.draw_clips(indices, self.split, self.view.image_size, self.view.frames, self.view.seed)
+        if view.frames:
+            drawn = shapes.draw_clips(indices, self.split, view.image_size, view.frames, view.seed)
         else:
-            drawn = shapes.draw_images(indices, self.split, self.view.image_size, self.view.seed, self.plain)
+            drawn = shapes.draw_images(indices, self.split, view.image_size, view.seed, self.plain)
         samples = []
         for tensor, (index, seed) in zip(torch.from_numpy(drawn), requests):
-            if self.view.crop == "ten":
-                tensor = view_pixels(Image.fromarray(tensor.permute(1, 2, 0).numpy()), self.view)
-            elif self.view.flip and np.random.default_rng(seed).random() < 0.5:
+            if view.crop == "ten":
+                tensor = view_pixels(TF.to_pil_image(tensor), view)
+            elif view.flip and np.random.default_rng(seed).random() < 0.5:
                 tensor = tensor.flip(-1)
             samples.append((tensor, self.label(index), index))
         return samples
@@ -442,11 +416,6 @@ class Generated(Samples):
     def label(self, index):
         """The class of sample `index`."""
         return index % len(self.classes)
-
-    def load(self, index):
-        """The sample, or its first frame, as a PIL image."""
-        tensor = self[index][0]
-        return TF.to_pil_image(tensor if tensor.dim() == 3 else tensor[:, 0])
 
     def read(self, index, rng):
         """The sample."""
@@ -466,7 +435,7 @@ def read_split_list(path):
 
 
 def build_dataset(data_path, split, view, split_list=None, length=None):
-    """The data set behind `--data-path`, of images or clips as `view` says, for `train_loader`, `eval_batches`.
+    """The data set behind `--data-path`, of images or clips as `view` says.
 
     * None or "generated": the generated set, "generated-plain" its easier images; `length` of them (None:
       20,000 images or 10,000 clips to train on, 1,000 otherwise).
@@ -537,9 +506,7 @@ def fingerprint(dataset, indices):
     return digest.hexdigest()
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 3. Order, shares of ranks, batches
-# ------------------------------------------------------------------------------------------------------------
+# ---- 3. Order, shares of ranks, batches --------------------------------------------------------------------
 
 @functools.lru_cache(maxsize=2)
 def epoch_order(length, seed, epoch):
@@ -560,12 +527,12 @@ def global_batch(length, global_batch_size, seed, step):
 
 
 def train_loader(dataset, global_batch_size, seed, start_step=0, accumulation=1, num_workers=0):
-    """Endless micro-batches (x uint8 (b, 3, ...), labels (b,), indices (b,)) of this rank, `accumulation` a step.
+    """Endless micro-batches (x uint8 (b, 3, ...), labels, indices (b,)) of this rank, `accumulation` a step.
 
     The global batch of a step depends on (data set, size, seed, step) alone. It is cut into `accumulation`
     parts and each of these into a share for each rank; joined in this order, the shares of any cut are the
-    same batch. `start_step` continues as if the steps before had been run. Raises `UserError` for a batch that
-    cannot be cut so or is larger than the data set, and while iterating when more than 1 % are broken.
+    same batch. `start_step` continues as if the steps before had been run. Raises `UserError` for a batch
+    that cannot be cut so or is too large, and while iterating when more than 1 % are broken.
     """
     world_size = runtime.world_size()
     require(global_batch_size <= len(dataset), f"--global-batch-size {global_batch_size} is more than the "
@@ -588,8 +555,8 @@ def train_loader(dataset, global_batch_size, seed, start_step=0, accumulation=1,
 class eval_batches:
     """One pass over `dataset[indices]` in batches as of `train_loader`; `len` is the number of this rank's.
 
-    Batch k goes to rank k mod R, so that a sample's neighbours do not depend on R, and neither do the last bits
-    of its results. Ranks may have different numbers of batches (so do not communicate inside the loop).
+    Batch k goes to rank k mod R, so that a sample's neighbours do not depend on R, and neither do the last
+    bits of its results. Ranks may have different numbers of batches (so do not communicate inside the loop).
     Broken samples are left out, and so are empty batches.
     """
 
@@ -603,7 +570,8 @@ class eval_batches:
         return len(self.parts)
 
     def __iter__(self):
-        requests = [[(int(index), (self.dataset.view.seed, int(index))) for index in part] for part in self.parts]
+        seed = self.dataset.view.seed
+        requests = [[(int(index), (seed, int(index))) for index in part] for part in self.parts]
         for part, items in zip(self.parts, batches(self.dataset, requests, list, self.num_workers)):
             asked = [item for index, item in zip(part, items) if item and item[2] == index]
             if asked:
@@ -633,39 +601,24 @@ def leave_process_group(worker):
     os.setpgrp()
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 4. Looking at a data set
-# ------------------------------------------------------------------------------------------------------------
+# ---- 4. Looking at a data set ------------------------------------------------------------------------------
 
 def get_args(argv=None):
     """Parse the command line."""
     parser = runtime.ArgumentParser(__doc__)
     count = runtime.positive_int
-    parser.add_argument("--data-path", default="generated", help="a folder of images or videos, tar files such "
-                        "as 'shards-{000..127}.tar', or the built-in sets generated and generated-plain")
+    parser.add_argument("--data-path", default="generated", help="folder of images or videos, tar files such as "
+                        "'shards-{000..127}.tar', or the built-in sets generated and generated-plain")
     parser.add_argument("--frames", type=count, help="look at clips of so many frames")
     parser.add_argument("--split", choices=SPLITS, default="train", help="which part of the data")
     parser.add_argument("--image-size", type=count, default=64, help="side of the square crop")
     parser.add_argument("--resize", type=count, help="shorter side before the crop (--image-size)")
-    parser.add_argument("--crop", choices=("center", "random"), default="center", help="where the crop is taken")
+    parser.add_argument("--crop", choices=("center", "random"), default="center", help="where it is taken")
     parser.add_argument("--flip", action="store_true", help="mirror every second sample at random")
     parser.add_argument("--output", default="runs/data.png", help="the grid; of clips webp or gif, and a PNG")
     parser.add_argument("--check-all", action="store_true", help="read every sample, not just those shown")
     parser.add_argument("--num-workers", type=runtime.non_negative_int, default=0, help="processes that read")
     return parser.parse_args(argv)
-
-
-def choose_for_grid(dataset, rows, columns=10):
-    """(indices row by row, number of columns): a column for each of up to `columns` classes."""
-    by_class = {}
-    for index in range(len(dataset)):
-        by_class.setdefault(dataset.label(index), []).append(index)
-    groups = [by_class[label] for label in sorted(by_class)]
-    if len(groups) == 1:                                  # no classes: deal the samples out to the columns
-        groups = [groups[0][i::columns] for i in range(min(columns, len(groups[0])))]
-    groups = [groups[i] for i in evenly_spaced(columns, len(groups))]
-    rows = min(rows, max(map(len, groups)))               # a smaller class shows some sample twice
-    return [group[row * len(group) // rows] for row in range(rows) for group in groups], len(groups)
 
 
 def main(args):
@@ -675,27 +628,27 @@ def main(args):
     suffixes = (".png", ".webp", ".gif") if args.frames else (".png",)
     require(args.output.lower().endswith(suffixes), f"--output {args.output}: the grid is written as "
                                                     f"{' or '.join(suffixes)}")
-    chosen, columns = choose_for_grid(dataset, rows=4 if args.frames else 8)
+    by_class = sorted(range(len(dataset)), key=dataset.label)           # a row for each of ten classes
+    chosen = [by_class[i] for i in evenly_spaced(40 if args.frames else 80, len(dataset))]
     start = time.perf_counter()
     shown = [dataset[index] for index in chosen]
     milliseconds = (time.perf_counter() - start) / len(chosen) * 1000
     dataset.raise_if_broken()
     if args.check_all:
-        for _ in tqdm(eval_batches(dataset, range(len(dataset)), 64, args.num_workers), "reading", disable=None):
+        everything = eval_batches(dataset, range(len(dataset)), 64, args.num_workers)
+        for _ in tqdm(everything, "reading", disable=None):
             pass
-    sizes = sorted({dataset.load(index).size for _, _, index in shown}, key=math.prod)
-    counts = np.bincount([dataset.label(index) for index in range(len(dataset))], minlength=len(dataset.classes))
+    counts = np.bincount([dataset.label(i) for i in range(len(dataset))], minlength=len(dataset.classes))
     names = [f"{name} {count}" for name, count in zip(dataset.classes, counts)][:10]
-    read = len(dataset) if args.check_all else len(chosen)
-    sizes = " to ".join(f"{w} x {h}" for w, h in dict.fromkeys([sizes[0], sizes[-1]]))
     runtime.print_facts(
         ("data", dataset.name),
-        (f"{dataset.kind}s", f"{len(dataset)}, {milliseconds:.2f} ms to read one, {int(dataset.broken.sum())} broken "
-                             f"of {read} read"),
+        (f"{dataset.kind}s", f"{len(dataset)}, {milliseconds:.2f} ms to read one, "
+                             f"{int(dataset.broken.sum())} known to be broken"),
         ("classes", f"{len(dataset.classes)}: {', '.join(names)}"),
-        ("sizes", f"{sizes}, seen as {' x '.join(map(str, dataset.axes))}, {view.crop} crop"))
+        ("seen as", f"{' x '.join(map(str, dataset.axes))}, {view.crop} crop"))
     labels = [dataset.classes[label] if dataset.classes else str(index) for _, label, index in shown]
-    written = pictures.save_samples(args.output, torch.stack([x for x, _, _ in shown]), columns, labels)
+    shown = torch.stack([x for x, _, _ in shown])
+    written = pictures.save_samples(args.output, shown, max(1, len(chosen) // 10), labels)
     print(f"wrote    {', '.join(map(str, written))}")
 
 

@@ -86,13 +86,13 @@ DRAWING = ("ckpt", "num_samples", "tokenizer", "raw_weights", "trust_checkpoint"
            "top_k", "top_p", "compile")
 
 
-def load_network(name, args, device):
+def load_network(name, args):
     """The network of a metric, with its `name` and its `source`: what its weights are."""
     eps = 1e-5 if args.protocol == "official" else 1e-3    # of I3D: in the official script's port, or in TF
     network, source = checkpoints.load_network(name, args.weights_dir, args.allow_random_weights, eps)
     network.name = name
     network.source = source
-    return network.to(device)
+    return network.to(args.device)
 
 
 def report(subject, values, facts, record, args):
@@ -111,8 +111,8 @@ def report(subject, values, facts, record, args):
         value = values[key] if math.isfinite(values[key]) else str(values[key])
         entries[key] = {"value": value, "measured_on": note, "label": label}
         if key in ("rfid", "rfvd", "fid", "fvd") and n < 2 * OF_SETS[metric.measure][0]:
-            print(f"warning: {metric.name} of {n} samples is biased upwards ({OF_SETS[metric.measure][0]} features "
-                  f"want twice as many); compare it only with that of equally many")
+            print(f"warning: {metric.name} of {n} samples is biased upwards (it wants two for each of "
+                  f"{OF_SETS[metric.measure][0]} features); compare it only with that of equally many")
     print()
     runtime.print_table(rows, ["metric", "value", "measured on", ""])
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
@@ -159,8 +159,8 @@ def sample_array(path):
     require("arr_0" in arrays, f"{path} holds no array arr_0, only {', '.join(arrays)}")
     array = arrays["arr_0"]
     shape = list(array.shape)
-    require(array.dtype == np.uint8, f"{path}: arr_0 is {array.dtype}, expected uint8; convert floats in [0, 1] "
-            f"with (x * 255).round().astype('uint8')")
+    require(array.dtype == np.uint8, f"{path}: arr_0 is {array.dtype}, expected uint8; convert floats in "
+            f"[0, 1] with (x * 255).round().astype('uint8')")
     hint = "; use arr_0.transpose(0, 2, 3, 1)" if len(shape) == 4 and shape[1] == 3 else ""
     require(len(shape) in (4, 5) and shape[-1] == 3,
             f"{path}: arr_0 has the shape {shape}, not (N, H, W, 3) or (N, T, H, W, 3){hint}")
@@ -168,9 +168,9 @@ def sample_array(path):
 
 
 def batches_of(samples, order, args, title):
-    """This rank's batches of samples[order]: (uint8 (B, 3, [T,] H, W), how many of them count, their indices).
+    """This rank's batches of samples[order]: (uint8 (B, 3, [T,] H, W), how many count, their indices).
 
-    samples: a data set, or an array as of `sample_array`. Ranks share out whole batches, all of one shape, the
+    samples: a data set, or an array of `sample_array`. Ranks share out whole batches, all of one shape, the
     last filled up by repetition, as convolutions of other shapes add in another order. So a sample always has
     the same neighbours, and its numbers the same last bits.
     """
@@ -251,25 +251,29 @@ class FeatureStream:
         return self.finish()
 
 
-def cached(path, key, make):
-    """The {name: array} of `make()`, on rank 0, elsewhere None; kept in the npz file `path`. A collective.
+def cached(args, key, make, path=None):
+    """The {name: array} of `make()`, on rank 0, elsewhere None, kept in an npz file. A collective.
 
-    key: all that they depend on, a JSON value. A file of another key is an error that names the difference.
+    key: all that they depend on, a JSON value. path: the file; a name that belongs to the key if None.
     """
-    if runtime.on_main(lambda: not pathlib.Path(path).exists()):
-        arrays = make()
-        if runtime.is_main():
-            with runtime.atomic(path) as temporary, open(temporary, "wb") as file:
-                np.savez(file, settings=np.array(json.dumps(key)), **arrays)
-    if runtime.is_main():
-        arrays = read_npz(path)
-        require("settings" in arrays, f"{path} is of another program; choose another --reference")
-        runtime.check_same(json.loads(str(arrays["settings"])), json.loads(json.dumps(key)), f"{path} exists, and")
-        return arrays
+    key = {**key, "device": args.device}                   # convolutions differ
+    path = pathlib.Path(path or f"{args.output}/references/{short_hash(key)}.npz")
+    known = runtime.on_main(path.exists)
+    runtime.print_main(f"cached   {path} ({'found' if known else 'made now'})")
+    arrays = None if known else make()
+    if not runtime.is_main():
+        return None
+    if not known:
+        with runtime.atomic(path) as temporary, open(temporary, "wb") as file:
+            np.savez(file, settings=np.array(json.dumps(key)), **arrays)
+    arrays = read_npz(path)
+    require("settings" in arrays, f"{path} is of another program; choose another --reference")
+    runtime.check_same(json.loads(str(arrays["settings"])), key, f"{path} exists, and")
+    return arrays
 
 
 def distances(key, reference, made, args):
-    """{key: Frechet distance of what `FeatureStream.finish` gives of two sets}, and what belongs beside it."""
+    """{key: Frechet distance of two sets, given as by `FeatureStream.finish`}, and what belongs beside it."""
     values = {}
     for name, suffix in [(key, ""), ("sfid", "_s")][:2 if key == "fid" else 1]:
         statistics = [arrays[part + suffix] for arrays in (reference, made) for part in ("mu", "sigma")]
@@ -282,7 +286,7 @@ def distances(key, reference, made, args):
 
 # ---- 3. Reconstruction: what a sample loses on its way through the tokens (tables 3, 4 and 6) --------------
 
-def reconstruction(args, device):
+def reconstruction(args):
     """Judge a tokenizer, of images or of clips, by its reconstructions."""
     path = args.ckpt or runtime.latest_checkpoint("runs/tokenizer", "tokenizer checkpoint")
     model, info = checkpoints.load_tokenizer(path, not args.raw_weights, args.trust_checkpoint)
@@ -292,26 +296,27 @@ def reconstruction(args, device):
     possible = [key for key in OF_RECONSTRUCTIONS if key != other]
     if "all" in args.metrics:
         args.metrics = possible
-    require("rfvd" not in args.metrics or about["frames"] >= 9, f"--metrics rfvd: I3D needs clips of 9 frames "
-            f"or more, those of {path} have {about['frames']}; leave it out")
+    require("rfvd" not in args.metrics or about["frames"] >= 9,
+            f"--metrics rfvd: I3D needs 9 frames or more, {path} has {about['frames']}; leave it out")
     size = about["size"]
     require(size == "original" or size >= 32 or not any("lpips" in key for key in args.metrics),
             f"--metrics: LPIPS needs images of 32 x 32 or more, not {size} x {size}; leave it out")
     needed = {METRICS[key].measure for key in args.metrics if isinstance(METRICS[key].measure, str)}
-    networks = {name: load_network(name, args, device) for name in sorted(needed)}
+    networks = {name: load_network(name, args) for name in sorted(needed)}
     # Clean departs from the official resize rule only where a side exceeds Inception's 299 pixels.
     antialias = args.protocol == "clean" and (size == "original" or size > 299)
     info["sha256"] = runtime.on_main(checkpoints.weights_hash, model)
-    record = {"checkpoint": info, "data": about, "networks": {name: networks[name].source for name in networks},
+    record = {"checkpoint": info, "data": about,
+              "networks": {name: network.source for name, network in networks.items()},
               "resize_rule": "half-pixel-antialiased" if antialias else "half-pixel"}
     runtime.print_facts(
         ("model", f"{path}: {info['preset']}, {info['weights']} weights, step {info['step']}"),
         ("data", f"{len(order)} {samples.kind}s of {samples.name}, {args.split} split, size {size}"),
         ("protocol", f"{args.protocol}, tokenizer in {args.mixed_precision}, metrics in fp32, "
-                     f"{runtime.world_size()} x {device.type}"))
+                     f"{runtime.world_size()} x {args.device}"))
     if left_out := [key for key in possible if key not in args.metrics]:
         runtime.print_main(f"left out {', '.join(left_out)}; add --metrics all (networks are downloaded)")
-    found = measure(model.to(device), samples, order, networks, record, args)
+    found = measure(model.to(args.device), samples, order, networks, record, args)
     if runtime.is_main():
         summarise(found, record, args)
 
@@ -319,8 +324,8 @@ def reconstruction(args, device):
 def held_out(config, trained_on, args):
     """(data set, indices, record): samples that a tokenizer has not seen, of what it has learned from.
 
-    Protocol official, for clips: the training split, random crops, filled up to 10,000 with a random choice of
-    the same clips (463 of UCF-101's 9,537), as in the script that the published rFVD of 16 came from.
+    Protocol official, for clips: the training split, random crops, filled up to 10,000 with randomly chosen
+    ones of the same (463 of UCF-101's 9,537), as in the script that the published rFVD of 16 came from.
     """
     frames = getattr(config, "frames", None)
     require(not (frames and args.original_resolution), "--original-resolution is for tokenizers of images")
@@ -378,24 +383,22 @@ def measure(model, samples, order, networks, record, args):
     Returns on rank 0 {metric: its value for each sample (N,), or of the set}, the samples' "pixels" (N,), the
     "counts" of codes (V,), and "examples", {index: uint8 original and reconstruction}. A collective.
     """
-    device = next(model.parameters()).device
     official = args.protocol == "official"
     judges = {key: METRICS[key].measure for key in OF_SAMPLES if key in args.metrics}
     distance = next((key for key in ("rfid", "rfvd") if key in args.metrics), None)
-    if distance:                                           # the originals' half is the same for all tokenizers
+    if distance:                                           # the originals' half is that of all tokenizers
         network = networks[METRICS[distance].measure]
         kept = range(len(samples)) if distance == "rfvd" else ()
         streams = [FeatureStream(network, kept, record["resize_rule"]) for _ in range(2)]
         key = {"data": record["data"], "protocol": args.protocol, "network": network.source,
-               "resize_rule": record["resize_rule"], "device": device.type, "batch_size": args.batch_size}
-        cache = pathlib.Path(args.output) / "references" / f"originals-{short_hash(key)}.npz"
-        known = runtime.on_main(cache.exists)
+               "resize_rule": record["resize_rule"], "device": args.device}
+        known = runtime.on_main(pathlib.Path(args.output, "references", f"{short_hash(key)}.npz").exists)
     rows = [torch.empty(0, 1 + len(judges), dtype=torch.float64)]
     numbers = [torch.empty(0, dtype=torch.long)]
-    counts = torch.zeros(model.quantizer.vocabulary, dtype=torch.long, device=device)
+    counts = torch.zeros(model.quantizer.vocabulary, dtype=torch.long, device=args.device)
     examples = {}
     for originals, n, indices in batches_of(samples, order, args, "measuring"):
-        x = pictures.to_float(originals.to(device))                      # (B, 3, [T,] H, W)
+        x = pictures.to_float(originals.to(args.device))                 # (B, 3, [T,] H, W)
         y, ids = reconstruct(model, x, args)                             # as x, (B, [t,] h, w)
         # clean: every metric sees the pixels that an image file would hold. official: truncated ones, the
         # originals too (levels 1 to 95 lose one: up to 0.04 dB), and networks see floats.
@@ -426,7 +429,7 @@ def measure(model, samples, order, networks, record, args):
     if runtime.is_main():
         found.update(zip(("pixels", *judges), rows.T))
     if distance:
-        original = cached(cache, key, streams[0].finish)
+        original = cached(args, key, streams[0].finish)
         own = streams[1].finish()
         if runtime.is_main():
             found.update(distances(distance, original, own, args))
@@ -471,8 +474,7 @@ def choose_samples(args):
     """The path of the samples to judge: given, drawn now as flags say, the newest there are, or drawn now."""
     how = {name: getattr(args, name) for name in DRAWING if getattr(args, name)}
     flags = ", ".join(f"--{name.replace('_', '-')}" for name in how)
-    require(not (args.samples and how), f"--samples {args.samples} is drawn already; flags on how to draw (here "
-                                        f"{flags}) do not go with it")
+    require(not (args.samples and how), f"--samples {args.samples} is drawn already, without {flags}")
     if path := args.samples or (None if how else runtime.on_main(newest_samples)):
         return pathlib.Path(path)
     what = "samples (*.npz) in runs/samples and no AR model"
@@ -500,7 +502,7 @@ def open_samples(path):
     return samples, sizes.pop(), runtime.on_main(data.fingerprint, samples, range(len(samples)))
 
 
-def generation(args, device):
+def generation(args):
     """Judge generated samples: FID, sFID, Inception Score, precision and recall of images, FVD of clips."""
     path = choose_samples(args)
     samples, axes, identity = open_samples(path)
@@ -508,16 +510,16 @@ def generation(args, device):
     clips = len(axes) == 3
     require(n > 3, f"{path} holds {n} samples; generation metrics need four or more")
     require(not (clips and args.reference), "--reference is for images; give real clips with --data-path")
-    require(args.reference or axes[-1] == axes[-2], f"{path} holds samples of {list(axes)}, those of --data-path "
-            f"are cropped to squares; make square ones, or give a --reference")
+    require(args.reference or axes[-1] == axes[-2], f"{path} holds samples of {list(axes)}, real ones are "
+            f"cropped to squares; make square ones, or give a --reference")
     require(not clips or axes[0] >= 9, f"{path}: I3D needs clips of 9 frames or more, these have {axes[0]}")
-    network = load_network("i3d" if clips else "inception", args, device)
+    network = load_network("i3d" if clips else "inception", args)
     runtime.print_facts(("samples", f"{path}, {n} of {' x '.join(map(str, axes))}"),
-                        ("protocol", f"{args.protocol}, {runtime.world_size()} x {device.type}"))
+                        ("protocol", f"{args.protocol}, {runtime.world_size()} x {args.device}"))
     if args.reference:
-        reference = stored_reference(args, network, axes)
+        reference = stored_statistics(args, network, axes)
     else:
-        reference = reference_of_data(args, network, axes, args.max_samples or n)
+        reference = real_statistics(args, network, axes, args.max_samples or n)
     made = FeatureStream(network, range(n)).run(samples, range(n), args, "samples")
     if not runtime.is_main():
         return
@@ -528,7 +530,7 @@ def generation(args, device):
     facts = {"n": n, "real": real, "frames": axes[0]}
     values = distances("fvd" if clips else "fid", reference, made, args)
     if not clips:
-        values.update(image_metrics(reference, made, facts, args, device))
+        values.update(image_metrics(reference, made, facts, args))
     beside = path.with_suffix(".json")
     report(path, values, facts, {
         "samples": {"path": str(path), "axes": list(axes), "sha256": identity},
@@ -538,7 +540,7 @@ def generation(args, device):
         "networks": {network.name: network.source}}, args)
 
 
-def image_metrics(reference, made, facts, args, device):
+def image_metrics(reference, made, facts, args):
     """{metric: value} of Inception Score, precision and recall; adds to `facts`. Rank 0 only."""
     n = facts["n"]
     if n != 50_000:
@@ -550,65 +552,61 @@ def image_metrics(reference, made, facts, args, device):
         logits = logits[torch.randperm(n, generator=torch.Generator().manual_seed(args.global_seed))]
     score, deviation, blocks = metrics.inception_score(logits)
     half = args.protocol == "official"                     # as in ADM's evaluator
-    features = [torch.tensor(arrays["features"]).to(device) for arrays in (reference, made)]
+    features = [torch.tensor(arrays["features"], device=args.device) for arrays in (reference, made)]
     precision, recall = metrics.precision_recall(*features, half=half)
     facts.update(blocks=f"{blocks}, std {deviation:.2f}", near=len(features[0]),
                  digits="fp16" if half else "fp32")
     return {"inception_score": score, "precision": precision, "recall": recall}
 
 
-def reference_of_data(args, network, axes, count, path=None):
+def real_statistics(args, network, axes, count, path=None):
     """The statistics of `count` (None: all) samples of --data-path, of these axes, cached. A collective.
 
     With features, and of images the pixels, of up to 10,000, so that ADM's own evaluator can read the file.
     """
     view = data.View(axes[-1], axes[0] if len(axes) == 3 else None, resize=args.resize)
-    split = args.split or "train"
-    samples = data.build_dataset(args.data_path, split, view, args.split_list)
+    samples = data.build_dataset(args.data_path, args.split or "train", view, args.split_list)
     order = data.evenly_spaced(count, len(samples))
     require(len(order) > 3, f"{samples.name} has {len(order)} {samples.kind}s; a reference needs four")
-    key = {"name": samples.name, "split": split, "n": len(order), "protocol": args.protocol,
+    key = {"name": samples.name, "split": args.split or "train", "n": len(order), "protocol": args.protocol,
            "fingerprint": runtime.on_main(data.fingerprint, samples, order), "network": network.source}
-    path = path or pathlib.Path(args.output, "references", f"{samples.kind}s-{axes[-1]}-{short_hash(key)}.npz")
-    runtime.print_facts(("reference", f"{path}, {len(order)} {samples.kind}s of {samples.name}"))
     kept = {order[k] for k in data.evenly_spaced(10_000, len(order))}
     stream = FeatureStream(network, kept, axes=axes if len(axes) == 2 else None)
-    return cached(path, key, lambda: stream.run(samples, order, args, "reference"))
+    return cached(args, key, lambda: stream.run(samples, order, args, "reference"), path)
 
 
-def stored_reference(args, network, axes):
+def stored_statistics(args, network, axes):
     """The statistics in the npz --reference, ours or ADM's. A collective.
 
     ADM's files bring statistics of ImageNet's training set by the TensorFlow network, and 10,000 images, of
-    which precision and recall need the features; these are computed once, and cached beside the results.
+    which precision and recall need the features; these are computed once, and cached.
     """
     path = args.reference
     require(pathlib.Path(path).is_file(), f"--reference {path} does not exist; download it, or make one with "
                                           f"`python evaluate.py make-reference`")
     stored = read_npz(path)
-    require("arr_0" in stored, f"--reference {path} holds {', '.join(stored)} but no images (arr_0), so it is "
-            f"not ADM's: statistics do not tell by which network and resize rule they were made")
+    require("arr_0" in stored, f"--reference {path} holds {', '.join(stored)} but no images (arr_0), so it "
+            f"is not ADM's: statistics do not tell by which network and resize rule they were made")
     images = sample_array(path)
-    require(images.shape[1:-1] == axes, f"--reference {path} is of images of {images.shape[1:-1]}, the samples "
-            f"have {axes}; compare sets of one size (make-reference has --image-size)")
+    require(images.shape[1:-1] == axes, f"--reference {path} is of images of {images.shape[1:-1]}, the "
+            f"samples have {axes}; compare sets of one size (make-reference has --image-size)")
     if "settings" in stored:
         made_by = json.loads(str(stored["settings"]))["network"]
         require(made_by == network.source, f"--reference {path} is of other Inception weights; make it again")
         return stored
     key = {"sha256": runtime.on_main(runtime.sha256_of, path), "network": network.source}
-    everything = range(len(images))
-    computed = cached(pathlib.Path(args.output) / "references" / f"npz-{short_hash(key)}.npz", key,
-                      lambda: FeatureStream(network, everything).run(images, everything, args, "reference"))
+    stream = FeatureStream(network, range(len(images)))
+    computed = cached(args, key, lambda: stream.run(images, range(len(images)), args, "reference"))
     # ADM's statistics belong to the published network. Without any, it takes those of arr_0; so do we.
     if computed and network.source != RANDOM_LABEL and {"mu", "sigma", "mu_s", "sigma_s"} <= stored.keys():
         return {**stored, "features": computed["features"]}
     return computed
 
 
-def make_reference(args, device):
+def make_reference(args):
     """Statistics of real images for `generation` to compare with, in ADM's format."""
-    network = load_network("inception", args, device)
-    reference_of_data(args, network, (args.image_size, args.image_size), args.max_samples, args.reference)
+    network = load_network("inception", args)
+    real_statistics(args, network, (args.image_size, args.image_size), args.max_samples, args.reference)
 
 
 # ---- 5. The paper's tables: their rows lie in tables.json; those of ours name what measures them -----------
@@ -671,7 +669,8 @@ def table(args):
         rows.append([*row["cells"], own])
     print(f"Table {args.number}. {content['title']}\n")
     runtime.print_table(rows, content["header"])
-    print(f"\n{content['note']}")
+    if content["note"]:
+        print(f"\n{content['note']}")
     if commands:
         print("\nTo measure what is missing (checkpoints are downloaded):\n  " + "\n  ".join(commands))
 
@@ -681,11 +680,11 @@ def table(args):
 def add_flags(parser, data_default, count_default):
     """Flags of every command that measures. The texts say what holds if a flag is not given."""
     group = parser.add_argument_group("real samples")
-    group.add_argument("--data-path", help=f"folder, tar files, generated or generated-plain ({data_default})")
+    group.add_argument("--data-path", help=f"folder, tar files or generated[-plain] ({data_default})")
     group.add_argument("--split", choices=data.SPLITS, help="part of the data set")
     group.add_argument("--split-list", help="official UCF-101 list of the clips to use, as testlist01.txt")
     group.add_argument("--max-samples", type=runtime.positive_int, help=f"evenly spaced ({count_default})")
-    group.add_argument("--resize", type=runtime.positive_int, help="shorter side before the crop (the crop's)")
+    group.add_argument("--resize", type=runtime.positive_int, help="shorter side before the crop")
     group = parser.add_argument_group("computing")
     group.add_argument("--protocol", choices=("clean", "official"), default="clean",
                        help="official: what the published numbers were made with, quirks included")
@@ -744,12 +743,12 @@ def main(args):
     """Run the command, in exact fp32: TF32 keeps 10 bits of each factor."""
     if args.command == "table":
         return table(args)
-    device = runtime.setup_process_group(args.device)
+    args.device = runtime.setup_process_group(args.device).type
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
-    {"reconstruction": reconstruction, "generation": generation,
-     "make-reference": make_reference}[args.command](args, device)
+    commands = {"reconstruction": reconstruction, "generation": generation, "make-reference": make_reference}
+    commands[args.command](args)
     if args.command == "reconstruction" and newest_samples():
         runtime.print_main("runs/samples holds generated samples too: python evaluate.py generation (which "
                            "downloads 96 MB)")

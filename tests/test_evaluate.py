@@ -248,10 +248,11 @@ def test_original_resolution_pads_with_grey_and_crops_back(protocol, place):
     for i, (height, width) in enumerate(((40, 33), (32, 48), (17, 21))):
         pixels = np.random.default_rng(i).integers(0, 256, (height, width, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(place / f"{i}.png")
-    args = evaluate.get_args(["reconstruction", "--original-resolution", "--protocol", protocol, "--data-path", "."])
+    runtime.setup_process_group("cpu")
+    args = evaluate.get_args(["reconstruction", "--original-resolution", "--protocol", protocol, "--data-path", ".", "--device", "cpu"])
     model = Identity()
     samples, order, about = evaluate.held_out(model.config, {}, args)
-    found = evaluate.measure(model, samples, order, {}, {"data": about}, args)
+    found = evaluate.measure(model, samples, order, {}, {}, args)
     assert [tuple(x.shape[2:]) for x in model.seen] == [(48, 48), (32, 48), (32, 32)] and about["size"] == "original"
     assert model.seen[0][..., :4, :].abs().max() == 0 and model.seen[0][..., 44:, :].abs().max() == 0
     assert model.seen[0][..., :7].abs().max() == 0 and model.seen[0][..., 40:].abs().max() == 0        # 15 = 7 + 8
@@ -283,7 +284,7 @@ def test_without_flags_it_judges_what_training_left(files, monkeypatch, capsys):
     printed = capsys.readouterr().out
     result, = results()
     assert values(result).keys() == {"psnr", "ssim", "usage", "perplexity", "bits_per_pixel"}
-    assert "lpips-vgg, lpips-alex, rfid (networks to download); add --metrics all" in printed
+    assert "left out lpips-vgg, lpips-alex, rfid; add --metrics all" in printed
     assert result["n"] == 1000 and result["data"]["name"] == "generated" and result["protocol"] == "clean"
     model, _ = checkpoints.load_tokenizer(files["images"])
     assert result["checkpoint"]["sha256"] == checkpoints.weights_hash(model) and result["checkpoint"]["step"] == 3
@@ -360,7 +361,7 @@ def test_samples_are_at_distance_0_from_themselves(place, capsys):
     assert "of 50,000 samples, these are of 6" in printed and "biased upwards" in printed and LABEL in printed
     write_samples("other.npz", 5, seed=1)
     call("generation", "--samples", "same.npz", "--reference", "other.npz", "--protocol", "official", *RANDOM)
-    assert "6 samples are compared with 5 reference images" in capsys.readouterr().out
+    assert "6 samples are compared with 5 real ones" in capsys.readouterr().out
     assert "fp16" in results()[1]["metrics"]["recall"]["measured_on"]
 
 
@@ -421,7 +422,7 @@ def test_samples_drawn_here_measure_like_those_of_sample(files, place):
 
 
 def test_without_flags_generation_takes_the_newest_npz_else_draws(files, place, monkeypatch):
-    with pytest.raises(runtime.UserError, match="no samples .* no AR model in runs/ar"):
+    with pytest.raises(runtime.UserError, match="no samples .* no AR model .* in runs/ar"):
         call("generation", *RANDOM)
     monkeypatch.chdir(files["ar"].parents[2])
     call("generation", "--num-samples", 5, *RANDOM, "--output", place)
@@ -472,7 +473,7 @@ def test_no_checkpoint_at_all_is_exit_status_2(place):
 
 @pytest.mark.parametrize("samples, reference, words", [
     ("float", "good", "float32.*uint8"), ("first", "good", "N, H, W, 3.*transpose"), ("grey", "good", "4, 32, 32"),
-    ("named", "good", "arr_0.*images"), ("few", "good", "3 images.*four or more"), ("cut", "good", "cut.*truncated"),
+    ("named", "good", "arr_0.*images"), ("few", "good", "3 samples.*four or more"), ("cut", "good", "cut.*truncated"),
     ("none", "good", "none.npz does not exist"), ("good", "none", "--reference none.npz.*make-reference"),
     ("good", "large", r"\(64, 64\).*\(32, 32\)"), ("good", "few", "more than 3 images"),
     ("good", "statistics", "mu, sigma.*arr_0.*resize rule"), ("good", "cut", "cut.npz is truncated"),
@@ -500,7 +501,7 @@ def test_wrong_samples_and_references_are_named(place, samples, reference, words
 
 def test_flags_on_how_to_draw_do_not_go_with_stored_samples(place):
     write_samples("samples.npz", 4)
-    with pytest.raises(runtime.UserError, match="--samples samples.npz is drawn already.*--ckpt, --top-p"):
+    with pytest.raises(runtime.UserError, match="--samples samples.npz is drawn already, without --ckpt, --top-p"):
         call("generation", "--samples", "samples.npz", "--ckpt", "some.pt", "--top-p", 0.9, *RANDOM)
 
 
