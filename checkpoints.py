@@ -1,16 +1,16 @@
-"""What is in a file: our own checkpoints and the ones that the authors published, read safely, strictly, once.
+"""What is in a file: our own checkpoints and those that the authors published, read safely and strictly.
 
-    model, info = checkpoints.load_tokenizer("in1k-256")              # of images or clips: a file, or a name below
+    model, info = checkpoints.load_tokenizer("in1k-256")     # of images or clips: a file, or a published name
     model, tokenizer, info = checkpoints.load_ar("AR-B")
 
-Safe: nothing that is stored in a file is ever run. Strict: a name too many or too few, or another shape, is an
-error that lists them. A published name is downloaded once, to `runtime.default_weights_dir()`. Our files are
-literal dicts (see the ends of both training loops); a published one is Lightning's: a `state_dict` of
+Safe: nothing that is stored in a file is ever run. Strict: a name too many or too few, or another shape, is
+an error that lists them. A published name is downloaded once, to `runtime.default_weights_dir()`. Our files
+are literal dicts (see the ends of both training loops), published ones Lightning's, with a `state_dict` of
 
-    encoder.* decoder.*       the raw weights of a tokenizer; in an AR file under first_stage_model.*
-    loss.discriminator.*      not needed here; loss.perceptual_loss.*: a whole LPIPS
-    model_ema.*               the EMA of all parameters above, their names without dots; decay; num_updates
-    transformer.*             the transformer, under other names than the paper's and ours
+    encoder.* decoder.*      the raw weights of a tokenizer; in an AR file under first_stage_model.*
+    loss.discriminator.*     not needed here; loss.perceptual_loss.*: a whole LPIPS
+    model_ema.*              the EMA of all parameters above, their names without dots; decay; num_updates
+    transformer.*            the transformer, under other names than ours, which are the paper's
 """
 import argparse
 import collections
@@ -47,16 +47,14 @@ FORMATS = {                         # the mark of our own files: (model, config,
 AR_NAMES = {"token_embeddings.0.": "pre_emb.", "token_embeddings.1.": "post_emb.", "heads.": "head.",
             "class_embedding.": "class_emb.embedding_table.", "inter_blocks.": "spatial_blocks.",
             "intra_blocks.": "factorized_blocks."}
-WRAPPER = ".conv_1."                # a causal convolution of a published file is a module around one; ours is not
+WRAPPER = ".conv_1."                # published causal convolutions are modules around one; ours are not
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "kernel")       # have no EMA
 TRAINED_ON = ("data_path", "val_data_path", "resize", "split_list", "val_split_list")
 # Plain containers that Lightning files hold beside the weights. None of them runs code when it is unpickled.
 HARMLESS = [argparse.Namespace, collections.defaultdict, collections.Counter, dict, list, set,
             pathlib.PosixPath, pathlib.PurePosixPath]
 
-# ------------------------------------------------------------------------------------------------------------
-# 1. The border: files that may be anything
-# ------------------------------------------------------------------------------------------------------------
+# ---- 1. The border: files that may be anything -------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -78,25 +76,27 @@ def read(path, trust=False):
     those are unpickled only with trust=True, because unpickling can run any code its author wished.
     """
     path = pathlib.Path(path)
-    require(path.exists(), f"checkpoint {path} does not exist; check the path, or name one of "
+    require(path.exists(), f"checkpoint {path} does not exist; check the path, or name a published one of "
                            f"{', '.join(PUBLISHED)}")
     require(path.is_file(), f"checkpoint {path} is a folder; name the .pt or .ckpt file inside it")
     try:
         with torch.serialization.safe_globals(HARMLESS):
-            stored = torch.load(path, map_location="cpu", weights_only=not trust, mmap=zipfile.is_zipfile(path))
+            stored = torch.load(path, "cpu", weights_only=not trust, mmap=zipfile.is_zipfile(path))
     except Exception as error:                            # unpickling damaged bytes raises almost anything
         foreign = re.search(r"(?:GLOBAL|global|class|type)\W+([A-Za-z_]\w*(?:\.\w+)+)", str(error))
         if foreign and "nsupported" in str(error):
-            raise UserError(f"checkpoint {path} holds a pickled {foreign[1]}, which could run code when loaded; "
-                            f"nothing was executed. If you trust its author, add --trust-checkpoint") from None
-        raise UserError(f"checkpoint {path} cannot be read: the file is truncated or is no PyTorch checkpoint "
-                        f"({type(error).__name__}); copy or download it again, or use an earlier one") from None
+            problem = (f"holds a pickled {foreign[1]}, which could run code when loaded; nothing was "
+                       f"executed (if you trust its author, add --trust-checkpoint)")
+        else:
+            problem = (f"cannot be read: the file is truncated or is no PyTorch checkpoint "
+                       f"({type(error).__name__}); copy or download it again, or use an earlier one")
+        raise UserError(f"checkpoint {path} {problem}") from None
     require(isinstance(stored, dict), f"checkpoint {path} holds a {type(stored).__name__}, not a dictionary")
     return stored
 
 
 def find(path):
-    """The file that `path` names: itself or, for a published name, the file in the cache, downloaded first."""
+    """The file that `path` names: itself or, for a published name, that in the cache, downloaded first."""
     if pathlib.Path(path).exists() or str(path) not in PUBLISHED:
         return path
     repository, file = PUBLISHED[str(path)]
@@ -106,14 +106,15 @@ def find(path):
 
 def differences(own, state):
     """What keeps `state` from fitting the tensors `own`, both {name: tensor}, in words; "" for nothing."""
+    shapes = [f"{name} is {list(state[name].shape)}, expected {list(tensor.shape)}"
+              for name, tensor in own.items() if name in state and state[name].shape != tensor.shape]
     texts = {"missing": own.keys() - state.keys(), "not expected": state.keys() - own.keys(),
-             "wrong shapes": [f"{name} is {list(state[name].shape)}, expected {list(own[name].shape)}"
-                              for name in own.keys() & state.keys() if own[name].shape != state[name].shape]}
+             "wrong shapes": shapes}
     return "; ".join(f"{what}: {', '.join(sorted(names))}" for what, names in texts.items() if names)
 
 
 def load_state(part, state, source):
-    """`part.load_state_dict(state)` of a network, optimizer or scaler, strictly, or one line that names `source`."""
+    """Load a network, optimizer or scaler strictly, or raise one line that names `source`."""
     with guard(source):
         if isinstance(part, torch.nn.Module):
             problem = differences(part.state_dict(), state)
@@ -122,8 +123,8 @@ def load_state(part, state, source):
         if isinstance(part, torch.optim.Optimizer):       # which takes states of any shape, and fails later
             for parameter, values in part.state.items():
                 for name in ("exp_avg", "exp_avg_sq"):
-                    require(values[name].shape == parameter.shape, f"{source} is of another network: {name} is "
-                            f"{list(values[name].shape)}, expected {list(parameter.shape)}")
+                    require(values[name].shape == parameter.shape, f"{source} is of another network: {name} "
+                            f"is {list(values[name].shape)}, expected {list(parameter.shape)}")
 
 
 def restore(parts, saved, path):
@@ -134,9 +135,7 @@ def restore(parts, saved, path):
         runtime.restore_rng_state(saved["rng"])
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 2. Tokenizers and transformers
-# ------------------------------------------------------------------------------------------------------------
+# ---- 2. Tokenizers and transformers ------------------------------------------------------------------------
 
 def format_of(model):
     """The mark under "format" in our checkpoints of this kind of model."""
@@ -145,7 +144,7 @@ def format_of(model):
 
 def build(mark, config, state, source):
     """A model of the format `mark` with this config and state, in eval mode on the CPU."""
-    with torch.device("meta"):                            # shapes first: no time for random weights, no memory
+    with torch.device("meta"):                            # shapes first, without memory or random weights
         model = FORMATS[mark][0](config)
     problem = differences(model.state_dict(), state)
     require(not problem, f"{source} does not fit this model; {problem}")
@@ -166,7 +165,7 @@ def own_config(mark, values):
 
 
 def closest_preset(mark, state, rename=lambda name: name):
-    """(name, config) of the preset whose tensors, their names as `rename` gives them, are most like `state`."""
+    """(name, config) of the preset whose tensors, under the names of `rename`, are most like `state`."""
     def unlike(config):
         with torch.device("meta"):
             own = FORMATS[mark][0](config).state_dict()
@@ -179,13 +178,14 @@ def facts(path, stored, preset, weights):
     """What the loaders say about a file."""
     ours = "format" in stored
     args = stored.get("args", {})
-    return {"path": str(path), "preset": preset, "weights": weights, "source": "ours" if ours else "published",
+    source = "ours" if ours else "published"
+    return {"path": str(path), "preset": preset, "weights": weights, "source": source,
             "step": stored.get("step" if ours else "global_step"),
             "trained_on": {name: args.get(name) for name in TRAINED_ON}}
 
 
 def load_tokenizer(path, ema=True, trust=False):
-    """(tokenizer of images or clips, info) of one of our checkpoints, a published one, or a published AR file.
+    """(tokenizer of images or clips, info) of a checkpoint of ours, or a published one or AR file.
 
     ema: take the EMA weights where the file has them (published results are with EMA), else the raw ones.
     trust: see `read`. The model is in eval mode on the CPU; info says "path", "preset", "weights" ("EMA" or
@@ -195,8 +195,8 @@ def load_tokenizer(path, ema=True, trust=False):
     stored = read(path, trust)
     with guard(path):
         if "format" not in stored:
-            require("state_dict" in stored, f"{path} is no tokenizer checkpoint: it has neither our format mark "
-                                            f"nor a state_dict")
+            require("state_dict" in stored, f"{path} is no tokenizer checkpoint: it has neither our format "
+                                            f"mark nor a state_dict")
             return published_tokenizer(path, stored, ema)
         mark = stored["format"]
         require(mark in FORMATS and mark != "open-magvit2-ar", f"{path} is no tokenizer, but marked {mark}")
@@ -229,8 +229,8 @@ def published_tokenizer(path, stored, ema):
         dotless = {name.replace(".", ""): name for name in names}
         wrong = dotless.keys() ^ (averaged.keys() - {"decay", "num_updates"})
         require(not wrong, f"the EMA weights in {path} do not match its raw ones, in "
-                           f"{', '.join(sorted(dotless.get(name, name) for name in wrong))}; --raw-weights does "
-                           f"without them")
+                           f"{', '.join(sorted(dotless.get(name, name) for name in wrong))}; --raw-weights "
+                           f"does without them")
         raw = {name: averaged[name.replace(".", "")] for name in raw}
     mark = "open-magvit2-tokenizer"
     if any(WRAPPER in name for name in raw):
@@ -273,12 +273,11 @@ def load_ar(path, ema=True, trust=False):
                  if not name.startswith("first_stage_model.")}
         preset, config = closest_preset("open-magvit2-ar", state, published_ar_name)
         with torch.device("meta"):
-            names = list(ar_model.ARModel(config).state_dict())
-        own = {name: state.pop(published_ar_name(name)) for name in names if published_ar_name(name) in state}
-        problem = [published_ar_name(name) for name in names if name not in own]
-        require(not problem and not state, f"{path} does not fit {preset}; missing: {', '.join(problem)}; not "
-                                           f"expected: {', '.join(sorted(state))}")
-        model = build("open-magvit2-ar", config, own, path)
+            own = ar_model.ARModel(config).state_dict()
+        problem = differences({published_ar_name(name): tensor for name, tensor in own.items()}, state)
+        require(not problem, f"{path} is no whole {preset}; {problem}")
+        state = {name: state[published_ar_name(name)] for name in own}
+        model = build("open-magvit2-ar", config, state, path)
         decoder = None
         record = None
         if any(name.startswith("first_stage_model.") for name in stored["state_dict"]):
@@ -288,7 +287,7 @@ def load_ar(path, ema=True, trust=False):
 
 
 def weights_hash(model):
-    """sha256 of names and weights: which tokenizer it is, wherever its file lies and whatever else is in it."""
+    """sha256 of names and weights: which model it is, wherever its file lies and whatever else is in it."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
@@ -296,9 +295,7 @@ def weights_hash(model):
     return digest.hexdigest()
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 3. The networks of the metrics
-# ------------------------------------------------------------------------------------------------------------
+# ---- 3. The networks of the metrics ------------------------------------------------------------------------
 
 RANDOM_LABEL = "NOT COMPARABLE (random weights)"
 HEADS = "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1"
@@ -327,10 +324,11 @@ def load_lpips(net, weights_dir, path=None):
                 state[f"features.{match[1]}.{match[2]}"] = tensor
             elif match := re.fullmatch(r"loss\.perceptual_loss\.lin(\d)\.model\.1\.weight", name):
                 state[f"heads.{match[1]}"] = tensor
-        require(state, f"--lpips-checkpoint {path} holds no loss.perceptual_loss.*; use a published tokenizer")
+        require(state, f"--lpips-checkpoint {path} holds no loss.perceptual_loss.*; a published one does")
     model = metrics.LPIPS(net)
     if not path:
-        trunk, heads = [read(runtime.fetch(url, weights_dir, sha)) for url, sha in NETWORK_FILES[f"lpips-{net}"]]
+        trunk, heads = [read(runtime.fetch(url, weights_dir, sha))
+                        for url, sha in NETWORK_FILES[f"lpips-{net}"]]
         state = {name: tensor for name, tensor in trunk.items() if name in model.state_dict()}
         state.update({f"heads.{i}": heads[f"lin{i}.model.1.weight"] for i in range(5)})
     load_state(model, state, f"the LPIPS of {path or weights_dir}")

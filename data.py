@@ -82,8 +82,8 @@ class View:
 def view_pixels(image, view, rng=None):
     """PIL RGB image (H, W) to uint8 (3, S, S), or (10, 3, S, S) of ten crops, as `view` says.
 
-    Resizing a tensor, or cropping as the ADM evaluator does, moves pixels by up to a level on average: FID then
-    compares other images. Raises ValueError where a side would not fit into memory.
+    Resizing a tensor, or cropping as the ADM evaluator does, moves pixels by up to a level on average: FID
+    then compares other images. Raises ValueError where a side would not fit into memory.
     """
     if view.crop == "original":
         return TF.pil_to_tensor(image)
@@ -607,8 +607,8 @@ def get_args(argv=None):
     """Parse the command line."""
     parser = runtime.ArgumentParser(__doc__)
     count = runtime.positive_int
-    parser.add_argument("--data-path", default="generated", help="folder of images or videos, tar files such as "
-                        "'shards-{000..127}.tar', or the built-in sets generated and generated-plain")
+    parser.add_argument("--data-path", default="generated", help="folder of images or videos, tar files as "
+                        "in 'shards-{000..127}.tar', or the built-in sets generated and generated-plain")
     parser.add_argument("--frames", type=count, help="look at clips of so many frames")
     parser.add_argument("--split", choices=SPLITS, default="train", help="which part of the data")
     parser.add_argument("--image-size", type=count, default=64, help="side of the square crop")

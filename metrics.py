@@ -13,9 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 
-# ------------------------------------------------------------------------------------------------------------
-# 1. Pixels and codes: what one image and its reconstruction, or one bag of tokens, can tell
-# ------------------------------------------------------------------------------------------------------------
+# ---- 1. Pixels and codes: what one image and its reconstruction, or one bag of tokens, can tell ------------
 
 
 def check(condition, text):
@@ -107,9 +105,7 @@ def codebook_usage(counts):
     return {"usage": float((counts > 0).double().mean()), "perplexity": float(2 ** -(p * p.log2()).sum())}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 2. LPIPS
-# ------------------------------------------------------------------------------------------------------------
+# ---- 2. LPIPS ----------------------------------------------------------------------------------------------
 
 LPIPS_TAPS = {"vgg": (3, 8, 15, 22, 29), "alex": (1, 4, 7, 9, 11)}    # ReLU layers in torchvision's .features
 LPIPS_WIDTHS = {"vgg": (64, 128, 256, 512, 512), "alex": (64, 192, 384, 256, 256)}
@@ -156,9 +152,7 @@ class LPIPS(nn.Module):
                    for w, fx, fy in zip(self.heads, maps_x, self.taps_of(y)))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 3. Networks: "similar" as a classifier sees it
-# ------------------------------------------------------------------------------------------------------------
+# ---- 3. Networks: "similar" as a classifier sees it --------------------------------------------------------
 
 def unit_range(images):
     """uint8 to float32 k / 255 in [0, 1].
@@ -354,9 +348,7 @@ def randomise(network, seed=0):
     return network
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 4. Sets: what a set of images as a whole can tell
-# ------------------------------------------------------------------------------------------------------------
+# ---- 4. Sets: what a set of images as a whole can tell -----------------------------------------------------
 
 class Moments:
     """Mean and covariance of a stream of feature vectors (.., D): n, sum of f, sum of f f^T, all in float64.

@@ -1,12 +1,7 @@
-"""Everything that is not the paper: user errors, flags, processes, files, logs, downloads.
+"""Everything that is not the paper: user errors, flags, processes, files, downloads, what both loops share.
 
-The other files are lectures on tokenizers and transformers; this one keeps the plumbing out of their way.
-Nothing here knows what a token is. Two habits run through it:
-
-* One code path with and without torchrun. A process group always exists (one process talks to itself through
-  an in-memory store, no port needed), so training loops never ask "am I distributed?".
-* A user's mistake raises `UserError` with one line that names the cause and the fix; `run_script` prints it
-  and leaves with status 2. Tracebacks are for our own bugs.
+Nothing here knows what a token is. There is one code path with and without torchrun: a process group always
+exists (one process talks to itself through an in-memory store), so no loop asks "am I distributed?".
 """
 import argparse
 import contextlib
@@ -133,7 +128,7 @@ def add_config_flags(group, config):
             options.update(type=int, nargs="*")
         else:
             options["type"] = type(default)
-        group.add_argument(name, **options)
+        group.add_argument(name, help=options.pop("help"), **options)
 
 
 def config_from_args(preset, args, **more):
@@ -279,19 +274,17 @@ def autocast(device, mixed_precision):
 
 
 def rng_states():
-    """The state of torch's global generators on every rank, as tensors that fit into a checkpoint."""
-    own = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        own["cuda"] = torch.cuda.get_rng_state()
-    return gather_objects(own)
+    """The states of torch's global generators on every rank, as tensors that fit into a checkpoint."""
+    return gather_objects([torch.get_rng_state(), *torch.cuda.get_rng_state_all()])
 
 
 def restore_rng_state(states):
     """Restore what `rng_states` saved for this rank. Ranks that the saved run did not have start afresh."""
     if rank() < len(states):
-        torch.set_rng_state(states[rank()]["cpu"])
-        if torch.cuda.is_available() and "cuda" in states[rank()]:
-            torch.cuda.set_rng_state(states[rank()]["cuda"])
+        cpu, *cuda = states[rank()]
+        torch.set_rng_state(cpu)
+        if len(cuda) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(cuda)
 
 
 # ---- 3. Files ----------------------------------------------------------------------------------------------
@@ -325,16 +318,12 @@ def write_json(path, value):
 def save_checkpoint(results_dir, step, checkpoint, keep=3):
     """Write step-STEP.pt on rank 0 and remove all but the newest `keep` of the run. A collective."""
     if is_main():
-        with atomic(checkpoint_path(results_dir, step)) as temporary:
+        path = pathlib.Path(results_dir) / f"step-{step:08d}.pt"         # names that sort by age
+        with atomic(path) as temporary:
             torch.save(checkpoint, temporary)
         for path in list_checkpoints(results_dir)[:-keep]:
             path.unlink(missing_ok=True)
     barrier()
-
-
-def checkpoint_path(results_dir, step):
-    """`results_dir`/step-00001234.pt: names that sort by age."""
-    return pathlib.Path(results_dir) / f"step-{step:08d}.pt"
 
 
 def list_checkpoints(results_dir):
@@ -457,8 +446,8 @@ def report_skipped(skipped, logs, results_dir):
     guilty = next(name for values in logs for name in values if not values[name].isfinite())
     print_main(f"step {step}: {guilty} is not finite, step skipped")
     require(skipped[-10:] != list(range(step - 9, step + 1)),
-            f"{guilty} was not finite in 10 steps in a row; the checkpoints in {results_dir} are sound; try a "
-            f"smaller --lr, or --mixed-precision bf16 or fp32")
+            f"{guilty} was not finite in 10 steps in a row; the checkpoints in {results_dir} are sound; try "
+            f"a smaller --lr, or --mixed-precision bf16 or fp32")
 
 
 class Meters:

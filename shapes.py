@@ -1,9 +1,9 @@
 """The generated world: ten shapes and ten motions that a person can tell apart, and all else at random.
 
 It needs no files, so that every script runs at once. "generated" images give a tokenizer something to learn;
-"generated-plain" ones (few hues, light plain grounds, almost upright) suit transformers that train for minutes.
-A sample is a function of (seed, split, index): at another size it is the same scene, and train and val are
-disjoint. numpy only. Axis letters: B samples, T frames, S side of an image.
+"generated-plain" ones (few hues, light plain grounds, almost upright) suit a transformer that trains for
+minutes. A sample is a function of (seed, split, index): at another size it is the same scene, and train and
+val are disjoint. numpy only. Axis letters: B samples, T frames, S side of an image.
 
     1. shapes      signed distances
     2. scenes      what is drawn at random, and how it is painted
@@ -16,9 +16,7 @@ import numpy as np
 
 SPLITS = ("train", "val", "test")
 
-# ------------------------------------------------------------------------------------------------------------
-# 1. Shapes
-# ------------------------------------------------------------------------------------------------------------
+# ---- 1. Shapes ---------------------------------------------------------------------------------------------
 
 # A shape is a signed distance: negative inside, positive outside, in a plane where x points right and y up,
 # and the figure fills about the unit disc. The minimum of two distances joins their shapes; the maximum
@@ -63,15 +61,17 @@ def square(x, y):
 def star(x, y):
     """Five points. Folding the plane along the star's mirror lines lays all ten edges onto one."""
     for degrees in (108, 144):                            # the directions towards which the folds go
-        x, toward = abs(x), math.radians(degrees)
-        beyond = 2 * np.minimum(x * math.cos(toward) + y * math.sin(toward), 0)
-        x, y = x - beyond * math.cos(toward), y - beyond * math.sin(toward)
+        x = abs(x)
+        cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+        beyond = 2 * np.minimum(x * cos + y * sin, 0)
+        x, y = x - beyond * cos, y - beyond * sin
     return half_plane(x, y, (0, 1.0), 24)
 
 
 def heart(x, y):
     """A square on its corner, with a half disc on each upper side."""
-    x, y = abs(x), y + 0.2
+    x = abs(x)
+    y = y + 0.2
     tilted = box((x - y) * math.sqrt(0.5), (x + y) * math.sqrt(0.5), 0.545, 0.545)
     return np.minimum(tilted, disc(x - 0.385, y - 0.385, 0.545))
 
@@ -89,7 +89,8 @@ def cross(x, y):
 
 def flower(x, y):
     """Six petals around a hole."""
-    x, y = abs(x), abs(y)
+    x = abs(x)
+    y = abs(y)
     petals = np.minimum(disc(x, y - 0.58, 0.34), disc(x - 0.502, y - 0.29, 0.34))
     return np.maximum(np.minimum(petals, disc(x, y, 0.45)), -disc(x, y, 0.2))
 
@@ -105,9 +106,7 @@ SHAPES = {shape.__name__: shape for shape in (ball, ring, triangle, square, star
 LARGEST_TURN = {"heart": 0.12}                            # upside down, people call it a leaf or a spade
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 2. Scenes
-# ------------------------------------------------------------------------------------------------------------
+# ---- 2. Scenes ---------------------------------------------------------------------------------------------
 
 @dataclasses.dataclass(frozen=True)
 class Variety:
@@ -173,7 +172,7 @@ def scene(rng, variety, name):
 
 
 def colour(hue, saturation, luma):
-    """RGB (B, 3, 1, 1) of hues (in turns), mixed with black or white until the brightness is `luma`, all (B,)."""
+    """RGB (B, 3, 1, 1) of hues (in turns), mixed with black or white to the brightness `luma`, (B,)."""
     sector = (np.array([5, 3, 1], np.float32) + 6 * hue[:, None]) % 6
     rgb = 1 - saturation[:, None] * np.clip(np.minimum(sector, 4 - sector), 0, 1)
     own = (rgb @ np.array([0.299, 0.587, 0.114], np.float32))[:, None]
@@ -249,9 +248,7 @@ def draw_images(indices, split, size, seed=0, plain=False):
     return paint_in_blocks(scenes, names, size)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 3. Motions
-# ------------------------------------------------------------------------------------------------------------
+# ---- 3. Motions --------------------------------------------------------------------------------------------
 
 # Where the figure is after the fraction p of the clip: (x, y, size, turns, shown), with chance in a and b. x
 # and y are in -1..1 of the room that there is.
@@ -274,8 +271,8 @@ MOVING_SHAPES = [name for name in SHAPES if name not in ("ball", "ring", "flower
 def draw_clips(indices, split, size, frames, seed=0):
     """uint8 (B, 3, T, S, S) of the clips `indices` (B,), T = `frames`; clip i moves by motion i % 10.
 
-    A motion takes the whole clip, except that a turn takes at most 18 degrees a frame: more could be seen as a
-    turn of a square or a star the other way round.
+    A motion takes the whole clip, except that a turn takes at most 18 degrees a frame: more could be seen as
+    a turn of a square or a star the other way round.
     """
     scenes = []
     names = []

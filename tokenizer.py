@@ -23,8 +23,8 @@ It is trained by train_tokenizer.py and judged by `evaluate.py reconstruction`. 
     images = model.decode(ids)                                         # (1, 3, 256, 256) in about [-1, 1]
 
 Axis letters: B batch, C channels, H W height and width of an image, h w of the latent grid, N tokens, K bits
-of a code. *S: all axes in space (and time). Images are RGB in [-1, 1]. Module names are those of the published
-files, so weights load unmapped.
+of a code. *S: all axes in space (and time). Images are RGB in [-1, 1]. Module names are those of the
+published files, so weights load unmapped.
 """
 import math
 from dataclasses import dataclass, field
@@ -34,9 +34,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-# ------------------------------------------------------------------------------------------------------------
-# 1. Quantisation
-# ------------------------------------------------------------------------------------------------------------
+# ---- 1. Quantisation ---------------------------------------------------------------------------------------
 
 
 def ids_to_bits(ids, bits):
@@ -165,9 +163,7 @@ class VQ(nn.Module):
 QUANTIZERS = {"lfq": LFQ, "vq": VQ}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 2. Layers. `conv` is nn.Conv2d here; video.py builds the same layers from causal 3D convolutions.
-# ------------------------------------------------------------------------------------------------------------
+# ---- 2. Layers. `conv` is nn.Conv2d here; video.py builds the same layers from causal 3D convolutions. -----
 
 def group_norm(channels, affine=True):
     """GroupNorm with 32 groups and eps 1e-6. torch's default eps, 1e-5, would shift activations by 5e-5."""
@@ -272,9 +268,7 @@ class NearestUpsample(nn.Module):
 UPSAMPLERS = {"depth-to-space": Upsample, "nearest": NearestUpsample}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 3. The model
-# ------------------------------------------------------------------------------------------------------------
+# ---- 3. The model ------------------------------------------------------------------------------------------
 
 def flag(default, text, **options):
     """A dataclass field with the help text, and perhaps the choices, of its command-line flag."""
@@ -501,9 +495,7 @@ class Tokenizer(nn.Module):
         return self.decoder(self.quantizer.codes(ids))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 4. The command line: files of any size and length through a trained tokenizer
-# ------------------------------------------------------------------------------------------------------------
+# ---- 4. The command line: files of any size and length through a trained tokenizer -------------------------
 
 def to_tokens(model, x):
     """uint8 (3, H, W) or (3, T, H, W) of any size to a list of ids, one tensor for each window in time.
@@ -561,7 +553,8 @@ def read_samples(args, model):
             found = sorted(path for path in root.rglob("*") if path.suffix.lower() in suffixes)
             runtime.require(found, f"{root} holds no files that this tokenizer takes ({' '.join(suffixes)})")
         for path in found:
-            runtime.require(path.suffix.lower() in suffixes, f"{path}: this tokenizer takes {' '.join(suffixes)}")
+            runtime.require(path.suffix.lower() in suffixes,
+                            f"{path}: this tokenizer takes {' '.join(suffixes)}")
             try:
                 if path.suffix.lower() in data.VIDEO_SUFFIXES:
                     clip = torch.stack([pil_to_tensor(frame()) for frame in data.video_frames(path)], 1)
@@ -625,8 +618,9 @@ def main(args):
                 runtime.require(about["tokenizer"] == this, f"{path} was encoded by another tokenizer, "
                                                             f"{about['ckpt']}; name it with --ckpt")
                 for k, (name, shape, fps, windows) in enumerate(about["samples"]):
-                    ids = [torch.from_numpy(file[f"{k}-{w}"].astype(np.int64)).to(device) for w in range(windows)]
-                    print(f"{write_sample(output, name, from_tokens(model, ids, shape), fps)}")
+                    ids = [torch.from_numpy(file[f"{k}-{w}"].astype(np.int64)) for w in range(windows)]
+                    x = from_tokens(model, [window.to(device) for window in ids], shape)
+                    print(write_sample(output, name, x, fps))
         return
     arrays = {}
     about = []
@@ -636,7 +630,8 @@ def main(args):
         bits = tokens * math.log2(model.quantizer.vocabulary) / x[0].numel()
         text = f"{name}: {' x '.join(map(str, x.shape[1:]))}, {tokens:,} tokens, {bits:.4f} bits a pixel"
         if args.command == "encode":
-            arrays.update({f"{k}-{w}": window.cpu().numpy().astype(np.uint32) for w, window in enumerate(ids)})
+            for w, window in enumerate(ids):
+                arrays[f"{k}-{w}"] = window.cpu().numpy().astype(np.uint32)
             about.append([name, list(x.shape), fps, len(ids)])
             print(text)
             continue

@@ -36,9 +36,7 @@ import runtime
 import tokenizer
 import video
 
-# ------------------------------------------------------------------------------------------------------------
-# 1. Discriminators
-# ------------------------------------------------------------------------------------------------------------
+# ---- 1. Discriminators -------------------------------------------------------------------------------------
 
 
 class PatchGAN(nn.Module):
@@ -116,9 +114,7 @@ class BlurPoolDiscriminator(nn.Module):
 DISCRIMINATORS = {"patchgan": PatchGAN, "patchgan-3d": PatchGAN3D, "blurpool": BlurPoolDiscriminator}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 2. Losses. Those of the codes are the quantiser's own: see tokenizer.py
-# ------------------------------------------------------------------------------------------------------------
+# ---- 2. Losses. Those of the codes are the quantiser's own: see tokenizer.py -------------------------------
 
 def non_saturating_loss(fake_logits):
     """The generator's loss of logits (B, 1, *S): softplus(-mean logit), averaged over the batch."""
@@ -159,9 +155,7 @@ def adaptive_gan_weight(reconstruction_loss, gan_loss, last_weight):
     return (norms[0] / (norms[1] + 1e-4)).clamp(0, 1e4)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 3. Recipes and flags
-# ------------------------------------------------------------------------------------------------------------
+# ---- 3. Recipes and flags ----------------------------------------------------------------------------------
 
 # What `get_args` takes as defaults, beside the preset's model. Published settings: section 4.1 of the paper.
 PUBLISHED_RECIPE = dict(
@@ -228,7 +222,7 @@ def get_args(argv=None):
     group.add_argument("--discriminator", choices=DISCRIMINATORS, help="PatchGAN, or the anti-aliased one")
     group.add_argument("--lecam-weight", type=weight, help="LeCAM regularisation of the discriminator")
     group.add_argument("--entropy-weight", type=weight, help="entropy term, eq. 3")
-    group.add_argument("--tau", type=runtime.bounded(float, 1e-6), help="temperature of the entropy's softmax")
+    group.add_argument("--tau", type=runtime.bounded(float, 1e-6), help="temperature of eq. 3's softmax")
     group.add_argument("--entropy-eps", type=weight, default=0.0,
                        help="eps inside the codebook entropy's logarithm (official code: 1e-5)")
     group.add_argument("--entropy-anneal-steps", type=count0, default=0,
@@ -337,9 +331,7 @@ def adam(network, args):
     return torch.optim.Adam(network.parameters(), args.lr, args.betas, fused=on_gpu)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 4. The training loop
-# ------------------------------------------------------------------------------------------------------------
+# ---- 4. The training loop ----------------------------------------------------------------------------------
 
 def main(args):
     """Train a tokenizer as `args` (from `get_args`) say."""
@@ -375,7 +367,6 @@ def main(args):
     logger = runtime.Logger(args.results_dir, length, step)
     meters = runtime.Meters()                                            # means since the last log line
     stop = runtime.StopRequest()
-
     while step < length and not stop.agreed:
         lr = args.lr * runtime.learning_rate_factor(step, length, **schedule)
         for group in optimizer.param_groups + (disc_optimizer.param_groups if discriminator else []):
@@ -479,9 +470,7 @@ def loss_weights(terms, args, step, last_weight):
     return weights
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 5. What it reports
-# ------------------------------------------------------------------------------------------------------------
+# ---- 5. What it reports ------------------------------------------------------------------------------------
 
 # Of all that is logged, what the status line shows.
 SHOWN = ("loss/l1", "loss/perceptual", "loss/gan", "D(real)", "D(fake)", "token_bits", "codebook_bits",
@@ -528,8 +517,9 @@ def read_run(args, model, dataset):
     saved = checkpoints.read(path)
     with checkpoints.guard(path):
         lacks = {"model", "optimizer", "lecam", "skipped", "rng"} - saved.keys()
-        runtime.require(saved.get("format") == checkpoints.format_of(model) and not lacks, f"--resume {path}: "
-                        f"not a training checkpoint of this script and preset {', '.join(sorted(lacks))}")
+        runtime.require(saved.get("format") == checkpoints.format_of(model) and not lacks,
+                        f"--resume {path}: not a training checkpoint of this script and preset "
+                        f"{', '.join(sorted(lacks))}")
         runtime.check_same(saved["config"], dataclasses.asdict(model.config), f"--resume {path}: the model")
         runtime.check_same(saved["dataset"], {"length": len(dataset)}, f"--resume {path}: the data set",
                            ["length"])

@@ -31,9 +31,7 @@ import torch.nn.functional as F
 
 import tokenizer
 
-# ------------------------------------------------------------------------------------------------------------
-# 1. Layers
-# ------------------------------------------------------------------------------------------------------------
+# ---- 1. Layers ---------------------------------------------------------------------------------------------
 
 
 class CausalConv3d(nn.Conv3d):
@@ -96,9 +94,7 @@ class CausalNearestUpsample(tokenizer.NearestUpsample):
 UPSAMPLERS = {"depth-to-space": CausalUpsample, "nearest": CausalNearestUpsample}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 2. The model
-# ------------------------------------------------------------------------------------------------------------
+# ---- 2. The model ------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class VideoTokenizerConfig(tokenizer.TokenizerConfig):
@@ -116,8 +112,8 @@ class VideoTokenizerConfig(tokenizer.TokenizerConfig):
             raise ValueError(f"time-strides {self.time_strides}: give a 1 or 2 for each of the "
                              f"{len(self.channel_multipliers) - 1} steps between levels")
         if self.frames < 1 or (self.frames - 1) % self.time_stride:
-            raise ValueError(f"frames {self.frames}: must be 1 + a multiple of {self.time_stride}, the stride "
-                             f"in time")
+            raise ValueError(f"frames {self.frames}: must be 1 + a multiple of {self.time_stride}, the "
+                             f"stride in time")
 
     @property
     def time_stride(self):
@@ -178,9 +174,7 @@ class VideoTokenizer(tokenizer.Tokenizer):
                              f"{stride}; use multiples of {stride} that make at least two tokens")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 3. Inflation
-# ------------------------------------------------------------------------------------------------------------
+# ---- 3. Inflation ------------------------------------------------------------------------------------------
 
 def inflate(image_state, video_model):
     """The weights of an image tokenizer, made a start for `video_model`, of the same levels and widths.

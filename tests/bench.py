@@ -153,8 +153,8 @@ def sampling(args, device):
         dtype = runtime.AUTOCAST_DTYPES[kind] or torch.float32
         model = ar_model.ARModel(config).to(device).eval()
         if kind == "fp32":
-            row("plain fp32", best_time(lambda: ar_model.sample(model, labels, noise[:steps], settings), device),
-                bytes_a_token(model))
+            plain = best_time(lambda: ar_model.sample(model, labels, noise[:steps], settings), device)
+            row("plain fp32", plain, bytes_a_token(model))
         sample.prepare_for_sampling(model, dtype)
         for compile in dict.fromkeys((False, args.compile)):
             sampler = sample.Sampler(model, batch, settings, compile=compile)
@@ -298,7 +298,7 @@ def train_tokenizer_step(args, device):
                                  precision=args.mixed_precision, options=options, device=device.type)
             rows.append([" ".join(options) or "plain", f"{got['seconds']:.3g} s",
                          f"{args.batch_size / got['seconds']:.3g}", f"{got['gib']:.2f} GiB"])
-    print(f"training step of {args.tokenizer_preset}, batch {args.batch_size}, {args.mixed_precision}, {device}")
+    print(f"step of {args.tokenizer_preset}, batch {args.batch_size}, {args.mixed_precision}, {device}")
     runtime.print_table(rows, ["step", "time", "samples/s", "peak memory"])
 
 

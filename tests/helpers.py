@@ -49,7 +49,7 @@ def environment():
 
 
 def command(script, flags, ranks=1):
-    """The command line of a script of the project as a user would type it, under torchrun for 2 ranks or more."""
+    """The command line of a script of the project as a user would type it, with torchrun for ranks."""
     launcher = [sys.executable]
     if ranks > 1:
         with socket.socket() as probe:

@@ -67,7 +67,8 @@ def main(args):
     path = "generated" if clips else "generated-plain"
     train = data.build_dataset(path, "train", view)
     classify = learn_classes(train, args.steps)
-    held_out, labels, _ = next(iter(data.eval_batches(data.build_dataset(path, "val", view), range(500), 500)))
+    val = data.build_dataset(path, "val", view)
+    held_out, labels, _ = next(iter(data.eval_batches(val, range(500), 500)))
     print(f"held-out {train.kind}s: {agreement(classify, held_out, labels):.0%}")
     wanted = torch.arange(len(samples)) % 10
     print(f"samples: {agreement(classify, samples, wanted):.0%} of {len(samples)} are of the class asked for "

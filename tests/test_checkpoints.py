@@ -1,4 +1,4 @@
-"""Files are read safely and strictly: the published ones, name by name, and ours; anything else is one line."""
+"""Files are read safely and strictly, the published ones and ours; anything else is one line."""
 import dataclasses
 import hashlib
 import json
@@ -16,8 +16,8 @@ import video
 from checkpoints import UserError
 from helpers import ROOT, assert_same, run_script
 
-TINY = tokenizer.TokenizerConfig(resolution=16, channels=32, channel_multipliers=(1, 2), blocks=1, mid_blocks=1,
-                                 bits=6)
+TINY = tokenizer.TokenizerConfig(resolution=16, channels=32, channel_multipliers=(1, 2), blocks=1,
+                                 mid_blocks=1, bits=6)
 TINY_CLIPS = video.VideoTokenizerConfig(resolution=16, channels=32, channel_multipliers=(1, 2), blocks=1,
                                         mid_blocks=1, bits=6, frames=5)
 TINY_AR = ar_model.ARConfig(width=32, heads=2, inter_blocks=2, intra_blocks=1, bits=(3, 3), grid=(8, 8),
@@ -57,7 +57,8 @@ def lightning(config, seed=0, discriminator=train_tokenizer.PatchGAN):
 
 def same(a, b):
     """Whether two models have the same names and weights."""
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    pairs = zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    return all(torch.equal(x, y) for x, y in pairs)
 
 
 # ---- the published files ----------------------------------------------------------------------------------
@@ -83,7 +84,8 @@ def test_published_tokenizers_load_ema_or_raw_weights(tmp_path, config):
     torch.save({"state_dict": state, "global_step": 1234, "callbacks": {}}, tmp_path / "a.ckpt")
     model, info = checkpoints.load_tokenizer(tmp_path / "a.ckpt")
     assert same(model, ema) and not model.training and model.config == config
-    assert (info["weights"], info["step"], info["source"], info["preset"]) == ("EMA", 1234, "published", "tiny")
+    assert (info["weights"], info["step"], info["source"]) == ("EMA", 1234, "published")
+    assert info["preset"] == "tiny"
     model, info = checkpoints.load_tokenizer(tmp_path / "a.ckpt", ema=False)
     assert same(model, raw) and info["weights"] == "raw"
 
@@ -130,7 +132,8 @@ def test_an_unexpected_name_is_listed(tmp_path, name):
 
 def test_a_wrong_shape_is_named(tmp_path):
     state, _, _ = lightning(TINY)
-    torch.save({"state_dict": {**state, "model_ema.encodernorm_outbias": torch.zeros(3)}}, tmp_path / "a.ckpt")
+    state["model_ema.encodernorm_outbias"] = torch.zeros(3)
+    torch.save({"state_dict": state}, tmp_path / "a.ckpt")
     with pytest.raises(UserError, match=r"encoder.norm_out.bias is \[3\]"):
         checkpoints.load_tokenizer(tmp_path / "a.ckpt")
 
@@ -172,7 +175,8 @@ def ours(kind, changes=None):
     """A checkpoint of a tokenizer as its trainer leaves it, as far as loading goes, and its two models."""
     _, raw, ema = lightning(kind)
     return {"format": checkpoints.format_of(raw), "config": dataclasses.asdict(kind), "step": 5,
-            "model": raw.state_dict(), "ema": ema.state_dict(), "args": {"data_path": "x"}, **(changes or {})}, raw, ema
+            "model": raw.state_dict(), "ema": ema.state_dict(), "args": {"data_path": "x"},
+            **(changes or {})}, raw, ema
 
 
 @pytest.mark.parametrize("config", [TINY, TINY_CLIPS], ids=["images", "clips"])
@@ -240,6 +244,6 @@ def test_truncated_and_missing_files_are_clear_errors(tmp_path):
 def test_unreadable_resume_leaves_the_run_alone(tmp_path):
     path = tmp_path / "step-00000001.pt"
     path.write_bytes(b"not a checkpoint")
-    result = run_script("train_tokenizer.py", "--resume", "--length", 1, "--results-dir", tmp_path, check=False)
+    result = run_script("train_tokenizer.py", "--resume", "--results-dir", tmp_path, check=False)
     assert result.returncode == 2 and "Traceback" not in result.stderr and "cannot be read" in result.stderr
     assert path.read_bytes() == b"not a checkpoint"

@@ -165,7 +165,8 @@ def test_braces_expand_as_in_bash(pattern, expected):
     assert data.expand_braces(pattern) == expected
 
 
-@pytest.mark.parametrize("pattern", ["a-{000-127}.tar", "a-{0..}.tar", "a-{0.tar", "a-0}.tar", "a-{3..1}.tar"])
+@pytest.mark.parametrize("pattern", ["a-{000-127}.tar", "a-{0..}.tar", "a-{0.tar", "a-0}.tar",
+                                     "a-{3..1}.tar"])
 def test_wrong_braces_are_named(pattern):
     with pytest.raises(UserError, match="range"):
         data.expand_braces(pattern)
@@ -265,7 +266,8 @@ def test_fingerprints_tell_other_data_but_not_moved_data(tmp_path):
     make_folder(tmp_path / "b")
     make_folder(tmp_path / "c")
     noise_image(24, 20, 99).save(tmp_path / "c" / "ants" / "0000.png")
-    prints = [data.fingerprint(build_dataset(tmp_path / name, "train", View(16)), range(12)) for name in "abc"]
+    sets = [build_dataset(tmp_path / name, "train", View(16)) for name in "abc"]
+    prints = [data.fingerprint(dataset, range(12)) for dataset in sets]
     assert prints[0] == prints[1] != prints[2]
 
 
@@ -339,7 +341,8 @@ def test_the_global_batch_depends_on_no_cut(images, monkeypatch):
         for rank in range(world_size):
             monkeypatch.setattr(runtime, "rank", lambda rank=rank: rank)
             monkeypatch.setattr(runtime, "world_size", lambda: world_size)
-            ranks.append(take(data.train_loader(images, 12, 5, 0, accumulation, num_workers), 6 * accumulation))
+            loader = data.train_loader(images, 12, 5, 0, accumulation, num_workers)
+            ranks.append(take(loader, 6 * accumulation))
         shares = [ranks[rank][micro] for micro in range(6 * accumulation) for rank in range(world_size)]
         count = world_size * accumulation
         parts = [shares[first:first + count] for first in range(0, len(shares), count)]
@@ -428,7 +431,8 @@ def test_the_script_draws_images_and_clips(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags, problem", [
-    (["--data-path", "/no/such"], "/no/such"), (["--output", "a.jpg"], "a.jpg"), (["--image-size", "0"], "size")])
+    (["--data-path", "/no/such"], "/no/such"), (["--output", "a.jpg"], "a.jpg"),
+    (["--image-size", "0"], "size")])
 def test_script_mistakes_are_one_line_and_status_2(flags, problem):
     result = run_script("data.py", *flags, check=False)
     assert result.returncode == 2 and problem in result.stderr and len(result.stderr.splitlines()) == 1

@@ -58,7 +58,8 @@ def assert_resumes_exactly(script, folder, flags, ranks):
     flags = [*flags, "--log-every", 4, "--checkpoint-every", 3, "--length", 8]
     run_script(script, "--results-dir", folder / "whole", *flags, ranks=ranks)
     killed = folder / "killed"
-    kill_when(script, "--results-dir", killed, *flags, until=(killed / "step-00000003.pt").exists, ranks=ranks)
+    saved = killed / "step-00000003.pt"
+    kill_when(script, "--results-dir", killed, *flags, until=saved.exists, ranks=ranks)
     assert not (killed / "step-00000008.pt").exists(), "killed too late to prove anything"
     run_script(script, "--results-dir", killed, *flags, "--resume", ranks=ranks)
     assert_same(newest(folder / "whole"), newest(killed))
@@ -119,15 +120,14 @@ def test_stored_tokens_are_the_same_for_any_ranks(tmp_path, tokenizer_path):
     files = []
     for ranks in (1, 2, 3):
         folder = tmp_path / str(ranks)
-        run_script("train_ar.py", *AR[:-4], "--global-batch-size", 6, "--val-size", 8, "--ten-crop", "--length",
-                   1, "--tokenizer", tokenizer_path, "--results-dir", folder, ranks=ranks)
+        run_script("train_ar.py", *AR, "--global-batch-size", 6, "--ten-crop", "--length", 1, "--tokenizer",
+                   tokenizer_path, "--results-dir", folder, ranks=ranks)
         files.append((folder / "tokens.bin").read_bytes())
     assert files[0] == files[1] == files[2] and len(set(files[0])) > 8
 
 
 def test_encoding_survives_a_kill(tmp_path, tokenizer_path):
-    flags = [*AR, "--tokenizer", tokenizer_path, "--length", 1, "--data-path", "generated-plain", "--val-size",
-             20]
+    flags = [*AR, "--tokenizer", tokenizer_path, "--length", 1, "--data-path", "generated-plain"]
     tokens = [tmp_path / name / "tokens.bin" for name in ("whole", "killed")]
     run_script("train_ar.py", *flags, "--results-dir", tokens[0].parent)
     kill_when("train_ar.py", *flags, "--results-dir", tokens[1].parent,
@@ -156,9 +156,9 @@ def test_metrics_are_the_same_for_any_ranks(tmp_path, tokenizer_path):
     results = []
     for ranks in (1, 2, 3):
         output = tmp_path / str(ranks)
-        run_script("evaluate.py", "reconstruction", "--ckpt", tokenizer_path, "--max-samples", 21, "--metrics",
-                   "psnr", "ssim", "usage", "rfid", "--allow-random-weights", "--data-path", "generated",
-                   "--output", output, "--batch-size", 4, ranks=ranks)
+        run_script("evaluate.py", "reconstruction", "--ckpt", tokenizer_path, "--max-samples", 21,
+                   "--metrics", "psnr", "ssim", "usage", "rfid", "--allow-random-weights", "--data-path",
+                   "generated", "--output", output, "--batch-size", 4, ranks=ranks)
         record = json.loads(next(output.glob("*.json")).read_text())
         results.append({name: entry["value"] for name, entry in record["metrics"].items()})
     assert results[0] == results[1] == results[2] and results[0]["psnr"] > 3

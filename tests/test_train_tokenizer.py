@@ -86,7 +86,8 @@ def test_presets_carry_the_published_hyper_parameters(preset, length, milestones
 
 def test_accumulated_micro_batches_give_the_same_gradient(tmp_path):
     # Entropy and LeCAM see micro-batches, as --help says; everything else must not notice.
-    flags = [*TINY, "--entropy-weight", 0, "--global-batch-size", 4, "--length", 2, "--lr", 5e-5, "--warmup", 0]
+    flags = [*TINY, "--entropy-weight", 0, "--global-batch-size", 4, "--length", 2, "--lr", 5e-5,
+             "--warmup", 0]
     train(tmp_path / "one", *flags)
     train(tmp_path / "two", *flags, "--accumulation", 2)
     one, two = newest(tmp_path / "one")["model"], newest(tmp_path / "two")["model"]
@@ -125,7 +126,7 @@ def test_without_the_entropy_term_the_codebook_collapses(tmp_path):
 
 
 def test_inflated_training_starts_from_the_image_tokenizer(tmp_path):
-    train(tmp_path / "images", *TINY, "--channel-multipliers", 1, 1, 2, "--length", 1, "--global-batch-size", 4)
+    train(tmp_path / "images", *TINY, "--channel-multipliers", 1, 1, 2, "--length", 1)
     start = runtime.latest_checkpoint(tmp_path / "images")
     train(tmp_path / "clips", *CLIPS, "--inflate-from", start, "--length", 1, "--lr", 0)
     images, clips = newest(tmp_path / "images")["ema"], newest(tmp_path / "clips")["model"]
