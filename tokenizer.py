@@ -497,6 +497,8 @@ class Tokenizer(nn.Module):
 
 # ---- 4. The command line: files of any size and length through a trained tokenizer -------------------------
 
+# What it imports of ours stands inside its functions: the model above needs nothing but torch.
+
 def to_tokens(model, x):
     """uint8 (3, H, W) or (3, T, H, W) of any size to a list of ids, one tensor for each window in time.
 
@@ -506,10 +508,11 @@ def to_tokens(model, x):
     import pictures
     frames = getattr(model.config, "frames", None)
     stride = model.config.downsampling
-    if frames and x.dim() == 3:
-        x = x[:, None]
+    windows = [x]
+    if frames:
+        windows = x.view(3, -1, *x.shape[-2:]).split(frames, dim=1)
     ids = []
-    for window in x.split(frames, dim=1) if frames else [x]:
+    for window in windows:
         spare = [0, -x.shape[-1] % stride, 0, -x.shape[-2] % stride]
         if frames:
             spare += [0, -(window.shape[1] - 1) % model.config.time_stride]
@@ -522,21 +525,19 @@ def from_tokens(model, ids, shape):
     """The inverse: uint8 of this `shape`, (3, H, W) or (3, T, H, W), cut to it."""
     import pictures
     windows = [pictures.to_uint8(model.decode(window))[0].cpu() for window in ids]
-    if windows[0].dim() == 4:                              # all windows but the last have whole steps in time
-        frames = model.config.frames
-        x = torch.cat([window[:, :frames] for window in windows], 1)[:, :shape[1] if len(shape) == 4 else 1]
-        x = x[..., :shape[-2], :shape[-1]]
-        return x if len(shape) == 4 else x[:, 0]
-    return windows[0][..., :shape[-2], :shape[-1]]
+    x = windows[0]
+    if x.dim() == 4:                                       # filled up are the last window and its sides
+        x = torch.cat([window[:, :model.config.frames] for window in windows], dim=1)
+        x = x[:, :shape[1]] if len(shape) == 4 else x[:, 0]
+    return x[..., :shape[-2], :shape[-1]]
 
 
 def read_samples(args, model):
     """Yield (name, uint8 (3, [T,] H, W), frames a second) of the files and folders on the command line.
 
-    Without any, held-out generated samples. Broken files are named and left out.
+    Without any, eight held-out generated samples. Broken files are named and left out.
     """
     import pathlib
-    import sys
     import data
     import runtime
     from torchvision.transforms.functional import pil_to_tensor
@@ -546,36 +547,35 @@ def read_samples(args, model):
         held_out = data.build_dataset("generated", "val", data.View(model.config.resolution, frames))
         for i in range(8):
             yield f"generated-{i}", held_out[i][0], 10
-    for root in map(pathlib.Path, args.files):
-        runtime.require(root.exists(), f"{root} does not exist; check the path")
-        found = [root]
-        if root.is_dir():
-            found = sorted(path for path in root.rglob("*") if path.suffix.lower() in suffixes)
-            runtime.require(found, f"{root} holds no files that this tokenizer takes ({' '.join(suffixes)})")
-        for path in found:
-            runtime.require(path.suffix.lower() in suffixes,
-                            f"{path}: this tokenizer takes {' '.join(suffixes)}")
-            try:
-                if path.suffix.lower() in data.VIDEO_SUFFIXES:
-                    clip = torch.stack([pil_to_tensor(frame()) for frame in data.video_frames(path)], 1)
-                    yield path.name, clip, data.frame_rate(path)
-                else:
-                    yield path.name, pil_to_tensor(data.decode(path)), 0
-            except runtime.UserError:
+    paths = []
+    for path in map(pathlib.Path, args.files):
+        runtime.require(path.exists(), f"{path} does not exist; check the path")
+        found = sorted(path.rglob("*")) if path.is_dir() else [path]
+        found = [file for file in found if file.suffix.lower() in suffixes]
+        runtime.require(found, f"{path}: this tokenizer takes {' '.join(suffixes)}, or a folder of them")
+        paths += found
+    for path in paths:
+        try:
+            if path.suffix.lower() in data.VIDEO_SUFFIXES:
+                clip = torch.stack([pil_to_tensor(frame()) for frame in data.video_frames(path)], 1)
+                yield path.name, clip, data.frame_rate(path)
+            else:
+                yield path.name, pil_to_tensor(data.decode(path)), 0
+        except (OSError, ValueError, SyntaxError, EOFError) as error:        # what decoders raise
+            if isinstance(error, runtime.UserError):
                 raise
-            except Exception as error:                     # decoders raise almost anything on damaged bytes
-                print(f"broken file left out: {path} ({error})", file=sys.stderr, flush=True)
+            print(f"broken file left out: {path} ({error})")
 
 
 def write_sample(folder, name, x, fps):
     """Write uint8 (3, H, W) as FOLDER/NAME.png, (3, T, H, W) as FOLDER/NAME.webp; returns the path."""
-    import pathlib
     import pictures
-    path = pathlib.Path(folder) / f"{name}.{'png' if x.dim() == 3 else 'webp'}"
     if x.dim() == 3:
-        pictures.save_image(path, x.permute(1, 2, 0).numpy())
+        path = f"{folder}/{name}.png"
+        pictures.save_image(path, x.movedim(0, -1).numpy())
     else:
-        pictures.write_video(path, x.permute(1, 2, 3, 0).numpy(), fps)
+        path = f"{folder}/{name}.webp"
+        pictures.write_video(path, x.movedim(0, -1).numpy(), fps)
     return path
 
 
@@ -584,17 +584,16 @@ def get_args(argv=None):
     import sys
     import runtime
     parser = runtime.ArgumentParser(__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in (("reconstruct", "see files through a tokenizer, beside the originals"),
-                       ("encode", "files to token ids"), ("decode", "token ids to files")):
-        p = commands.add_parser(name, help=text, description=text)
-        p.add_argument("files", nargs="*", help="images, clips or folders (decode: npz of encode)")
-        p.add_argument("--ckpt", help="a file or a published name; not given: the newest of runs/tokenizer")
-        p.add_argument("--output", help="folder, or for encode the npz (runs/reconstructions, runs/ids.npz)")
-        p.add_argument("--raw-weights", action="store_true", help="the raw weights, not their EMA")
-        p.add_argument("--trust-checkpoint", action="store_true", help="unpickle foreign classes in --ckpt")
-        p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
-    return parser.parse_args(argv or sys.argv[1:] or ["reconstruct"])
+    parser.add_argument("command", nargs="?", default="reconstruct",
+                        choices=("reconstruct", "encode", "decode"),
+                        help="see files beside their reconstructions; files to token ids; ids to files")
+    parser.add_argument("files", nargs="*", help="images, clips or folders; for decode the npz of encode")
+    parser.add_argument("--ckpt", help="a file or a published name; not given: the newest of runs/tokenizer")
+    parser.add_argument("--output", help="folder, or for encode the npz (runs/reconstructions, runs/ids.npz)")
+    parser.add_argument("--raw-weights", action="store_true", help="the raw weights, not their EMA")
+    parser.add_argument("--trust-checkpoint", action="store_true", help="unpickle foreign classes in --ckpt")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
+    return parser.parse_args(sys.argv[1:] if argv is None else argv)
 
 
 def main(args):
@@ -609,41 +608,40 @@ def main(args):
     model, info = checkpoints.load_tokenizer(ckpt, not args.raw_weights, args.trust_checkpoint)
     model.to(device)
     print(f"{ckpt}: {info['preset']}, {info['weights']} weights of step {info['step']}")
-    output = args.output or ("runs/ids.npz" if args.command == "encode" else "runs/reconstructions")
-    this = checkpoints.weights_hash(model)
+    identity = checkpoints.weights_hash(model)
     if args.command == "decode":
         for path in args.files:
             with checkpoints.guard(path), np.load(path) as file:
                 about = json.loads(str(file["about"]))
-                runtime.require(about["tokenizer"] == this, f"{path} was encoded by another tokenizer, "
-                                                            f"{about['ckpt']}; name it with --ckpt")
+                runtime.require(about["tokenizer"] == identity, f"{path} was encoded by another tokenizer, "
+                                                                f"{about['ckpt']}; name it with --ckpt")
                 for k, (name, shape, fps, windows) in enumerate(about["samples"]):
                     ids = [torch.from_numpy(file[f"{k}-{w}"].astype(np.int64)) for w in range(windows)]
                     x = from_tokens(model, [window.to(device) for window in ids], shape)
-                    print(write_sample(output, name, x, fps))
+                    print(write_sample(args.output or "runs/reconstructions", name, x, fps))
         return
     arrays = {}
-    about = []
+    about = {"tokenizer": identity, "ckpt": str(ckpt), "samples": []}
     for k, (name, x, fps) in enumerate(read_samples(args, model)):
         ids = to_tokens(model, x)
         tokens = sum(window.numel() for window in ids)
         bits = tokens * math.log2(model.quantizer.vocabulary) / x[0].numel()
-        text = f"{name}: {' x '.join(map(str, x.shape[1:]))}, {tokens:,} tokens, {bits:.4f} bits a pixel"
+        line = f"{name}: {' x '.join(map(str, x.shape[1:]))}, {tokens:,} tokens, {bits:.4f} bits a pixel"
         if args.command == "encode":
+            about["samples"].append([name, list(x.shape), fps, len(ids)])
             for w, window in enumerate(ids):
                 arrays[f"{k}-{w}"] = window.cpu().numpy().astype(np.uint32)
-            about.append([name, list(x.shape), fps, len(ids)])
-            print(text)
-            continue
-        y = from_tokens(model, ids, x.shape)
-        psnr = metrics.psnr(metrics.as_frames(x[None]), metrics.as_frames(y[None])).mean()
-        path = write_sample(output, name, torch.cat([x, torch.full_like(x[..., :4], 255), y], -1), fps)
-        print(f"{text}, PSNR {psnr:.2f} dB: {path}")
+        else:
+            y = from_tokens(model, ids, x.shape)
+            psnr = metrics.psnr(metrics.as_frames(x[None]), metrics.as_frames(y[None])).mean()
+            beside = torch.cat([x, torch.full_like(x[..., :4], 255), y], dim=-1)
+            path = write_sample(args.output or "runs/reconstructions", name, beside, fps)
+            line += f", PSNR {psnr:.2f} dB: {path}"
+        print(line)
     if args.command == "encode":
-        about = {"tokenizer": this, "ckpt": str(ckpt), "samples": about}
-        with runtime.atomic(output) as temporary:
+        with runtime.atomic(args.output or "runs/ids.npz") as temporary:
             np.savez(temporary, about=np.array(json.dumps(about)), **arrays)
-        print(f"wrote {output}")
+        print(f"wrote {args.output or 'runs/ids.npz'}")
 
 
 if __name__ == "__main__":
