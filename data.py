@@ -8,16 +8,16 @@ of a video, each treated like an image, all with the same crop; what is said of 
 Nothing depends on how many workers or ranks read the data. Order, crops and flips are functions of (seed,
 epoch, index), so a run can be resumed at any step and repeated on another number of GPUs.
 
-Axis letters: B samples, 3 colours, H and W as stored, S the side after cropping, T frames, N a video's.
+Axis letters: B samples, 3 colours, H and W as stored, S the side after cropping, T frames.
 
     python data.py                                                     # the generated set, 10 classes
-    python data.py --data-path generated-plain --image-size 32         # its easier variety
     python data.py --data-path imagenet --split val --image-size 256   # train/ and val/ with class subfolders
     python data.py --data-path 'shards-{000..127}.tar' --check-all     # read all, list the broken images
     python data.py --data-path ucf101 --frames 17 --image-size 128     # clips; without a path, generated ones
 
 Each prints a summary and writes a labelled grid of what the networks would see to runs/data.png (.webp).
 """
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -35,7 +35,7 @@ import numpy as np
 import torch
 import torchvision.transforms.functional as TF
 from PIL import Image, UnidentifiedImageError
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.datasets.folder import make_dataset
 from tqdm import tqdm
 
@@ -60,23 +60,18 @@ class View:
 
     crop: "center" (evaluation), "random" (training), "ten" (for stage II: (10, 3, [T,] S, S), corners and
     centre at 1.1 x the size, or five clips from the first frame to the last, and their mirror images), or
-    "original", neither cropped nor resized. resize: the shorter side before the crop (None: S).
+    "original", images neither cropped nor resized.
     """
     image_size: int                             # S
     frames: int = None                          # T
     crop: str = "center"
     flip: bool = False                          # mirror half of the samples (published: no)
-    resize: int = None
+    resize: int = None                          # the shorter side before the crop (None: S)
     seed: int = 0                               # of crops and flips, where nobody gives another
 
     def __post_init__(self):
         require(self.resize is None or self.resize >= self.image_size, f"--resize {self.resize} is smaller "
                 f"than --image-size {self.image_size}: the crop would not fit")
-
-    @property
-    def random(self):
-        """Whether a sample depends on chance."""
-        return self.crop == "random" or self.flip
 
 
 def view_pixels(image, view, rng=None):
@@ -98,7 +93,7 @@ def view_pixels(image, view, rng=None):
     if view.crop == "random":
         top = int(rng.integers(image.shape[1] - size + 1))
         left = int(rng.integers(image.shape[2] - size + 1))
-        image = image[:, top:top + size, left:left + size]
+        image = TF.crop(image, top, left, size, size)
     else:
         image = TF.center_crop(image, size)
     return image.flip(-1) if view.flip and rng.random() < 0.5 else image
@@ -108,10 +103,9 @@ def decode(file):
     """The RGB PIL image in `file`, a path or a binary file. Raises what PIL raises where it cannot be read.
 
     Transparency is dropped, not composited, and EXIF rotation is ignored, as for the published models.
-    Pixels of 16 or 32 bits are refused: PIL would clip them to white.
     """
     with Image.open(file) as image:
-        if image.mode[0] in "IF":
+        if image.mode[0] in "IF":                         # of 16 or 32 bits: PIL would clip them to white
             raise ValueError(f"pixels of type {image.mode}; convert them to 8 bits")
         return image.convert("RGB")
 
@@ -119,9 +113,9 @@ def decode(file):
 def video_frames(path):
     """Yield the frames of a video as functions that give them as PIL RGB images.
 
-    A frame that is skipped is then decoded, as the next ones depend on it, but not converted to RGB. Rotation
-    by metadata and the frames' times are ignored. Raises ValueError or what the decoder raises for files that
-    cannot be read, also for one that has lost a tenth of the frames that its header promises.
+    A frame that is skipped is decoded, as the next ones depend on it, but not converted to RGB. Rotation by
+    metadata and the frames' times are ignored. Raises whatever the decoder does for damaged files, and
+    ValueError for one that has lost a tenth of the frames that its header promises.
     """
     if str(path).lower().endswith(pictures.PILLOW_FORMATS):
         with Image.open(path) as image:
@@ -132,7 +126,8 @@ def video_frames(path):
     with pictures.import_av().open(str(path)) as container:
         if not container.streams.video:
             raise ValueError("there is no video in it")
-        stream, count = container.streams.video[0], 0
+        stream = container.streams.video[0]
+        count = 0
         for count, frame in enumerate(container.decode(stream), 1):
             yield frame.to_image
         if count < 0.9 * stream.frames:                   # encoders miscount by one or two; 0 is "unknown"
@@ -156,10 +151,11 @@ class Samples(Dataset):
 
     `dataset[index]` is (uint8 tensor as `view` says, label, index). A file that cannot be read is reported
     once on stderr and counted in `broken`, one flag a sample, in memory that worker processes share; the next
-    readable sample stands in for it, with its own index.
+    readable sample stands in for it, with its own index. Once more than 1 % are broken it is None instead,
+    and `raise_if_broken` tells the user.
 
-    A subclass provides `label(index)`, `path(index)` and `read(index, rng)`, which returns the tensor or
-    raises anything. `classes` are the names in label order, [] without labels.
+    A subclass sets lists `paths` and `labels` (0 without classes), and `read(index, rng)` returns the tensor
+    or raises anything. `classes` are the names in label order.
     """
 
     def __init__(self, name, classes, length, view):
@@ -174,6 +170,12 @@ class Samples(Dataset):
     def __len__(self):
         return len(self.broken)
 
+    def path(self, index):
+        return self.paths[index]
+
+    def label(self, index):
+        return self.labels[index]
+
     def __getitem__(self, index):
         if not 0 <= index < len(self):                    # also ends a plain `for` loop
             raise IndexError(f"index {index} of a data set of {len(self)} {self.kind}s")
@@ -185,13 +187,14 @@ class Samples(Dataset):
 
     def readable(self, index, seed):
         """(tensor, label, index) of this or the next readable sample; None once too many are broken."""
+        random = self.view.crop == "random" or self.view.flip
         while not self.too_many_broken():
-            if not self.broken[index]:
-                try:
-                    rng = np.random.default_rng(seed) if self.view.random else None
+            try:
+                if not self.broken[index]:
+                    rng = np.random.default_rng(seed) if random else None
                     return self.read(index, rng), self.label(index), index
-                except Exception as error:                # decoders raise almost anything on damaged bytes
-                    self.report_broken(index, error)
+            except Exception as error:                    # decoders raise almost anything on damaged bytes
+                self.report_broken(index, error)
             index = (index + 1) % len(self)
         return None
 
@@ -205,90 +208,82 @@ class Samples(Dataset):
             print(f"broken {self.kind} skipped: {self.path(index)} ({reason})", file=sys.stderr, flush=True)
 
     def too_many_broken(self):
-        """True once more than 1 % of the data set is known to be broken."""
         return int(self.broken.sum()) > BROKEN_LIMIT * len(self)
 
     def raise_if_broken(self, all_ranks=False):
         """Raise `UserError` if more than 1 % are known to be broken, here or (a collective) on any rank."""
         if all_ranks:
             self.broken |= runtime.all_reduce_sum(self.broken.int()) > 0
-        if self.too_many_broken():
-            first = int(self.broken.int().argmax())
-            raise UserError(f"{int(self.broken.sum())} of the {len(self)} {self.kind}s of {self.name} are "
-                            f"broken, more than 1 %, such as {self.path(first)}; copy or download the data "
-                            f"again, or remove the broken files")
+        require(not self.too_many_broken(),
+                f"{int(self.broken.sum())} of the {len(self)} {self.kind}s of {self.name} are broken, more "
+                f"than 1 %, such as {self.path(int(self.broken.int().argmax()))}; copy or download the data "
+                f"again, or remove the broken files")
 
 
 class Folder(Samples):
     """A folder with a subfolder for each class (files at any depth below it), or a flat one without labels.
 
     Images, or videos where the view has frames. Class names are the sorted names of the subfolders, or
-    `classes` where other folders share them. Hidden files are ignored (macOS leaves a "._name.jpg" beside
-    "name.jpg"). files: paths below the folder to use (None: all). Raises `UserError` where there is nothing,
-    or both readings are possible.
+    `classes` where other folders share them. Whatever is hidden is ignored (macOS leaves a "._name.jpg"
+    beside "name.jpg"). split_list: an official UCF-101 list of the files to use. Raises `UserError` where
+    there is nothing, or both readings are possible.
     """
 
-    def __init__(self, folder, view, classes=None, files=None):
+    def __init__(self, folder, view, classes=None, split_list=None):
+        folder = str(pathlib.Path(folder))
         kind = "videos" if view.frames else "images"
         suffixes = VIDEO_SUFFIXES if view.frames else IMAGE_SUFFIXES
-        names = subfolder_names(folder)
-        found = make_dataset(folder, {name: i for i, name in enumerate(classes or names) if name in names},
-                             suffixes, allow_empty=True) if names else []
-        flat = [(item.path, 0) for item in os.scandir(folder) if item.name.lower().endswith(suffixes)]
-        found, flat = [sorted(item for item in each if not os.path.basename(item[0]).startswith("."))
-                       for each in (found, flat)]
+        classes = classes or subfolder_names(folder)
+        number = {name: i for i, name in enumerate(classes)}
+        found = make_dataset(folder, number, suffixes, allow_empty=True) if classes else []
+        flat = sorted((item.path, 0) for item in os.scandir(folder) if item.name.lower().endswith(suffixes))
+        found, flat = [[item for item in each if "/." not in item[0][len(folder):]] for each in (found, flat)]
         hint = ""
         if any(pathlib.Path(folder).glob("*.tar")):
             hint = "; for its tar files, give a pattern such as 'shards-{000..127}.tar'"
         require(found or flat, f"--data-path {folder} holds no {kind} ({' '.join(suffixes)}){hint}")
         require(not (found and flat), f"--data-path {folder} holds {kind} in class subfolders and "
                 f"{len(flat)} beside them, such as {flat[:1]}; move all into subfolders, or none")
-        if files is not None:
-            paths = [os.path.join(folder, file) for file in files]
-            labels = dict(found)
-            missing = [path for path in paths if path not in labels]
-            require(not missing, f"--data-path {folder} lacks {len(missing)} of the {len(files)} clips of "
+        if split_list:
+            require(os.path.isfile(split_list), f"--split-list {split_list} does not exist; check the path")
+            # Lines "Class/v_Class_g01_c01.avi", some with a number, which is that of the sorted class name.
+            lines = pathlib.Path(split_list).read_text().split("\n")
+            names = [re.sub(r"\s+\d+$", "", line.strip()) for line in lines]
+            listed = {os.path.join(folder, name) for name in names if name}
+            require(listed, f"--split-list {split_list} names no clips")
+            missing = sorted(listed - dict(found).keys())
+            require(not missing, f"--data-path {folder} lacks {len(missing)} of the {len(listed)} clips of "
                     f"--split-list, such as {missing[:1]}; give the folder that holds the class folders")
-            found = [(path, labels[path]) for path in paths]
-        self.files = found or flat                        # (path, label)
-        super().__init__(str(folder), (classes or names) if found else [], len(self.files), view)
-        if view.frames and not all(path.lower().endswith(pictures.PILLOW_FORMATS) for path, _ in self.files):
+            found = [item for item in found if item[0] in listed]
+        self.paths, self.labels = zip(*(found or flat))
+        super().__init__(folder, classes if found else [], len(self.paths), view)
+        if view.frames and not all(path.lower().endswith(pictures.PILLOW_FORMATS) for path in self.paths):
             pictures.import_av()                          # to miss it now, not in the middle of an epoch
         # Numbers of frames, once known: an index of a file is not reliable, so the first visit decodes all.
         self.lengths = torch.zeros(len(self), dtype=torch.int32).share_memory_()
 
-    def path(self, index):
-        """Where sample `index` lies."""
-        return self.files[index][0]
-
-    def label(self, index):
-        """The class of sample `index`, 0 where there are no classes."""
-        return self.files[index][1]
-
     def read(self, index, rng):
         """What the view shows of the file."""
-        if self.view.frames is None:
-            return view_pixels(decode(self.path(index)), self.view, rng)
-        if not self.lengths[index]:
-            self.lengths[index] = sum(1 for _ in video_frames(self.path(index)))
-        spare = int(self.lengths[index]) - self.view.frames
-        if spare < 0:
-            raise ValueError(f"too short: {int(self.lengths[index])} frames, {self.view.frames} are needed")
-        if self.view.crop == "ten":
-            clips = torch.stack([self.clip(index, round(spare * i / 4), 0) for i in range(5)])
-            return torch.cat([clips, clips.flip(-1)])
-        first = (spare + self.view.frames) // 2 - self.view.frames // 2
-        if self.view.crop == "random":
-            first = int(rng.integers(spare + 1))
-        return self.clip(index, first, int(rng.integers(2 ** 31)) if rng else 0)
-
-    def clip(self, index, first, seed):
-        """The clip that starts at frame `first`, uint8 (3, T, S, S); `seed` decides crop and mirroring."""
         view = self.view
+        if view.frames is None:
+            return view_pixels(decode(self.paths[index]), view, rng)
+        if not self.lengths[index]:
+            self.lengths[index] = sum(1 for _ in video_frames(self.paths[index]))
+        length = int(self.lengths[index])
+        spare = length - view.frames
+        if spare < 0:
+            raise ValueError(f"too short: {length} frames, {view.frames} are needed")
         if view.crop == "ten":
-            view = dataclasses.replace(view, crop="center")
-        chosen = itertools.islice(video_frames(self.path(index)), first, first + view.frames)
-        return torch.stack([view_pixels(frame(), view, np.random.default_rng(seed)) for frame in chosen], 1)
+            plain = dataclasses.replace(view, crop="center", flip=False)
+            clips = torch.stack([self.clip(index, round(spare * i / 4), plain) for i in range(5)])
+            return torch.cat([clips, clips.flip(-1)])
+        first = int(rng.integers(spare + 1)) if view.crop == "random" else length // 2 - view.frames // 2
+        return self.clip(index, first, view, rng)
+
+    def clip(self, index, first, view, rng=None):
+        """The clip that starts at frame `first`, (3, T, S, S); a copy of `rng` crops each frame alike."""
+        chosen = itertools.islice(video_frames(self.paths[index]), first, first + view.frames)
+        return torch.stack([view_pixels(frame(), view, copy.deepcopy(rng)) for frame in chosen], 1)
 
 
 def subfolder_names(folder):
@@ -299,52 +294,41 @@ def subfolder_names(folder):
 class TarShards(Samples):
     """Images in plain tar files, each with an optional class number in a text member `.cls` of the same name.
 
-    The positions of the members are read once, at start-up; then any image is one seek away, and the order
-    is as random as that of a folder. Classes are called "0", "1", ... . Raises `UserError` for a missing or
-    truncated shard, and where only some images have a class.
+    Their positions are read once, at start-up; then any image is one seek away, in any order. Classes are
+    called "0", "1", ... . Raises `UserError` for a damaged shard, and where only some images have a class.
     """
 
     def __init__(self, pattern, view):
-        self.shards = expand_braces(str(pattern))
-        missing = [shard for shard in self.shards if not os.path.isfile(shard)]
-        require(not missing, f"--data-path {pattern}: {len(missing)} of {len(self.shards)} shards missing "
+        shards = expand_braces(pattern)
+        missing = [shard for shard in shards if not os.path.isfile(shard)]
+        require(not missing, f"--data-path {pattern}: {len(missing)} of {len(shards)} shards missing "
                              f"({', '.join(missing[:5])}); check the path and the range")
-        self.members = []                                 # (shard, name, offset, bytes)
-        labels = []
         silent = None if runtime.is_main() else True      # None: a progress bar on a terminal
-        for i, shard in enumerate(tqdm(self.shards, "reading shards", leave=False, disable=silent)):
-            images, classes = index_shard(shard)
-            self.members += [(i, *image) for image in images]
-            labels += [classes.get(os.path.splitext(name)[0]) for name, _, _ in images]
+        progress = tqdm(shards, "reading shards", leave=False, disable=silent)
+        self.members = [member for shard in progress for member in index_shard(shard)]
         require(self.members, f"--data-path {pattern} holds no images ({' '.join(IMAGE_SUFFIXES)})")
-        unlabelled = labels.count(None) == len(labels)
-        if not unlabelled and None in labels:
-            raise UserError(f"--data-path {pattern}: {labels.count(None)} of {len(labels)} images have no "
-                            f".cls member, such as {self.path(labels.index(None))}; label all images or none")
-        self.labels = [0] * len(labels) if unlabelled else labels
-        names = [] if unlabelled else [str(i) for i in range(max(labels) + 1)]
-        super().__init__(str(pattern), names, len(labels), view)
-
-    def path(self, index):
-        """The shard of image `index` and its name there."""
-        shard, name, _, _ = self.members[index]
-        return f"{self.shards[shard]}:{name}"
-
-    def label(self, index):
-        """The class of image `index`, 0 where there are no classes."""
-        return self.labels[index]
+        self.paths = [f"{shard}:{name}" for shard, name, *_ in self.members]
+        self.labels = [label for *_, label in self.members]
+        unlabelled = [path for path, label in zip(self.paths, self.labels) if label is None]
+        require(len(unlabelled) in (0, len(self.labels)), f"--data-path {pattern}: {len(unlabelled)} of "
+                f"{len(self.labels)} images have no .cls member, such as {unlabelled[:1]}; label all or none")
+        names = [] if unlabelled else [str(i) for i in range(max(self.labels) + 1)]
+        if unlabelled:
+            self.labels = [0] * len(self.labels)
+        super().__init__(pattern, names, len(self.labels), view)
 
     def read(self, index, rng):
         """What the view shows of the image."""
-        shard, _, offset, size = self.members[index]
-        with open(self.shards[shard], "rb") as file:      # opened anew: workers must not share a position
+        shard, _, offset, size, _ = self.members[index]
+        with open(shard, "rb") as file:                   # opened anew: workers must not share a position
             file.seek(offset)
             return view_pixels(decode(io.BytesIO(file.read(size))), self.view, rng)
 
 
 def index_shard(shard):
-    """What a tar file holds: ([(name, offset, bytes)] of its images, {name without suffix: class})."""
-    images, classes = [], {}
+    """The images of a tar file: a list of (shard, name, offset, bytes, class or None)."""
+    images = []
+    classes = {}
     try:
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
@@ -352,7 +336,7 @@ def index_shard(shard):
                 if not member.isfile() or os.path.basename(stem).startswith("."):
                     continue
                 if suffix.lower() in IMAGE_SUFFIXES:
-                    images.append((member.name, member.offset_data, member.size))
+                    images.append((stem, member.name, member.offset_data, member.size))
                 elif suffix.lower() == ".cls":
                     text = tar.extractfile(member).read().decode(errors="replace").strip()
                     require(re.fullmatch(r"\d{1,6}", text), f"{shard}:{member.name} holds {text[:20]!r}, but "
@@ -366,7 +350,7 @@ def index_shard(shard):
         file.seek(end)
         require(file.read(512) == bytes(512), f"shard {shard} is truncated or damaged after {len(images)} "
                 f"images; copy or download it again")
-    return images, classes
+    return [(shard, *image, classes.get(stem)) for stem, *image in images]
 
 
 def expand_braces(pattern):
@@ -392,8 +376,11 @@ class Generated(Samples):
         length = length or (1_000 if split != "train" else 10_000 if view.frames else 20_000)
         name = "generated-plain" if plain else "generated"
         super().__init__(name, list(shapes.MOTIONS if view.frames else shapes.SHAPES), length, view)
+        self.paths = [f"{name}[{index}]" for index in range(length)]
+        self.labels = [index % len(self.classes) for index in range(length)]
 
     def __getitems__(self, requests):
+        """Drawn together, which is faster."""
         view = self.view
         indices = [index for index, _ in requests]
         if view.frames:
@@ -401,37 +388,13 @@ class Generated(Samples):
         else:
             drawn = shapes.draw_images(indices, self.split, view.image_size, view.seed, self.plain)
         samples = []
-        for tensor, (index, seed) in zip(torch.from_numpy(drawn), requests):
+        for x, (index, seed) in zip(torch.from_numpy(drawn), requests):
             if view.crop == "ten":
-                tensor = view_pixels(TF.to_pil_image(tensor), view)
+                x = view_pixels(TF.to_pil_image(x), view)
             elif view.flip and np.random.default_rng(seed).random() < 0.5:
-                tensor = tensor.flip(-1)
-            samples.append((tensor, self.label(index), index))
+                x = x.flip(-1)
+            samples.append((x, self.labels[index], index))
         return samples
-
-    def path(self, index):
-        """A name for the sample."""
-        return f"{self.name}[{index}]"
-
-    def label(self, index):
-        """The class of sample `index`."""
-        return index % len(self.classes)
-
-    def read(self, index, rng):
-        """The sample."""
-        return self[index][0]
-
-
-def read_split_list(path):
-    """The videos named in an official UCF-101 list: lines "Class/v_Class_g01_c01.avi", some with a number.
-
-    The numbers are those of the sorted class names, from 1: nothing new, so they are not used.
-    """
-    require(os.path.isfile(path), f"--split-list {path} does not exist; check the path")
-    with open(path) as file:
-        files = [re.sub(r"\s+\d+$", "", line.strip()) for line in file if line.strip()]
-    require(files, f"--split-list {path} names no clips")
-    return sorted(set(files))
 
 
 def build_dataset(data_path, split, view, split_list=None, length=None):
@@ -448,14 +411,12 @@ def build_dataset(data_path, split, view, split_list=None, length=None):
     path = "generated" if data_path is None else os.path.expanduser(str(data_path))
     require(not split_list or (view.frames and not path.startswith("generated")),
             "--split-list is for a folder of videos; leave it out, or give the folder with --data-path")
-    if path in ("generated", "generated-plain") and not (view.frames and path == "generated-plain"):
+    if path == "generated" or (path == "generated-plain" and not view.frames):
         return Generated(split, view, path == "generated-plain", length)
     require(length is None, f"--data-path {path}: only the generated sets can be given a number of samples")
     if os.path.isdir(path):
-        if split_list:
-            return Folder(path, view, files=read_split_list(split_list))
-        folder, classes = choose_split(pathlib.Path(path), split)
-        return Folder(folder, view, classes)
+        folder, classes = (path, None) if split_list else choose_split(pathlib.Path(path), split)
+        return Folder(folder, view, classes, split_list)
     require(not view.frames, f"--data-path {path} is no folder of videos; check the path")
     if path.endswith(".tar") or "{" in path:
         return TarShards(path, view)
@@ -473,14 +434,14 @@ def choose_split(folder, split):
     present = [name for name in SPLITS if name in folders]
     if not present:
         return folder, None
+    advice = f"give the folder to read, such as {folder / present[0]}"
     others = [name for name in folders if name not in present]
     require(len(present) > 1 or not others, f"--data-path {folder} has {present[0]}/ beside "
-            f"{', '.join(others[:3])}: is it a split or a class? Give the folder to read, such as "
-            f"{folder / present[0]}, or rename it")
+            f"{', '.join(others[:3])}: is it a split or a class? Rename it, or {advice}")
     wanted = {"train": ["train"], "val": ["val", "test"], "test": ["test", "val"]}[split]
     chosen = [name for name in wanted if name in present]
     require(chosen, f"--data-path {folder} has {' and '.join(present)} but no {' or '.join(wanted)} folder; "
-            f"add one, or give the folder to read, such as {folder / present[0]}")
+            f"add one, or {advice}")
     return folder / chosen[0], sorted({name for part in present for name in subfolder_names(folder / part)})
 
 
@@ -491,15 +452,11 @@ def evenly_spaced(count, length):
 
 
 def fingerprint(dataset, indices):
-    """sha256 of what decides `dataset[indices]`: the same for moved data, not for other data.
-
-    That is the view, labels and sizes of the files, and 16 of the samples themselves.
-    """
-    view = dataclasses.astuple(dataset.view)
-    digest = hashlib.sha256(json.dumps([view, len(dataset), [dataset.label(i) for i in indices]]).encode())
-    for index in indices:
-        if os.path.exists(path := dataset.path(index)):
-            digest.update(str(os.path.getsize(path)).encode())
+    """sha256 of view, labels, file sizes and 16 of `dataset[indices]`: the same where data has moved."""
+    paths = [dataset.path(i) for i in indices]
+    facts = [dataclasses.astuple(dataset.view), len(dataset), [dataset.label(i) for i in indices],
+             [os.path.getsize(path) for path in paths if os.path.exists(path)]]
+    digest = hashlib.sha256(json.dumps(facts).encode())
     for i in evenly_spaced(16, len(indices)):
         sample = dataset[indices[i]]
         digest.update(sample[0].numpy().tobytes() if sample else b"broken")
@@ -514,46 +471,35 @@ def epoch_order(length, seed, epoch):
     return np.random.default_rng((seed, epoch)).permutation(length)
 
 
-def global_batch(length, global_batch_size, seed, step):
-    """What all ranks together see in training step `step` (from 0): a list of (index, seed of crop and flip).
-
-    Every epoch is a new permutation. What remains of it after its last whole batch is dropped: an epoch has
-    length // global_batch_size steps, and no batch asks for a sample twice.
-    """
-    epoch, position = divmod(step, length // global_batch_size)
-    first = position * global_batch_size
-    indices = epoch_order(length, seed, epoch)[first:first + global_batch_size].tolist()
-    return [(index, (seed, epoch, index)) for index in indices]
-
-
 def train_loader(dataset, global_batch_size, seed, start_step=0, accumulation=1, num_workers=0):
     """Endless micro-batches (x uint8 (b, 3, ...), labels, indices (b,)) of this rank, `accumulation` a step.
 
     The global batch of a step depends on (data set, size, seed, step) alone. It is cut into `accumulation`
     parts and each of these into a share for each rank; joined in this order, the shares of any cut are the
-    same batch. `start_step` continues as if the steps before had been run. Raises `UserError` for a batch
-    that cannot be cut so or is too large, and while iterating when more than 1 % are broken.
+    same batch. What remains of an epoch's permutation after its last whole batch is dropped. Raises
+    `UserError` for a batch that cannot be cut so or is too large, and later when more than 1 % are broken.
     """
+    rank = runtime.rank()
     world_size = runtime.world_size()
+    pieces = world_size * accumulation
     require(global_batch_size <= len(dataset), f"--global-batch-size {global_batch_size} is more than the "
             f"{len(dataset)} {dataset.kind}s of {dataset.name}; lower it")
-    require(global_batch_size % (world_size * accumulation) == 0,
-            f"--global-batch-size {global_batch_size} cannot be shared by {world_size} ranks with "
-            f"--accumulation {accumulation}; choose a multiple of {world_size * accumulation}")
-    share = global_batch_size // (world_size * accumulation)
+    require(global_batch_size % pieces == 0, f"--global-batch-size {global_batch_size} cannot be shared by "
+            f"{world_size} ranks with --accumulation {accumulation}; choose a multiple of {pieces}")
+    share = global_batch_size // pieces
 
     def shares_of_this_rank():
         for step in itertools.count(start_step):
-            requests = global_batch(len(dataset), global_batch_size, seed, step)
-            for part in range(accumulation):
-                first = (part * world_size + runtime.rank()) * share
-                yield requests[first:first + share]
+            epoch, position = divmod(step, len(dataset) // global_batch_size)
+            batch = epoch_order(len(dataset), seed, epoch)[position * global_batch_size:][:global_batch_size]
+            for first in range(rank * share, global_batch_size, world_size * share):
+                yield [(int(index), (seed, epoch, int(index))) for index in batch[first:first + share]]
 
-    return batches(dataset, shares_of_this_rank(), collate, num_workers)
+    return batches(dataset, shares_of_this_rank(), num_workers)
 
 
 class eval_batches:
-    """One pass over `dataset[indices]` in batches as of `train_loader`; `len` is the number of this rank's.
+    """One pass over `dataset[indices]` in batches as of `train_loader`: an iterator, `len` is the number.
 
     Batch k goes to rank k mod R, so that a sample's neighbours do not depend on R, and neither do the last
     bits of its results. Ranks may have different numbers of batches (so do not communicate inside the loop).
@@ -563,24 +509,29 @@ class eval_batches:
     def __init__(self, dataset, indices, batch_size, num_workers=0):
         parts = [list(indices[first:first + batch_size]) for first in range(0, len(indices), batch_size)]
         self.parts = parts[runtime.rank()::runtime.world_size()]
-        self.dataset = dataset
-        self.num_workers = num_workers
+        self.iterator = self.asked_for(dataset, num_workers)
 
     def __len__(self):
         return len(self.parts)
 
     def __iter__(self):
-        seed = self.dataset.view.seed
-        requests = [[(int(index), (seed, int(index))) for index in part] for part in self.parts]
-        for part, items in zip(self.parts, batches(self.dataset, requests, list, self.num_workers)):
-            asked = [item for index, item in zip(part, items) if item and item[2] == index]
-            if asked:
-                yield collate(asked)
+        return self.iterator
+
+    def __next__(self):
+        return next(self.iterator)
+
+    def asked_for(self, dataset, num_workers):
+        """The batches without what replaces broken samples."""
+        requests = [[(int(i), (dataset.view.seed, int(i))) for i in part] for part in self.parts]
+        for (x, labels, indices), part in zip(batches(dataset, requests, num_workers), self.parts):
+            asked = indices == torch.tensor(part)
+            if asked.any():
+                yield x[asked], labels[asked], indices[asked]
 
 
-def batches(dataset, requests, collate_fn, num_workers):
+def batches(dataset, requests, num_workers):
     """The batches for each list of (index, seed) in `requests`, with an eye on the broken samples."""
-    loader = DataLoader(dataset, batch_sampler=requests, collate_fn=collate_fn, num_workers=num_workers,
+    loader = DataLoader(dataset, batch_sampler=requests, collate_fn=collate, num_workers=num_workers,
                         worker_init_fn=leave_process_group, pin_memory=torch.cuda.is_available(),
                         generator=torch.Generator())      # its own: the global one must not depend on loaders
     for batch in loader:
@@ -589,11 +540,8 @@ def batches(dataset, requests, collate_fn, num_workers):
 
 
 def collate(items):
-    """(x, labels, indices) of items; None where too many are broken, for then the caller stops."""
-    if None in items:
-        return None
-    x, labels, indices = zip(*items)
-    return torch.stack(x), torch.tensor(labels), torch.tensor(indices)
+    """[x, labels, indices] of items; None where too many are broken, for then `batches` stops."""
+    return None if None in items else default_collate(items)
 
 
 def leave_process_group(worker):
@@ -625,20 +573,18 @@ def main(args):
     """Write the grid and print what the data set holds."""
     view = View(args.image_size, args.frames, args.crop, args.flip, args.resize)
     dataset = build_dataset(args.data_path, args.split, view)
-    suffixes = (".png", ".webp", ".gif") if args.frames else (".png",)
-    require(args.output.lower().endswith(suffixes), f"--output {args.output}: the grid is written as "
-                                                    f"{' or '.join(suffixes)}")
+    require(args.frames or args.output.lower().endswith(".png"), f"--output {args.output} is no .png")
     by_class = sorted(range(len(dataset)), key=dataset.label)           # a row for each of ten classes
     chosen = [by_class[i] for i in evenly_spaced(40 if args.frames else 80, len(dataset))]
     start = time.perf_counter()
     shown = [dataset[index] for index in chosen]
     milliseconds = (time.perf_counter() - start) / len(chosen) * 1000
-    dataset.raise_if_broken()
     if args.check_all:
         everything = eval_batches(dataset, range(len(dataset)), 64, args.num_workers)
         for _ in tqdm(everything, "reading", disable=None):
             pass
-    counts = np.bincount([dataset.label(i) for i in range(len(dataset))], minlength=len(dataset.classes))
+    dataset.raise_if_broken()
+    counts = np.bincount(list(map(dataset.label, by_class)), minlength=len(dataset.classes))
     names = [f"{name} {count}" for name, count in zip(dataset.classes, counts)][:10]
     runtime.print_facts(
         ("data", dataset.name),

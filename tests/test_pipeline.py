@@ -11,6 +11,7 @@ import train_ar
 import train_tokenizer
 from helpers import call
 
+pytestmark = pytest.mark.slow
 SIDE = 16                                  # a quarter of the toy preset's pixels, so a quarter of its time
 
 

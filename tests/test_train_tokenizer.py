@@ -95,6 +95,7 @@ def test_accumulated_micro_batches_give_the_same_gradient(tmp_path):
         torch.testing.assert_close(one[name], two[name], atol=1e-5, rtol=1e-5, msg=name)
 
 
+@pytest.mark.slow
 def test_one_batch_of_8_images_is_overfitted_to_30_db():
     torch.manual_seed(0)
     dataset = data.build_dataset("generated", "train", data.View(32))
@@ -116,6 +117,7 @@ def test_one_batch_of_8_images_is_overfitted_to_30_db():
     assert psnr > 30, psnr
 
 
+@pytest.mark.slow
 def test_without_the_entropy_term_the_codebook_collapses(tmp_path):
     flags = ["--data-path", "generated", "--length", 150, "--image-size", 16, "--log-every", 75]
     bits = []
@@ -157,6 +159,7 @@ def test_clips_train_with_their_discriminator(tmp_path):
     assert (tmp_path / "reconstructions-00000002.webp").exists()
 
 
+@pytest.mark.slow
 def test_compiled_training_learns_the_same(tmp_path):
     flags = [*TINY, "--length", 2, "--lr", 1e-4, "--global-batch-size", 4, "--log-every", 1]
     train(tmp_path / "eager", *flags)
