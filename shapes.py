@@ -101,7 +101,7 @@ def colour(hue, saturation, luma):
 
 def scene(rng, name, variety):
     """All that chance decides about an image of the shape `name`; lengths in half widths of the image."""
-    chance = iter(rng.random(32).tolist()).__next__       # all at once: a tenth of the time of single draws
+    chance = iter(rng.random(32).tolist()).__next__       # all at once: single draws cost more
 
     def between(low, high):
         return low + (high - low) * chance()

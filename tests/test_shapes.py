@@ -38,6 +38,13 @@ def test_figures_fill_about_the_unit_disc(name):
     assert 0.8 < radius.max() < 1.15 and 0.12 < inside.mean() * 9 / np.pi < 1
 
 
+def test_no_two_shapes_cover_the_same_pixels():
+    x, y = np.meshgrid(np.linspace(-1, 1, 65), np.linspace(-1, 1, 65))
+    masks = np.array([distance(x, y) < 0 for distance in shapes.SHAPES.values()]).reshape(10, -1)
+    both = (masks[:, None] & masks).sum(-1) / (masks[:, None] | masks).sum(-1)  # intersection / union
+    assert (both - np.eye(10)).max() < 0.9
+
+
 def test_ground_and_figure_colours_do_not_tell_the_class():
     images = shapes.draw_images(range(1000), "train", 16).astype(float)
     labels = np.arange(1000) % 10
@@ -52,6 +59,14 @@ def test_the_plain_variety_has_less_to_tell():
     corners = [images[:, :, 0, 0].std(0).mean() for images in (full, plain)]
     detail = [abs(np.diff(images, axis=3)).mean() for images in (full, plain)]
     assert corners[1] < 0.5 * corners[0] and detail[1] < 0.9 * detail[0]
+
+
+def test_plain_grounds_are_light_and_full_ones_often_dark():
+    for plain, dark in ((True, 0.0), (False, 0.4)):
+        corner = shapes.draw_images(range(1000), "val", 32, plain=plain)[:, :, 0, 0] / 255
+        luma = corner @ np.array([0.299, 0.587, 0.114])
+        assert abs((luma < 0.5).mean() - dark) < 0.06
+        assert not plain or np.median(abs(luma - 0.915)) < 0.02
 
 
 def centres(clip):
@@ -81,3 +96,7 @@ def test_other_numbers_of_frames_show_the_same_motion():
     few = shapes.draw_clips([0, 4], "val", 32, 5)
     many = shapes.draw_clips([0, 4], "val", 32, 17)
     assert np.array_equal(few, many[:, :, ::4])
+
+
+def test_left_turns_are_positive_angles_and_right_ones_negative():
+    assert shapes.MOTIONS["turn-left"](1.0, 0, 1)[3] == 1 and shapes.MOTIONS["turn-right"](1.0, 0, 1)[3] == -1
