@@ -317,20 +317,20 @@ def load_lpips(net, weights_dir, path=None):
 
     path: take them out of a published tokenizer instead, which holds the whole network ("vgg").
     """
-    state = {}
-    if path:
-        for name, tensor in read(find(path)).get("state_dict", {}).items():
-            if match := re.fullmatch(r"loss\.perceptual_loss\.net\.slice\d\.(\d+)\.(weight|bias)", name):
-                state[f"features.{match[1]}.{match[2]}"] = tensor
-            elif match := re.fullmatch(r"loss\.perceptual_loss\.lin(\d)\.model\.1\.weight", name):
-                state[f"heads.{match[1]}"] = tensor
-        require(state, f"--lpips-checkpoint {path} holds no loss.perceptual_loss.*; a published one does")
     model = metrics.LPIPS(net)
-    if not path:
-        trunk, heads = [read(runtime.fetch(url, weights_dir, sha))
-                        for url, sha in NETWORK_FILES[f"lpips-{net}"]]
+    if path is None:
+        files = NETWORK_FILES[f"lpips-{net}"]
+        trunk, heads = [read(runtime.fetch(url, weights_dir, sha)) for url, sha in files]
         state = {name: tensor for name, tensor in trunk.items() if name in model.state_dict()}
         state.update({f"heads.{i}": heads[f"lin{i}.model.1.weight"] for i in range(5)})
+    else:
+        state = {}
+        for name, tensor in read(find(path)).get("state_dict", {}).items():
+            name = name.removeprefix("loss.perceptual_loss.")
+            if match := re.fullmatch(r"net\.slice\d\.(\d+)\.(weight|bias)", name):
+                state[f"features.{match[1]}.{match[2]}"] = tensor
+            elif match := re.fullmatch(r"lin(\d)\.model\.1\.weight", name):
+                state[f"heads.{match[1]}"] = tensor
     load_state(model, state, f"the LPIPS of {path or weights_dir}")
     return model
 
@@ -341,18 +341,17 @@ def load_network(name, weights_dir, random=False, eps=1e-3):
     name: "inception", "i3d" (eps of its BatchNorms), "lpips-vgg" or "lpips-alex". random: seeded random ones.
     """
     net = name.removeprefix("lpips-")
-    source = " ".join(sha for _, sha in NETWORK_FILES[name])
-    if name.startswith("lpips-") and not random:
-        return load_lpips(net, weights_dir), source
-    network = {"inception": metrics.FIDInception, "i3d": lambda: metrics.I3D(eps)}.get(
-        name, lambda: metrics.LPIPS(net))()
     if random:
-        metrics.randomise(network)
-        source = RANDOM_LABEL
-    else:
-        (url, sha), = NETWORK_FILES[name]
-        path = runtime.fetch(url, weights_dir, sha)
-        # Old files lack BatchNorm's counters of training steps, which nothing reads in eval mode.
-        counters = {key: value for key, value in network.state_dict().items() if key.endswith("_tracked")}
-        load_state(network, {**counters, **read(path)}, str(path))
+        build = {"inception": metrics.FIDInception, "i3d": lambda: metrics.I3D(eps)}
+        network = build[name]() if name in build else metrics.LPIPS(net)
+        return metrics.randomise(network).eval().requires_grad_(False), RANDOM_LABEL
+    source = " ".join(sha for _, sha in NETWORK_FILES[name])
+    if net in metrics.LPIPS_TAPS:
+        return load_lpips(net, weights_dir), source
+    network = metrics.FIDInception() if name == "inception" else metrics.I3D(eps)
+    (url, sha), = NETWORK_FILES[name]
+    path = runtime.fetch(url, weights_dir, sha)
+    # Old files lack BatchNorm's counters of training steps, which nothing reads in eval mode.
+    counters = {key: value for key, value in network.state_dict().items() if key.endswith("_tracked")}
+    load_state(network, {**counters, **read(path)}, str(path))
     return network.eval().requires_grad_(False), source

@@ -113,9 +113,8 @@ def decode(file):
 def video_frames(path):
     """Yield the frames of a video as functions that give them as PIL RGB images.
 
-    A frame that is skipped is decoded, as the next ones depend on it, but not converted to RGB. Rotation by
-    metadata and the frames' times are ignored. Raises whatever the decoder does for damaged files, and
-    ValueError for one that has lost a tenth of the frames that its header promises.
+    A frame that is skipped is so decoded, but not converted. Rotation by metadata and the frames' times are
+    ignored. Raises anything for damaged files, also for one that has lost a tenth of its frames.
     """
     if str(path).lower().endswith(pictures.PILLOW_FORMATS):
         with Image.open(path) as image:
@@ -151,8 +150,7 @@ class Samples(Dataset):
 
     `dataset[index]` is (uint8 tensor as `view` says, label, index). A file that cannot be read is reported
     once on stderr and counted in `broken`, one flag a sample, in memory that worker processes share; the next
-    readable sample stands in for it, with its own index. Once more than 1 % are broken it is None instead,
-    and `raise_if_broken` tells the user.
+    readable one stands in for it, with its own index, or None once more than 1 % are broken.
 
     A subclass sets lists `paths` and `labels` (0 without classes), and `read(index, rng)` returns the tensor
     or raises anything. `classes` are the names in label order.
@@ -501,9 +499,8 @@ def train_loader(dataset, global_batch_size, seed, start_step=0, accumulation=1,
 class eval_batches:
     """One pass over `dataset[indices]` in batches as of `train_loader`: an iterator, `len` is the number.
 
-    Batch k goes to rank k mod R, so that a sample's neighbours do not depend on R, and neither do the last
-    bits of its results. Ranks may have different numbers of batches (so do not communicate inside the loop).
-    Broken samples are left out, and so are empty batches.
+    Batch k goes to rank k mod R, so that a sample's neighbours, and the last bits of its results, do not
+    depend on R. Ranks may differ in number (do not communicate inside the loop). Broken samples are left out.
     """
 
     def __init__(self, dataset, indices, batch_size, num_workers=0):

@@ -192,7 +192,7 @@ def test_truncated_shards_are_named(tmp_path):
             build_dataset(str(tmp_path / "cut.tar"), "train", View(8))
 
 
-def test_clips_are_cut_from_the_middle_or_at_random(tmp_path):
+def test_clips_are_cut_from_the_middle_or_at_random(tmp_path, monkeypatch):
     folder = make_videos(tmp_path)
     centre = build_dataset(folder, "val", View(16, frames=5))
     assert centre.axes == (5, 16, 16) and centre.kind == "clip" and centre.classes == ["a", "b"]
@@ -204,6 +204,9 @@ def test_clips_are_cut_from_the_middle_or_at_random(tmp_path):
     ten = build_dataset(folder, "train", View(16, frames=5, crop="ten"))[0][0]
     assert ten.shape == (10, 3, 5, 16, 16) and torch.equal(ten[5:], ten[:5].flip(-1))
     assert [int(clip[0, 0, 0, 0]) // 18 for clip in ten[:5]] == [0, 1, 2, 3, 4]
+    monkeypatch.setattr(data, "video_frames", lambda path: [lambda: noise_image(24, 20)] * 9)
+    still = build_dataset(folder, "train", View(12, 5, "random", True, 16))[0][0]
+    assert torch.equal(still, still[:, :1].expand_as(still))             # all frames share crop and flip
 
 
 def test_official_split_lists_choose_the_clips(tmp_path):
@@ -275,10 +278,9 @@ def folder_with_two_broken(tmp_path_factory):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_the_next_readable_image_replaces_a_broken_one(folder_with_two_broken, capfd, num_workers):
+def test_the_next_readable_image_replaces_a_broken_one(folder_with_two_broken, num_workers):
     dataset = build_dataset(folder_with_two_broken, "train", View(16))
     whole = build_dataset(folder_with_two_broken, "train", View(16))
-    capfd.readouterr()
     for step, (x, _, indices) in enumerate(take(data.train_loader(dataset, 30, 1, 0, 1, num_workers), 10)):
         order = data.epoch_order(300, 1, 0).reshape(10, 30)
         expected = [19 if index in (17, 18) else index for index in order[step].tolist()]
@@ -317,7 +319,7 @@ def test_images_that_decode_to_nonsense_count_as_broken(tmp_path, capfd):
     assert "convert them to 8 bits" in report and "too unequal" in report
 
 
-# ---- order ------------------------------------------------------------------------------------------------
+# ---- order, and the script --------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
@@ -363,7 +365,6 @@ def test_crops_change_with_seed_and_epoch_and_nothing_else(images):
         crops[seed] = torch.stack([images.__getitems__([(i, (*seed, i))])[0][0] for i in range(50)])
     different = [(crops[0, 0] != crops[other]).flatten(1).any(1).float().mean() for other in ((0, 1), (1, 0))]
     assert min(different) > 0.6
-    torch.manual_seed(1)
     before = images[7][0]
     torch.manual_seed(2)
     assert torch.equal(before, images[7][0])
@@ -397,6 +398,7 @@ def test_evaluation_shares_hold_every_image_once(images, monkeypatch, world_size
     assert sorted(seen) == [list(range(first, min(first + 8, 50))) for first in range(0, 50, 8)]
 
 
+@pytest.mark.slow
 def test_ctrl_c_reaches_the_trainer_but_not_its_workers(tmp_path):
     command = [sys.executable, str(ROOT / "train_tokenizer.py"), "--image-size", "16", "--blocks", "1",
                "--num-workers", "1", "--log-every", "1", "--length", "100000", "--results-dir", str(tmp_path)]
@@ -410,8 +412,6 @@ def test_ctrl_c_reaches_the_trainer_but_not_its_workers(tmp_path):
     assert process.wait() == 0 and "stopped by signal 2" in rest and "Traceback" not in rest
     assert len(runtime.list_checkpoints(tmp_path)) == 1
 
-
-# ---- the script -------------------------------------------------------------------------------------------
 
 def test_the_script_draws_images_and_clips(tmp_path, capsys):
     call(data, "--output", tmp_path / "a.png", "--image-size", 16)
