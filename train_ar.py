@@ -334,7 +334,8 @@ def main(args):
             meters.update(*logs)
             if args.ema_decay:
                 decay = min(args.ema_decay, step / (step + 9))           # follows faster in the first steps
-                torch._foreach_lerp_(list(shown.parameters()), list(model.parameters()), 1 - decay)
+                now = [p.detach() for p in model.parameters()]           # or the EMA would grow a graph
+                torch._foreach_lerp_(list(shown.parameters()), now, 1 - decay)
         else:
             skipped.append(step)
             runtime.report_skipped(skipped, logs, args.results_dir)      # stops after ten in a row

@@ -429,12 +429,12 @@ def main(args):
             disc_optimizer.zero_grad(set_to_none=True)
         scaler.update()                                                  # fp16: smaller after an overflow
 
-        # ---- the EMA follows; a step that was not finite has changed no weight ----
+        # ---- the EMA follows, detached from the graph; a step that was not finite has changed no weight ----
         step += 1
         if finite:
             meters.update(*logs)
             decay = min(args.ema_decay, step / (step + 9)) if args.ema_warmup else args.ema_decay
-            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+            torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in model.parameters()], 1 - decay)
         else:
             skipped.append(step)
             runtime.report_skipped(skipped, logs, args.results_dir)      # stops after ten in a row

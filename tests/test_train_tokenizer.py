@@ -152,6 +152,13 @@ def test_every_training_flag_runs(tmp_path, flags):
     assert (tmp_path / "reconstructions-00000003.png").exists()
 
 
+def test_the_ema_stays_out_of_the_graph(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(stage1, "preview", lambda ema, *rest: seen.extend(ema.parameters()) or 0.0)
+    train(tmp_path, *EVERYTHING, "--length", 2)
+    assert seen and not any(p.requires_grad or p.grad_fn for p in seen)
+
+
 def test_clips_train_with_their_discriminator(tmp_path):
     train(tmp_path, *CLIPS, "--length", 2, "--gan-weight", 0.1, "--lecam-weight", 0.05, "--channels-last")
     log = logged(tmp_path)[2]
