@@ -68,6 +68,7 @@ class View:
     flip: bool = False                          # mirror half of the samples (published: no)
     resize: int = None                          # the shorter side before the crop (None: S)
     seed: int = 0                               # of crops and flips, where nobody gives another
+    start: str = None                           # of clips in their video: center, random (None: as crop)
 
     def __post_init__(self):
         require(self.resize is None or self.resize >= self.image_size, f"--resize {self.resize} is smaller "
@@ -275,7 +276,9 @@ class Folder(Samples):
             plain = dataclasses.replace(view, crop="center", flip=False)
             clips = torch.stack([self.clip(index, round(spare * i / 4), plain) for i in range(5)])
             return torch.cat([clips, clips.flip(-1)])
-        first = int(rng.integers(spare + 1)) if view.crop == "random" else length // 2 - view.frames // 2
+        first = length // 2 - view.frames // 2
+        if (view.start or view.crop) == "random":
+            first = int(rng.integers(spare + 1))
         return self.clip(index, first, view, rng)
 
     def clip(self, index, first, view, rng=None):
@@ -389,7 +392,7 @@ class Generated(Samples):
         for x, (index, seed) in zip(torch.from_numpy(drawn), requests):
             if view.crop == "ten":
                 x = view_pixels(TF.to_pil_image(x), view)
-            elif view.flip and np.random.default_rng(seed).random() < 0.5:
+            elif view.flip and np.random.default_rng((*seed, 1)).random() < 0.5:   # not the scene's own
                 x = x.flip(-1)
             samples.append((x, self.labels[index], index))
         return samples

@@ -342,7 +342,7 @@ def held_out(config, trained_on, args):
         args.batch_size = 1
         crop = "original"
     size = args.image_size or config.resolution
-    view = data.View(size, frames, crop, resize=args.resize, seed=args.global_seed)
+    view = data.View(size, frames, crop, resize=args.resize, seed=args.global_seed, start="center")
     samples = data.build_dataset(args.data_path, args.split, view, args.split_list)
     order = data.evenly_spaced(10_000 if seen else None, len(samples))
     if seen:
