@@ -43,6 +43,7 @@ FORMATS = {                         # the mark of our own files: (model, config,
     "open-magvit2-tokenizer": (tokenizer.Tokenizer, tokenizer.TokenizerConfig, tokenizer.PRESETS),
     "open-magvit2-video-tokenizer": (video.VideoTokenizer, video.VideoTokenizerConfig, video.PRESETS),
     "open-magvit2-ar": (ar_model.ARModel, ar_model.ARConfig, ar_model.PRESETS)}
+*TOKENIZERS, AR = FORMATS
 # Our names and the published ones. Inside a block, and for the final norm, they are the same.
 AR_NAMES = {"token_embeddings.0.": "pre_emb.", "token_embeddings.1.": "post_emb.", "heads.": "head.",
             "class_embedding.": "class_emb.embedding_table.", "inter_blocks.": "spatial_blocks.",
@@ -64,7 +65,8 @@ def guard(path):
         yield
     except UserError:
         raise
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError, EOFError,
+            zipfile.BadZipFile) as error:                 # the last two: npz files that were cut off
         raise UserError(f"{path} is damaged, of another version, or not what it claims to be "
                         f"({type(error).__name__}: {' '.join(str(error).split())[:200]})") from None
 
@@ -149,7 +151,7 @@ def build(mark, config, state, source):
     problem = differences(model.state_dict(), state)
     require(not problem, f"{source} does not fit this model; {problem}")
     model.to_empty(device="cpu")
-    if mark == "open-magvit2-ar":                         # a constant, and so in no checkpoint
+    if mark == AR:                                        # a constant, and so in no checkpoint
         model.rope = ar_model.rope_table(config.grid, config.width // config.heads)
     model.load_state_dict(state)
     return model.eval()
@@ -174,13 +176,26 @@ def closest_preset(mark, state, rename=lambda name: name):
     return min(FORMATS[mark][2].items(), key=lambda item: unlike(item[1]))
 
 
-def facts(path, stored, preset, weights):
+def load_own(path, stored, ema, kinds):
+    """(model, info) of a checkpoint of ours whose format is one of `kinds`."""
+    mark = stored["format"]
+    what = "AR model" if kinds == [AR] else "tokenizer"
+    require(mark in kinds, f"{path} is no {what}, but marked {mark}")
+    config = own_config(mark, stored["config"])
+    part = "ema" if ema and stored["ema"] else "model"
+    model = build(mark, config, stored[part], path)
+    preset = next((name for name, known in FORMATS[mark][2].items() if known == config), "custom")
+    if mark == AR:                                        # of any number of classes
+        preset = stored["preset"]
+    return model, facts(path, stored, preset, part == "ema")
+
+
+def facts(path, stored, preset, ema):
     """What the loaders say about a file."""
     ours = "format" in stored
     args = stored.get("args", {})
-    source = "ours" if ours else "published"
-    return {"path": str(path), "preset": preset, "weights": weights, "source": source,
-            "step": stored.get("step" if ours else "global_step"),
+    return {"path": str(path), "preset": preset, "weights": "EMA" if ema else "raw",
+            "step": stored.get("step" if ours else "global_step"), "source": "ours" if ours else "published",
             "trained_on": {name: args.get(name) for name in TRAINED_ON}}
 
 
@@ -194,17 +209,11 @@ def load_tokenizer(path, ema=True, trust=False):
     path = find(path)
     stored = read(path, trust)
     with guard(path):
-        if "format" not in stored:
-            require("state_dict" in stored, f"{path} is no tokenizer checkpoint: it has neither our format "
-                                            f"mark nor a state_dict")
-            return published_tokenizer(path, stored, ema)
-        mark = stored["format"]
-        require(mark in FORMATS and mark != "open-magvit2-ar", f"{path} is no tokenizer, but marked {mark}")
-        config = own_config(mark, stored["config"])
-        use_ema = ema and bool(stored["ema"])
-        model = build(mark, config, stored["ema" if use_ema else "model"], path)
-        preset = next((name for name, known in FORMATS[mark][2].items() if known == config), "custom")
-        return model, facts(path, stored, preset, "EMA" if use_ema else "raw")
+        if "format" in stored:
+            return load_own(path, stored, ema, TOKENIZERS)
+        require("state_dict" in stored, f"{path} is no tokenizer checkpoint: it has neither our format mark "
+                                        f"nor a state_dict")
+        return published_tokenizer(path, stored, ema)
 
 
 def published_tokenizer(path, stored, ema):
@@ -221,7 +230,9 @@ def published_tokenizer(path, stored, ema):
         elif not name.startswith("transformer."):
             extra.append(name)
     require(not extra, f"{path} holds names that no published tokenizer has: {', '.join(sorted(extra))}")
-    raw, averaged = groups[""], groups["model_ema."]
+    raw = groups[""]
+    averaged = groups["model_ema."]
+    require(raw, f"{path} holds no tokenizer: no encoder.* and no decoder.*")
     if ema and averaged:
         # One to one with the raw parameters, so that a weight too many or too few is found, also of D.
         names = [*raw, *[f"loss.discriminator.{name}" for name in groups["loss.discriminator."]
@@ -235,9 +246,9 @@ def published_tokenizer(path, stored, ema):
     mark = "open-magvit2-tokenizer"
     if any(WRAPPER in name for name in raw):
         mark = "open-magvit2-video-tokenizer"
-        raw = {name.replace(WRAPPER, "."): tensor for name, tensor in raw.items()}
+    raw = {name.replace(WRAPPER, "."): tensor for name, tensor in raw.items()}
     preset, config = closest_preset(mark, raw)
-    return build(mark, config, raw, path), facts(path, stored, preset, "EMA" if ema and averaged else "raw")
+    return build(mark, config, raw, path), facts(path, stored, preset, ema and averaged)
 
 
 def published_ar_name(name):
@@ -258,32 +269,25 @@ def load_ar(path, ema=True, trust=False):
     stored = read(path, trust)
     with guard(path):
         if "format" in stored:
-            mark = stored["format"]
-            require(mark == "open-magvit2-ar", f"{path} is no checkpoint of an AR model but of {mark}")
-            config = own_config(mark, stored["config"])
-            use_ema = ema and bool(stored["ema"])
-            model = build(mark, config, stored["ema" if use_ema else "model"], path)
-            info = facts(path, stored, stored["preset"], "EMA" if use_ema else "raw")
-            inner = stored["first_stage"]
-            config = own_config(inner["format"], inner["config"])
-            decoder = build(inner["format"], config, inner["model"], f"the tokenizer inside {path}")
+            model, info = load_own(path, stored, ema, [AR])
+            inner = {**stored["first_stage"], "ema": {}, "step": None}
+            decoder, _ = load_own(f"the tokenizer inside {path}", inner, False, TOKENIZERS)
             return model, decoder, {**info, "classes": stored["classes"], "tokenizer": stored["tokenizer"]}
         require("state_dict" in stored, f"{path} is no checkpoint of an AR model")
         state = {name: tensor for name, tensor in stored["state_dict"].items()
                  if not name.startswith("first_stage_model.")}
-        preset, config = closest_preset("open-magvit2-ar", state, published_ar_name)
+        preset, config = closest_preset(AR, state, published_ar_name)
         with torch.device("meta"):
             own = ar_model.ARModel(config).state_dict()
         problem = differences({published_ar_name(name): tensor for name, tensor in own.items()}, state)
         require(not problem, f"{path} is no whole {preset}; {problem}")
-        state = {name: state[published_ar_name(name)] for name in own}
-        model = build("open-magvit2-ar", config, state, path)
+        model = build(AR, config, {name: state[published_ar_name(name)] for name in own}, path)
         decoder = None
         record = None
         if any(name.startswith("first_stage_model.") for name in stored["state_dict"]):
             decoder, its = published_tokenizer(path, stored, ema)
             record = {**{name: its[name] for name in ("path", "weights", "preset")}, "sha256": None}
-        return model, decoder, {**facts(path, stored, preset, "raw"), "classes": None, "tokenizer": record}
+        return model, decoder, {**facts(path, stored, preset, False), "classes": None, "tokenizer": record}
 
 
 def weights_hash(model):
@@ -325,7 +329,9 @@ def load_lpips(net, weights_dir, path=None):
         state.update({f"heads.{i}": heads[f"lin{i}.model.1.weight"] for i in range(5)})
     else:
         state = {}
-        for name, tensor in read(find(path)).get("state_dict", {}).items():
+        with guard(path):
+            published = dict(read(find(path)).get("state_dict", {}))
+        for name, tensor in published.items():
             name = name.removeprefix("loss.perceptual_loss.")
             if match := re.fullmatch(r"net\.slice\d\.(\d+)\.(weight|bias)", name):
                 state[f"features.{match[1]}.{match[2]}"] = tensor

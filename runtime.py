@@ -51,8 +51,8 @@ def run_script(main, get_args):
         if isinstance(error, OSError):
             if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            where = error.filename or "while writing"
-            error = f"{error.strerror}: {where}; free some space or use another path"
+            way_out = "check the path" if isinstance(error, FileNotFoundError) else "use another path or free space"
+            error = f"{error.strerror}: {error.filename or 'while writing'}; {way_out}"
         elif not isinstance(error, UserError) and raised_in.parent != pathlib.Path(__file__).resolve().parent:
             raise
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:

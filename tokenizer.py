@@ -2,29 +2,25 @@
 
 A convolutional encoder shrinks the image, lookup-free quantisation keeps only the sign of each of its K
 output channels, and a convolutional decoder paints the image back from those signs. K signs are a code out
-of 2^K, so a vocabulary of 262,144 costs no codebook at all. This file holds the whole model, in reading
-order:
+of 2^K, so a vocabulary of 262,144 costs no codebook at all. In reading order:
 
     1. quantisation    LFQ (eq. 1, 2), codes as ids and bits, the exact entropy term (eq. 3), VQ
     2. layers          residual block, adaptive GroupNorm, down- and upsampler
     3. model           encoder, decoder, Tokenizer, presets
-    4. command line    files through a trained tokenizer
+    4. command line    files through a trained tokenizer; without any, held-out generated samples
 
-    python tokenizer.py reconstruct photo.jpg --ckpt in1k-256          # beside the original; without a file:
-    python tokenizer.py reconstruct                                    # held-out generated samples
+    python tokenizer.py reconstruct photo.jpg --ckpt in1k-256          # beside the original
     python tokenizer.py encode photos --output ids.npz
     python tokenizer.py decode ids.npz --output decoded
 
-It is trained by train_tokenizer.py and judged by `evaluate.py reconstruction`. From Python:
-
-    import torch, checkpoints
     model, info = checkpoints.load_tokenizer("in1k-256")               # or runs/tokenizer/step-00001200.pt
     ids = model.encode(torch.zeros(1, 3, 256, 256))                    # (1, 16, 16), each 0 .. 2^18 - 1
     images = model.decode(ids)                                         # (1, 3, 256, 256) in about [-1, 1]
 
-Axis letters: B batch, C channels, H W height and width of an image, h w of the latent grid, N tokens, K bits
-of a code. *S: all axes in space (and time). Images are RGB in [-1, 1]. Module names are those of the
-published files, so weights load unmapped.
+It is trained by train_tokenizer.py and judged by `evaluate.py reconstruction`. Axis letters: B batch, C
+channels, H W height and width of an image, h w of the latent grid, N tokens, K bits of a code. *S: all axes
+in space (and time). Images are RGB in [-1, 1]. Module names are those of the published files, so weights load
+unmapped.
 """
 import math
 from dataclasses import dataclass, field
@@ -35,7 +31,6 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 # ---- 1. Quantisation ---------------------------------------------------------------------------------------
-
 
 def ids_to_bits(ids, bits):
     """Token ids (...), int64 in 0 .. 2^bits - 1, to bits (..., bits), int64 0 or 1, bit 0 first (eq. 2)."""
@@ -61,20 +56,17 @@ def bit_products(p, q):
 def lfq_entropies(z, tau=0.01, eps=0.0, mean_over_ranks=None):
     """Both terms of the entropy loss (eq. 3), exact over all 2^K codes, in nats.
 
-    z: (N, K) encoder outputs of N tokens. Returns two scalars:
+    z: (N, K) encoder outputs of N tokens. Returns two scalars; the loss is the first minus the second:
       per_token  mean over tokens of H(f(z)): small when every token is sure of its code
       codebook   H(mean over tokens of f(z)): large when the codebook is used evenly. At most K ln 2.
-    The loss is per_token - codebook. f(z) = softmax over codes c in {-1, 1}^K of 2 <z, c> / tau.
-
-    Written like that, f(z) is an N x 2^K table: 1 GiB at N = 1024, K = 18. But the exponent is a sum over
-    channels, so the softmax is a product of K independent bits with p_k = sigmoid(4 z_k / tau). Then (1) the
-    entropy of a token is a sum of K binary entropies, and (2) the mean over tokens of a product of two
-    half-codes is ONE matrix product, (2^(K/2) x N)(N x 2^(K/2)). Nothing of size N x 2^K ever exists.
+    f(z) = softmax over codes c in {-1, 1}^K of 2 <z, c> / tau: an N x 2^K table, 1 GiB at N = 1024, K = 18.
+    But the exponent is a sum over channels, so the softmax is a product of K independent bits with p_k =
+    sigmoid(4 z_k / tau). Then (1) the entropy of a token is a sum of K binary entropies, and (2) the mean
+    over tokens of a product of two half-codes is ONE matrix product, (2^(K/2) x N)(N x 2^(K/2)).
 
     mean_over_ranks: averages a tensor over all ranks, without gradient; None for one process.
     eps: added inside the logarithm of the codebook term, as the official code does with 1e-5. That reads
     11.19 instead of 12.48 nats for a uniform 2^18 codebook, so the default is the true entropy.
-
     Half precision would be wrong by up to 100 % in the gradient (4 z / tau reaches hundreds, where bf16 steps
     by whole units), so everything here is fp32, whatever autocast says.
     """
@@ -91,9 +83,8 @@ def lfq_entropies(z, tau=0.01, eps=0.0, mean_over_ranks=None):
             # The value of the global mean with the gradient of the local one. DDP averages gradients, so R
             # ranks with batch b then have exactly the loss and the gradient of one rank with batch R * b.
             # 1 MiB for K = 18.
-            mean = mean + (mean_over_ranks(mean) - mean.detach())
-        # A code that no token touches underflows to 0; the clamp makes its 0 log 0 a 0 with a finite
-        # gradient.
+            mean = mean + (mean_over_ranks(mean.detach()) - mean.detach())
+        # A code that no token touches underflows to 0; clamped, its 0 log 0 is 0, with a finite gradient.
         log_mean = (mean + eps).clamp_min(torch.finfo(torch.float32).tiny).log()
         return per_token, -(mean * log_mean).sum()
 
@@ -116,10 +107,7 @@ class LFQ(nn.Module):
         return (ids_to_bits(ids, self.channels).movedim(-1, 1) * 2.0 - 1.0).contiguous()
 
     def losses(self, z, q, tau, eps, mean_over_ranks):
-        """What keeps the codes healthy, of z (B, K, *S) and q: (terms to minimise, terms to report).
-
-        Both are dicts of scalars. The two entropies are reported in bits, as at most K are possible.
-        """
+        """Two dicts of scalars: terms to minimise, and what to report, both entropies in bits (at most K)."""
         per_token, codebook = lfq_entropies(z.movedim(1, -1).flatten(0, -2), tau, eps, mean_over_ranks)
         terms = {"commitment": (z - q.detach()).square().mean(), "entropy": per_token - codebook}
         return terms, {"token_bits": per_token.detach() / math.log(2),
@@ -129,8 +117,7 @@ class LFQ(nn.Module):
 class VQ(nn.Module):
     """The classical alternative (table 3, "LFQ" off): each vector takes the nearest entry of a codebook.
 
-    Any codebook size works. Entries that no vector chooses get no gradient and stay dead, which is the reason
-    why large codebooks need LFQ.
+    Entries that no vector chooses get no gradient and stay dead: why large codebooks need LFQ.
     """
 
     def __init__(self, config):
@@ -143,10 +130,9 @@ class VQ(nn.Module):
     def forward(self, z):
         """z (B, C, *S) to the nearest entries q (B, C, *S), with gradient to the codebook; ids (B, *S)."""
         with torch.no_grad():
-            flat = z.movedim(1, -1).float()
             table = self.codebook.weight.float()
             # |z - e|^2 = |z|^2 - 2 <z, e> + |e|^2, and |z|^2 is the same for every entry.
-            ids = (table.square().sum(1) - 2 * flat @ table.T).argmin(-1)
+            ids = (table.square().sum(1) - 2 * z.movedim(1, -1).float() @ table.T).argmin(-1)
         return self.codes(ids), ids
 
     def codes(self, ids):
@@ -161,7 +147,6 @@ class VQ(nn.Module):
 
 # A new quantiser is a class like these two and an entry here. Its terms are weighed by --NAME-weight, or 1.
 QUANTIZERS = {"lfq": LFQ, "vq": VQ}
-
 
 # ---- 2. Layers. `conv` is nn.Conv2d here; video.py builds the same layers from causal 3D convolutions. -----
 
@@ -182,20 +167,17 @@ class ResBlock(nn.Module):
         if in_channels != out_channels:
             self.nin_shortcut = conv(in_channels, out_channels, 1, bias=False)
 
-    def forward(self, x):
-        """x (B, C, *S) to (B, C', *S)."""
-        h = self.conv1(F.silu(self.norm1(x)))
+    def forward(self, x):                                                  # (B, C, *S)
+        h = self.conv1(F.silu(self.norm1(x)))                              # (B, C', *S)
         h = self.conv2(F.silu(self.norm2(h)))
         return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
 
 
 class AdaptiveGroupNorm(nn.Module):
-    """GroupNorm whose scale and shift come from the codes: gamma(std of q) * GN(x) + beta(mean of q) (section
-    2.2).
+    """GroupNorm, scaled and shifted by the codes: gamma(std of q) * GN(x) + beta(mean of q) (section 2.2).
 
-    Mean and std are taken over the latent grid, for each sample and code channel. They tell all layers of the
-    decoder what the whole image is about (how often each bit is on), which a stack of 3x3 convolutions
-    would learn late.
+    Mean and std over the latent grid, of each sample and code channel, tell all layers of the decoder what
+    the whole image is about (how often each bit is on), which a stack of 3x3 convolutions would learn late.
     """
 
     def __init__(self, code_channels, channels):
@@ -204,8 +186,7 @@ class AdaptiveGroupNorm(nn.Module):
         self.gamma = nn.Linear(code_channels, channels)
         self.beta = nn.Linear(code_channels, channels)
 
-    def forward(self, x, q):
-        """x (B, C, *S), codes q (B, K, *s) to (B, C, *S)."""
+    def forward(self, x, q):                                               # (B, C, *S), codes (B, K, *s)
         flat = q.flatten(2)
         std = (flat.var(dim=2) + 1e-6).sqrt()                              # (B, K), unbiased variance
         shape = (*x.shape[:2], *[1] * (x.dim() - 2))                       # (B, C, 1, 1)
@@ -213,11 +194,10 @@ class AdaptiveGroupNorm(nn.Module):
 
 
 def depth_to_space(x, block):
-    """Trade channels for resolution: (B, prod(block) * C, *S) to (B, C, *(S * block)).
+    """Trade channels for resolution, in 2D and 3D: (B, prod(block) * C, *S) to (B, C, *(S * block)).
 
-    The order is DCR: output channel c at offset (dy, dx) comes from input channel (dy * block_x + dx) * C +
-    c. `nn.PixelShuffle` is the other order (CRD), and published weights turn to noise with it. Works in 2D
-    and 3D.
+    The order is DCR: output channel c at (dy, dx) comes from input channel (dy * block_x + dx) * C + c.
+    `nn.PixelShuffle` is the other order (CRD), and published weights turn to noise with it.
     """
     batch, channels, *sizes = x.shape
     channels //= math.prod(block)
@@ -247,8 +227,7 @@ class Upsample(nn.Module):
         self.block = block
         self.conv1 = conv(channels, channels * math.prod(block), 3, padding=1)
 
-    def forward(self, x):
-        """x (B, C, H, W) to (B, C, 2H, 2W)."""
+    def forward(self, x):                                                  # (B, C, H, W) to (B, C, 2H, 2W)
         return depth_to_space(self.conv1(x), self.block)
 
 
@@ -260,13 +239,11 @@ class NearestUpsample(nn.Module):
         self.block = block
         self.conv1 = conv(channels, channels, 3, padding=1)
 
-    def forward(self, x):
-        """x (B, C, H, W) to (B, C, 2H, 2W)."""
+    def forward(self, x):                                                  # (B, C, H, W) to (B, C, 2H, 2W)
         return self.conv1(F.interpolate(x, scale_factor=tuple(map(float, self.block)), mode="nearest"))
 
 
 UPSAMPLERS = {"depth-to-space": Upsample, "nearest": NearestUpsample}
-
 
 # ---- 3. The model ------------------------------------------------------------------------------------------
 
@@ -293,8 +270,8 @@ class TokenizerConfig:
     codebook_size: int = flag(1024, "entries of the VQ codebook")
     codebook_channels: int = 64                    # length of such an entry
     adaptive_norm: bool = flag(True, "adaptive GroupNorm in the decoder")
-    upsampler: str = flag("depth-to-space", "conv + depth-to-space, or nearest neighbour + conv",
-                          choices=("depth-to-space", "nearest"))
+    upsampler: str = flag("depth-to-space", "a conv and depth-to-space, or nearest neighbours and a conv",
+                          choices=UPSAMPLERS)
     downsampler: str = flag("strided", "strided conv, or average pooling", choices=("strided", "average"))
 
     def __post_init__(self):
@@ -309,9 +286,8 @@ class TokenizerConfig:
         check(self.blocks >= 1 and self.mid_blocks >= 0 and self.patch >= 1,
               "blocks and patch must be 1 or more and mid-blocks 0 or more")
         check(self.codebook_size >= 2 and self.codebook_channels >= 1, "a codebook has 2 entries or more")
-        check(self.quantizer in QUANTIZERS, f"quantizer {self.quantizer}: choose of {', '.join(QUANTIZERS)}")
-        check(self.upsampler in UPSAMPLERS and self.downsampler in ("strided", "average"),
-              f"upsampler {self.upsampler} or downsampler {self.downsampler} is unknown")
+        check(self.quantizer in QUANTIZERS and self.upsampler in UPSAMPLERS and self.downsampler in (
+            "strided", "average"), f"{self.quantizer}, {self.upsampler} or {self.downsampler} is unknown")
         check(self.resolution > 0 and self.resolution % self.downsampling == 0,
               f"image-size {self.resolution} is no multiple of the tokenizer's stride {self.downsampling}")
 
@@ -343,8 +319,25 @@ PRESETS = {
     # For a laptop: 32 x 32 images, 8 x 8 tokens. Folding 2 x 2 pixels first makes a step three times faster
     # than a full-resolution level, at no loss in quality at this size.
     "toy": TokenizerConfig(resolution=32, channels=32, channel_multipliers=(1, 2), blocks=1, mid_blocks=0,
-                           patch=2, bits=10),
-}
+                           patch=2, bits=10)}
+
+
+class Level(nn.Module):
+    """The residual blocks at one resolution, the first from `width` to `out_width` channels."""
+
+    def __init__(self, width, out_width, count, conv):
+        super().__init__()
+        self.block = nn.ModuleList(ResBlock(out_width if i else width, out_width, conv) for i in range(count))
+
+
+def run(blocks, x, checkpointing):
+    """x through `blocks`; with checkpointing, activations are recomputed in the backward pass, not stored."""
+    for block in blocks:
+        if checkpointing and torch.is_grad_enabled():
+            x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)       # no dropout in here
+        else:
+            x = block(x)
+    return x
 
 
 class Encoder(nn.Module):
@@ -354,37 +347,28 @@ class Encoder(nn.Module):
         super().__init__()
         self.checkpointing = False
         self.patch = config.folds
-        widths = [config.channels * m for m in config.channel_multipliers]
-        self.conv_in = conv(3 * math.prod(self.patch), config.channels, 3, padding=1, bias=False)
-        self.down = nn.ModuleList()
         width = config.channels
-        for i, out_width in enumerate(widths):
-            level = nn.Module()
-            level.block = nn.ModuleList()
-            for _ in range(config.blocks):
-                level.block.append(ResBlock(width, out_width, conv))
-                width = out_width
-            if i < len(widths) - 1:
-                stride = config.strides[i]
-                if config.downsampler == "strided":
-                    level.downsample = conv(width, width, 3, stride=stride, padding=1)
-                else:
-                    level.downsample = pool(stride)
+        self.conv_in = conv(3 * math.prod(self.patch), width, 3, padding=1, bias=False)
+        self.down = nn.ModuleList()
+        for i, multiplier in enumerate(config.channel_multipliers):
+            level = Level(width, config.channels * multiplier, config.blocks, conv)
+            width = config.channels * multiplier
+            if i < len(config.strides) and config.downsampler == "strided":
+                level.downsample = conv(width, width, 3, stride=config.strides[i], padding=1)
+            elif i < len(config.strides):
+                level.downsample = pool(config.strides[i])
             self.down.append(level)
         self.mid_block = nn.ModuleList(ResBlock(width, width, conv) for _ in range(config.mid_blocks))
         self.norm_out = group_norm(width)
         self.conv_out = conv(width, code_channels, 1)
 
-    def forward(self, x):
-        """Images (B, 3, H, W) in [-1, 1] to z (B, K, h, w)."""
+    def forward(self, x):                                                 # (B, 3, H, W) in [-1, 1]
         h = self.conv_in(space_to_depth(x, self.patch) if max(self.patch) > 1 else x)
         for level in self.down:
-            for block in level.block:
-                h = run_block(block, h, self.checkpointing)               # (B, width, H / 2^i, W / 2^i)
+            h = run(level.block, h, self.checkpointing)                   # (B, width, H / 2^i, W / 2^i)
             if hasattr(level, "downsample"):
                 h = level.downsample(h)
-        for block in self.mid_block:
-            h = run_block(block, h, self.checkpointing)
+        h = run(self.mid_block, h, self.checkpointing)
         return self.conv_out(F.silu(self.norm_out(h)))                    # (B, K, h, w)
 
 
@@ -395,49 +379,32 @@ class Decoder(nn.Module):
         super().__init__()
         self.checkpointing = False
         self.patch = config.folds
-        widths = [config.channels * m for m in config.channel_multipliers]
-        width = widths[-1]
+        width = config.channels * config.channel_multipliers[-1]
         self.conv_in = conv(code_channels, width, 3, padding=1)
         self.mid_block = nn.ModuleList(ResBlock(width, width, conv) for _ in range(config.mid_blocks))
-        levels = []
-        norms = []
-        for i in reversed(range(len(widths))):
+        self.up = nn.ModuleList()
+        self.adaptive = nn.ModuleList()                                   # empty with adaptive_norm off
+        for i, multiplier in reversed(list(enumerate(config.channel_multipliers))):
             if config.adaptive_norm:
-                norms.insert(0, AdaptiveGroupNorm(code_channels, width))
-            level = nn.Module()
-            level.block = nn.ModuleList()
-            for _ in range(config.blocks):
-                level.block.append(ResBlock(width, widths[i], conv))
-                width = widths[i]
+                self.adaptive.insert(0, AdaptiveGroupNorm(code_channels, width))
+            level = Level(width, config.channels * multiplier, config.blocks, conv)
+            width = config.channels * multiplier
             if i > 0:
                 level.upsample = upsamplers[config.upsampler](width, config.strides[i - 1], conv)
-            levels.insert(0, level)
-        self.up = nn.ModuleList(levels)
-        self.adaptive = nn.ModuleList(norms)                              # empty with adaptive_norm off
+            self.up.insert(0, level)
         self.norm_out = group_norm(width)
         self.conv_out = conv(width, 3 * math.prod(self.patch), 3, padding=1)
 
-    def forward(self, q):
-        """Codes q (B, K, h, w) to images (B, 3, H, W), in about [-1, 1] (there is no tanh)."""
-        h = self.conv_in(q)
-        for block in self.mid_block:
-            h = run_block(block, h, self.checkpointing)
+    def forward(self, q):                                                 # (B, K, h, w)
+        h = run(self.mid_block, self.conv_in(q), self.checkpointing)
         for i in reversed(range(len(self.up))):
             if len(self.adaptive):
                 h = self.adaptive[i](h, q)
-            for block in self.up[i].block:
-                h = run_block(block, h, self.checkpointing)               # (B, width, H / 2^i, W / 2^i)
+            h = run(self.up[i].block, h, self.checkpointing)              # (B, width, H / 2^i, W / 2^i)
             if hasattr(self.up[i], "upsample"):
                 h = self.up[i].upsample(h)
-        h = self.conv_out(F.silu(self.norm_out(h)))
+        h = self.conv_out(F.silu(self.norm_out(h)))                       # in about [-1, 1]: there is no tanh
         return depth_to_space(h, self.patch) if max(self.patch) > 1 else h
-
-
-def run_block(block, x, checkpointing):
-    """block(x); with checkpointing its activations are thrown away and recomputed in the backward pass."""
-    if checkpointing and torch.is_grad_enabled():
-        return checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)      # no dropout in here
-    return block(x)
 
 
 class Tokenizer(nn.Module):
@@ -494,30 +461,26 @@ class Tokenizer(nn.Module):
                              f"{int(ids.min())} to {int(ids.max())}; they belong to another tokenizer")
         return self.decoder(self.quantizer.codes(ids))
 
-
-# ---- 4. The command line: files of any size and length through a trained tokenizer -------------------------
-
-# What it imports of ours stands inside its functions: the model above needs nothing but torch.
+# ---- 4. The command line. What it imports of ours stands inside its functions: the model needs only torch. -
 
 def to_tokens(model, x):
     """uint8 (3, H, W) or (3, T, H, W) of any size to a list of ids, one tensor for each window in time.
 
-    Sides are filled up to whole tokens with their last pixels, a window in time with its last frame. A window
-    has the frames that the model was trained with; an image is a clip of one frame.
+    Sides are filled up to whole tokens, two at least, with their last pixels. A window has as many frames as
+    the training clips; the last one is filled up with its last frame. An image is a clip of one frame.
     """
     import pictures
     frames = getattr(model.config, "frames", None)
     stride = model.config.downsampling
-    windows = [x]
-    if frames:
-        windows = x.view(3, -1, *x.shape[-2:]).split(frames, dim=1)
+    spare = [0, -x.shape[-1] % stride, 0, -x.shape[-2] % stride]
+    if max(x.shape[-2:]) <= stride:
+        spare[1] += stride
+    windows = x.reshape(3, -1, *x.shape[-2:]).split(frames, dim=1) if frames else [x]
     ids = []
     for window in windows:
-        spare = [0, -x.shape[-1] % stride, 0, -x.shape[-2] % stride]
-        if frames:
-            spare += [0, -(window.shape[1] - 1) % model.config.time_stride]
+        in_time = [0, -(window.shape[1] - 1) % model.config.time_stride] if frames else []
         window = pictures.to_float(window.to(next(model.parameters()).device))[None]
-        ids.append(model.encode(F.pad(window, spare, mode="replicate")))
+        ids.append(model.encode(F.pad(window, spare + in_time, mode="replicate")))
     return ids
 
 
@@ -525,63 +488,56 @@ def from_tokens(model, ids, shape):
     """The inverse: uint8 of this `shape`, (3, H, W) or (3, T, H, W), cut to it."""
     import pictures
     windows = [pictures.to_uint8(model.decode(window))[0].cpu() for window in ids]
-    x = windows[0]
-    if x.dim() == 4:                                       # filled up are the last window and its sides
-        x = torch.cat([window[:, :model.config.frames] for window in windows], dim=1)
-        x = x[:, :shape[1]] if len(shape) == 4 else x[:, 0]
-    return x[..., :shape[-2], :shape[-1]]
+    x = torch.cat(windows, dim=1)[:, :math.prod(shape[1:-2])] if windows[0].dim() == 4 else windows[0]
+    return x[..., :shape[-2], :shape[-1]].reshape(*shape)
 
 
-def read_samples(args, model):
-    """Yield (name, uint8 (3, [T,] H, W), frames a second) of the files and folders on the command line.
-
-    Without any, eight held-out generated samples. Broken files are named and left out.
-    """
+def read_samples(files, config):
+    """Yield (name, uint8 (3, [T,] H, W), frames a second) of files and folders; broken ones are left out."""
     import pathlib
     import data
     import runtime
     from torchvision.transforms.functional import pil_to_tensor
-    frames = getattr(model.config, "frames", None)
+    frames = getattr(config, "frames", None)
     suffixes = data.IMAGE_SUFFIXES + (data.VIDEO_SUFFIXES if frames else ())
-    if not args.files:
-        held_out = data.build_dataset("generated", "val", data.View(model.config.resolution, frames))
+    if not files:
+        held_out = data.build_dataset("generated", "val", data.View(config.resolution, frames))
         for i in range(8):
             yield f"generated-{i}", held_out[i][0], 10
     paths = []
-    for path in map(pathlib.Path, args.files):
+    for path in map(pathlib.Path, files):
         runtime.require(path.exists(), f"{path} does not exist; check the path")
         found = sorted(path.rglob("*")) if path.is_dir() else [path]
         found = [file for file in found if file.suffix.lower() in suffixes]
         runtime.require(found, f"{path}: this tokenizer takes {' '.join(suffixes)}, or a folder of them")
         paths += found
-    for path in paths:
+    for i, path in enumerate(paths):                       # numbered: two folders may hold the same name
         try:
             if path.suffix.lower() in data.VIDEO_SUFFIXES:
-                clip = torch.stack([pil_to_tensor(frame()) for frame in data.video_frames(path)], 1)
-                yield path.name, clip, data.frame_rate(path)
+                x = torch.stack([pil_to_tensor(frame()) for frame in data.video_frames(path)], dim=1)
+                sample = f"{i}-{path.stem}", x, data.frame_rate(path)
             else:
-                yield path.name, pil_to_tensor(data.decode(path)), 0
-        except (OSError, ValueError, SyntaxError, EOFError) as error:        # what decoders raise
-            if isinstance(error, runtime.UserError):
-                raise
+                sample = f"{i}-{path.stem}", pil_to_tensor(data.decode(path)), 0
+        except runtime.UserError:                          # PyAV is missing
+            raise
+        except Exception as error:                         # decoders raise almost anything on damaged bytes
             print(f"broken file left out: {path} ({error})")
+            continue
+        yield sample
 
 
 def write_sample(folder, name, x, fps):
     """Write uint8 (3, H, W) as FOLDER/NAME.png, (3, T, H, W) as FOLDER/NAME.webp; returns the path."""
     import pictures
     if x.dim() == 3:
-        path = f"{folder}/{name}.png"
-        pictures.save_image(path, x.movedim(0, -1).numpy())
-    else:
-        path = f"{folder}/{name}.webp"
-        pictures.write_video(path, x.movedim(0, -1).numpy(), fps)
-    return path
+        pictures.save_image(f"{folder}/{name}.png", x.movedim(0, -1).numpy())
+        return f"{folder}/{name}.png"
+    pictures.write_video(f"{folder}/{name}.webp", x.movedim(0, -1).numpy(), fps)
+    return f"{folder}/{name}.webp"
 
 
 def get_args(argv=None):
     """Parse the command line; no command at all means "reconstruct"."""
-    import sys
     import runtime
     parser = runtime.ArgumentParser(__doc__)
     parser.add_argument("command", nargs="?", default="reconstruct",
@@ -593,7 +549,7 @@ def get_args(argv=None):
     parser.add_argument("--raw-weights", action="store_true", help="the raw weights, not their EMA")
     parser.add_argument("--trust-checkpoint", action="store_true", help="unpickle foreign classes in --ckpt")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
-    return parser.parse_args(sys.argv[1:] if argv is None else argv)
+    return parser.parse_intermixed_args(argv)              # files may stand behind flags
 
 
 def main(args):
@@ -609,7 +565,9 @@ def main(args):
     model.to(device)
     print(f"{ckpt}: {info['preset']}, {info['weights']} weights of step {info['step']}")
     identity = checkpoints.weights_hash(model)
+    folder = args.output or "runs/reconstructions"
     if args.command == "decode":
+        runtime.require(args.files, "decode needs files: the npz that encode wrote")
         for path in args.files:
             with checkpoints.guard(path), np.load(path) as file:
                 about = json.loads(str(file["about"]))
@@ -618,27 +576,28 @@ def main(args):
                 for k, (name, shape, fps, windows) in enumerate(about["samples"]):
                     ids = [torch.from_numpy(file[f"{k}-{w}"].astype(np.int64)) for w in range(windows)]
                     x = from_tokens(model, [window.to(device) for window in ids], shape)
-                    print(write_sample(args.output or "runs/reconstructions", name, x, fps))
+                    print(write_sample(folder, name, x, fps))
         return
     arrays = {}
-    about = {"tokenizer": identity, "ckpt": str(ckpt), "samples": []}
-    for k, (name, x, fps) in enumerate(read_samples(args, model)):
+    samples = []
+    for k, (name, x, fps) in enumerate(read_samples(args.files, model.config)):
         ids = to_tokens(model, x)
+        samples.append([name, list(x.shape), fps, len(ids)])
         tokens = sum(window.numel() for window in ids)
         bits = tokens * math.log2(model.quantizer.vocabulary) / x[0].numel()
         line = f"{name}: {' x '.join(map(str, x.shape[1:]))}, {tokens:,} tokens, {bits:.4f} bits a pixel"
         if args.command == "encode":
-            about["samples"].append([name, list(x.shape), fps, len(ids)])
             for w, window in enumerate(ids):
                 arrays[f"{k}-{w}"] = window.cpu().numpy().astype(np.uint32)
         else:
             y = from_tokens(model, ids, x.shape)
             psnr = metrics.psnr(metrics.as_frames(x[None]), metrics.as_frames(y[None])).mean()
             beside = torch.cat([x, torch.full_like(x[..., :4], 255), y], dim=-1)
-            path = write_sample(args.output or "runs/reconstructions", name, beside, fps)
-            line += f", PSNR {psnr:.2f} dB: {path}"
+            line += f", PSNR {psnr:.2f} dB: {write_sample(folder, name, beside, fps)}"
         print(line)
+    runtime.require(samples, "none of the files could be read")
     if args.command == "encode":
+        about = {"tokenizer": identity, "ckpt": str(ckpt), "samples": samples}
         with runtime.atomic(args.output or "runs/ids.npz") as temporary:
             np.savez(temporary, about=np.array(json.dumps(about)), **arrays)
         print(f"wrote {args.output or 'runs/ids.npz'}")

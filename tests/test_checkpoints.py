@@ -78,6 +78,15 @@ def test_names_and_shapes_are_those_of_the_published_file(name):
     assert digest == PUBLISHED[checkpoints.PUBLISHED[name][1]]
 
 
+@pytest.mark.parametrize("name", checkpoints.PUBLISHED)
+def test_published_shapes_lead_back_to_their_preset(name):
+    mark, (kind, _, presets) = next(item for item in checkpoints.FORMATS.items() if name in item[1][2])
+    with torch.device("meta"):
+        state = kind(presets[name]).state_dict()
+    found, config = checkpoints.closest_preset(mark, state)
+    assert found == ("in1k-256" if name == "pt-256-2^18" else name) and config == presets[name]   # the first
+
+
 @pytest.mark.parametrize("config", [TINY, TINY_CLIPS], ids=["images", "clips"])
 def test_published_tokenizers_load_ema_or_raw_weights(tmp_path, config):
     state, raw, ema = lightning(config)
@@ -165,8 +174,10 @@ def test_lpips_comes_out_of_a_published_tokenizer(tmp_path):
     assert_same(dict(checkpoints.load_lpips("vgg", None, tmp_path / "a.ckpt").state_dict()),
                 dict(source.state_dict()))
     torch.save({"state_dict": {k: v for k, v in state.items() if "lin3" not in k}}, tmp_path / "b.ckpt")
-    with pytest.raises(UserError, match="heads.3"):
-        checkpoints.load_lpips("vgg", None, tmp_path / "b.ckpt")
+    torch.save({"state_dict": 3}, tmp_path / "c.ckpt")
+    for file, problem in (("b.ckpt", "heads.3"), ("c.ckpt", "damaged")):
+        with pytest.raises(UserError, match=problem):
+            checkpoints.load_lpips("vgg", None, tmp_path / file)
 
 
 # ---- our files --------------------------------------------------------------------------------------------
@@ -189,6 +200,39 @@ def test_our_checkpoints_round_trip(tmp_path, config):
     assert info["trained_on"]["data_path"] == "x"
     assert same(checkpoints.load_tokenizer(tmp_path / "a.pt", ema=False)[0], raw)
     assert checkpoints.weights_hash(model) == checkpoints.weights_hash(ema) != checkpoints.weights_hash(raw)
+
+
+@pytest.mark.parametrize("ema", [True, False], ids=["EMA", "raw"])
+def test_our_transformer_brings_its_tokenizer(tmp_path, ema):
+    torch.manual_seed(0)
+    inner, raw, averaged = tokenizer.Tokenizer(TINY), ar_model.ARModel(TINY_AR), ar_model.ARModel(TINY_AR)
+    stored = {"format": checkpoints.format_of(raw), "preset": "AR-B", "config": dataclasses.asdict(TINY_AR),
+              "step": 3, "model": raw.state_dict(), "ema": averaged.state_dict(), "args": {},
+              "classes": ["a", "b", "c"], "tokenizer": {"path": "x"},
+              "first_stage": {"format": checkpoints.format_of(inner), "config": dataclasses.asdict(TINY),
+                              "model": inner.state_dict()}}
+    torch.save(stored, tmp_path / "ar.pt")
+    model, decoder, info = checkpoints.load_ar(tmp_path / "ar.pt", ema)
+    assert same(model, averaged if ema else raw) and same(decoder, inner)
+    assert torch.equal(model.rope, raw.rope)
+    assert (info["weights"], info["step"], info["preset"]) == ("EMA" if ema else "raw", 3, "AR-B")
+    assert (info["classes"], info["tokenizer"]) == (["a", "b", "c"], {"path": "x"})
+    for changes in ({"first_stage": {}}, {"first_stage": stored}, {"classes": 3, "model": {}, "ema": {}}):
+        torch.save({**stored, **changes}, tmp_path / "bad.pt")
+        with pytest.raises(UserError):
+            checkpoints.load_ar(tmp_path / "bad.pt", ema)
+
+
+def test_models_of_the_wrong_kind_are_refused_by_name(tmp_path):
+    torch.save(ours(TINY)[0], tmp_path / "tokenizer.pt")
+    with pytest.raises(UserError, match="marked open-magvit2-tokenizer"):
+        checkpoints.load_ar(tmp_path / "tokenizer.pt")
+    torch.save({"format": "open-magvit2-ar"}, tmp_path / "ar.pt")
+    with pytest.raises(UserError, match="marked open-magvit2-ar"):
+        checkpoints.load_tokenizer(tmp_path / "ar.pt")
+    torch.save({"state_dict": {"transformer.norm.weight": torch.zeros(1)}}, tmp_path / "bare.ckpt")
+    with pytest.raises(UserError, match="holds no tokenizer"):
+        checkpoints.load_tokenizer(tmp_path / "bare.ckpt")
 
 
 def test_loading_hashes_no_file(tmp_path, monkeypatch):

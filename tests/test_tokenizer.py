@@ -4,6 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 
@@ -221,7 +222,7 @@ def test_a_new_quantizer_is_a_class_and_an_entry(monkeypatch):
 def test_mean_over_ranks_changes_the_value_but_not_the_gradient():
     z = torch.randn(20, 6)
     grads = []
-    for mean_over_ranks in (None, torch.clone):
+    for mean_over_ranks in (None, lambda mean: mean.detach().clone()):
         leaf = z.clone().requires_grad_()
         tokenizer.lfq_entropies(leaf, 0.5, 0.0, mean_over_ranks)[1].backward()
         grads.append(leaf.grad)
@@ -232,41 +233,89 @@ def test_mean_over_ranks_changes_the_value_but_not_the_gradient():
 
 # ---- the command line -------------------------------------------------------------------------------------
 
+CLIPS = video.VideoTokenizerConfig(resolution=16, channels=32, channel_multipliers=(1, 2), blocks=1,
+                                   mid_blocks=0, bits=6, frames=5, time_strides=(2,))
+
+
 @pytest.fixture
 def files(tmp_path):
-    """A folder with an image of odd sides, a clip and a broken image; two tokenizers beside it."""
-    clips = video.VideoTokenizerConfig(resolution=16, channels=32, channel_multipliers=(1, 2), blocks=1,
-                                       mid_blocks=0, bits=6, frames=5, time_strides=(2,))
-    for name, model in (("image.pt", tokenizer.Tokenizer(TINY)), ("clip.pt", video.VideoTokenizer(clips))):
+    """A folder with images of odd sides and of one name, a clip, a broken image; two tokenizers beside it."""
+    for name, model in (("image.pt", tokenizer.Tokenizer(TINY)), ("clip.pt", video.VideoTokenizer(CLIPS))):
         torch.save({"format": checkpoints.format_of(model), "config": dict(vars(model.config)), "step": 1,
                     "model": model.state_dict(), "ema": {}, "args": {}}, tmp_path / name)
     folder = tmp_path / "files"
-    folder.mkdir()
+    (folder / "more").mkdir(parents=True)
     pixels = np.random.default_rng(0).integers(0, 256, (7, 19, 23, 3), np.uint8)
     Image.fromarray(pixels[0]).save(folder / "a.png")
+    Image.fromarray(pixels[1]).save(folder / "more" / "a.png")
     pictures.write_video(folder / "b.gif", pixels, 10)
     (folder / "c.png").write_bytes(b"no image")
-    return folder
+    yield folder
+    if dist.is_initialized():                              # the command line's, which run_script would end
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("kind", ["image", "clip"])
 def test_encode_then_decode_is_reconstruct_bit_for_bit(files, kind, capsys):
-    ckpt = files.parent / f"{kind}.pt"
-    call(tokenizer, "reconstruct", files, "--ckpt", ckpt, "--output", files.parent / "beside")
-    call(tokenizer, "encode", files, "--ckpt", ckpt, "--output", files.parent / "ids.npz")
-    call(tokenizer, "decode", files.parent / "ids.npz", "--ckpt", ckpt, "--output", files.parent / "alone")
-    captured = capsys.readouterr()
-    assert "19 x 23" in captured.out and "dB" in captured.out and "broken file left out" in captured.out
-    beside = np.asarray(Image.open(files.parent / "beside" / "a.png.png"))
-    alone = np.asarray(Image.open(files.parent / "alone" / "a.png.png"))
-    assert beside.shape == (19, 2 * 23 + 4, 3) and np.array_equal(beside[:, 27:], alone)
-    assert np.array_equal(beside[:, :23], np.asarray(Image.open(files / "a.png")))
-    assert (files.parent / "alone" / "b.gif.webp").exists() == (kind == "clip")
+    place = files.parent
+    call(tokenizer, "reconstruct", files, "--ckpt", place / f"{kind}.pt", "--output", place / "beside")
+    call(tokenizer, "encode", files, "--ckpt", place / f"{kind}.pt", "--output", place / "ids.npz")
+    call(tokenizer, "decode", place / "ids.npz", "--ckpt", place / f"{kind}.pt", "--output", place / "alone")
+    out = capsys.readouterr().out
+    assert out.count("broken file left out") == 2 and "19 x 23" in out and "dB" in out and "bits a" in out
+    written = sorted(path.name for path in (place / "alone").iterdir())
+    assert written == {"image": ["0-a.png", "2-a.png"], "clip": ["0-a.png", "1-b.webp", "3-a.png"]}[kind]
+    for name in written:
+        with Image.open(place / "beside" / name) as beside, Image.open(place / "alone" / name) as alone:
+            frames = 7 if name == "1-b.webp" else 1
+            assert getattr(beside, "n_frames", 1) == getattr(alone, "n_frames", 1) == frames
+            for frame in range(frames):
+                beside.seek(frame)
+                alone.seek(frame)
+                pair = np.asarray(beside.convert("RGB"))
+                assert pair.shape == (19, 2 * 23 + 4, 3)
+                assert np.array_equal(pair[:, 27:], np.asarray(alone.convert("RGB")))
+    originals = [np.asarray(Image.open(files / name)) for name in ("a.png", "more/a.png")]
+    for name, original in zip((written[0], written[-1]), originals):
+        assert np.array_equal(np.asarray(Image.open(place / "beside" / name))[:, :23], original)
+
+
+@pytest.mark.parametrize("frames", [0, 1, 2, 5, 6, 12])
+def test_any_size_and_length_comes_back_window_by_window(frames):
+    torch.manual_seed(0)
+    model = video.VideoTokenizer(CLIPS) if frames else tokenizer.Tokenizer(TINY)
+    for sides in ((1, 2), (2, 2), (16, 16), (7, 18)):
+        x = torch.randint(0, 256, (3, *[frames] * (frames > 0), *sides), dtype=torch.uint8)
+        ids = tokenizer.to_tokens(model, x)
+        y = tokenizer.from_tokens(model, ids, x.shape)
+        assert y.shape == x.shape and len(ids) == max(1, math.ceil(frames / 5))
+    if frames in (5, 6):                                   # whole windows stand for themselves
+        first = x[:, :5].flatten(0, 1)[None]               # sides 7 x 18 are filled up to 8 x 18
+        first = F.pad(first, (0, 0, 0, 1), mode="replicate").view(1, 3, 5, 8, 18)
+        first = pictures.to_uint8(model.decode(model.encode(pictures.to_float(first))))
+        assert torch.equal(y[:, :5], first[0, :, :, :7])
+
+
+def test_files_may_stand_before_and_after_flags():
+    for line in ("encode a.png b.png --ckpt x", "encode --ckpt x a.png b.png", "encode a.png --ckpt x b.png"):
+        args = tokenizer.get_args(line.split())
+        assert (args.command, args.files, args.ckpt) == ("encode", ["a.png", "b.png"], "x")
+    args = tokenizer.get_args([])
+    assert (args.command, args.files) == ("reconstruct", [])
 
 
 def test_mistakes_of_the_command_line_are_one_line(files):
+    ckpt = ("--ckpt", files.parent / "image.pt")
+    call(tokenizer, "encode", files / "a.png", *ckpt, "--output", files / "ids.npz")
+    (files / "cut.npz").write_bytes((files / "ids.npz").read_bytes()[:-30])
     for flags, problem in ((["reconstruct", "nowhere.jpg"], "nowhere.jpg does not exist"),
                            (["reconstruct", files / "b.gif"], "b.gif: this tokenizer takes"),
-                           (["decode", files / "a.png"], "a.png is damaged")):
-        result = run_script("tokenizer.py", *flags, "--ckpt", files.parent / "image.pt", check=False)
-        assert result.returncode == 2 and problem in result.stderr and "Traceback" not in result.stderr
+                           (["encode", files / "c.png"], "none of the files could be read"),
+                           (["decode", files / "a.png"], "a.png is damaged"), (["decode"], "needs files"),
+                           (["decode", files / "cut.npz"], "cut.npz is damaged")):
+        with pytest.raises(runtime.UserError, match=problem):
+            call(tokenizer, *flags, *ckpt)
+    with pytest.raises(runtime.UserError, match="another tokenizer"):
+        call(tokenizer, "decode", files / "ids.npz", "--ckpt", files.parent / "clip.pt")
+    result = run_script("tokenizer.py", "reconstruct", files / "b.gif", *ckpt, check=False)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "Traceback" not in result.stderr
