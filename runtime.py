@@ -51,7 +51,9 @@ def run_script(main, get_args):
         if isinstance(error, OSError):
             if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            way_out = "check the path" if isinstance(error, FileNotFoundError) else "use another path or free space"
+            way_out = "use another path, or free some space"
+            if isinstance(error, FileNotFoundError):
+                way_out = "check the path"
             error = f"{error.strerror}: {error.filename or 'while writing'}; {way_out}"
         elif not isinstance(error, UserError) and raised_in.parent != pathlib.Path(__file__).resolve().parent:
             raise
