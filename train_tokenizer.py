@@ -368,10 +368,10 @@ def main(args):
     meters = runtime.Meters()                                            # means since the last log line
     stop = runtime.StopRequest()
     while step < length and not stop.agreed:
-        lr = args.lr * runtime.learning_rate_factor(step, length, **schedule)
+        lr = args.lr * runtime.learning_rate_factor(step, length, **schedule)   # of both networks
         for group in optimizer.param_groups + (disc_optimizer.param_groups if discriminator else []):
             group["lr"] = lr
-        gan = discriminator is not None and step >= args.gan_start
+        gan = discriminator is not None and step >= args.gan_start       # from here on, two play
 
         # ---- the generator: encoder and decoder ----
         if gan:                                                          # the judge stands still meanwhile
@@ -392,15 +392,15 @@ def main(args):
                                                           runtime.all_reduce_mean)
                 terms.update(of_codes)
                 if gan:
-                    terms["gan"] = non_saturating_loss(discriminator(x_hat))
+                    terms["gan"] = non_saturating_loss(discriminator(x_hat))    # pass for real
                 weights = loss_weights(terms, args, step, model.decoder.conv_out.weight)
-                loss = sum(weights[name] * terms[name] for name in terms)
+                loss = sum(weights[name] * terms[name] for name in terms)  # section 3.2, whole
                 scaler.scale(loss / args.accumulation).backward()
             logs.append({**{f"loss/{name}": term for name, term in terms.items()}, **report})
-            pairs.append((x, x_hat.detach()))
-            usage += torch.bincount(ids.flatten(), minlength=len(usage))
+            pairs.append((x, x_hat.detach()))                            # D must not teach the decoder
+            usage += torch.bincount(ids.flatten(), minlength=len(usage))  # which codes are alive?
         scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)  # inf: measure it
         logs.append({"grad_norm/generator": norm})
         # DDP has averaged the gradients, so their norm, and what follows from it, is the same on every rank.
         finite = bool(norm.isfinite())
@@ -410,13 +410,13 @@ def main(args):
 
         # ---- the discriminator, on the same reconstructions ----
         if gan and finite:
-            discriminator.requires_grad_(True)
+            discriminator.requires_grad_(True)                           # its turn to learn
             for micro, (real, fake) in enumerate(pairs):
                 with runtime.micro_batch(ddp_discriminator, micro, args):
                     real_logits, fake_logits = ddp_discriminator(real), ddp_discriminator(fake)  # (B, 1, ...)
-                    lecam = update_lecam(lecam, real_logits, fake_logits)
-                    hinge = hinge_loss(real_logits, fake_logits)
-                    regulariser = lecam_loss(lecam, real_logits, fake_logits)
+                    lecam = update_lecam(lecam, real_logits, fake_logits)  # over ranks, before its use
+                    hinge = hinge_loss(real_logits, fake_logits)         # real above 1, fakes below -1
+                    regulariser = lecam_loss(lecam, real_logits, fake_logits)   # a close game
                     scaler.scale((hinge + args.lecam_weight * regulariser) / args.accumulation).backward()
                 logs.append({"loss/discriminator": hinge, "loss/lecam": regulariser,
                              "D(real)": real_logits.mean(), "D(fake)": fake_logits.mean()})
@@ -432,7 +432,7 @@ def main(args):
         # ---- the EMA follows, detached from the graph; a step that was not finite has changed no weight ----
         step += 1
         if finite:
-            meters.update(*logs)
+            meters.update(*logs)                                         # a skipped step spoils no mean
             decay = min(args.ema_decay, step / (step + 9)) if args.ema_warmup else args.ema_decay
             torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in model.parameters()], 1 - decay)
         else:
@@ -444,7 +444,7 @@ def main(args):
             log = {**meters.pop(args.global_batch_size), **usage_report(usage, model.quantizer),
                    "lr": lr, "skipped_steps": len(skipped)}
             if saving:
-                log["grid_psnr"] = preview(ema, held_out, step, args)
+                log["grid_psnr"] = preview(ema, held_out, step, args)    # of the same samples always
             logger.log(step, log, SHOWN)
         if saving:
             runtime.save_checkpoint(args.results_dir, step, {
