@@ -243,9 +243,8 @@ def published_tokenizer(path, stored, ema):
                            f"{', '.join(sorted(dotless.get(name, name) for name in wrong))}; --raw-weights "
                            f"does without them")
         raw = {name: averaged[name.replace(".", "")] for name in raw}
-    mark = "open-magvit2-tokenizer"
-    if any(WRAPPER in name for name in raw):
-        mark = "open-magvit2-video-tokenizer"
+    of_images, of_clips = TOKENIZERS
+    mark = of_clips if any(WRAPPER in name for name in raw) else of_images
     raw = {name.replace(WRAPPER, "."): tensor for name, tensor in raw.items()}
     preset, config = closest_preset(mark, raw)
     return build(mark, config, raw, path), facts(path, stored, preset, ema and averaged)

@@ -482,12 +482,9 @@ def train_loader(dataset, global_batch_size, seed, start_step=0, accumulation=1,
     """
     rank = runtime.rank()
     world_size = runtime.world_size()
-    pieces = world_size * accumulation
     require(global_batch_size <= len(dataset), f"--global-batch-size {global_batch_size} is more than the "
             f"{len(dataset)} {dataset.kind}s of {dataset.name}; lower it")
-    require(global_batch_size % pieces == 0, f"--global-batch-size {global_batch_size} cannot be shared by "
-            f"{world_size} ranks with --accumulation {accumulation}; choose a multiple of {pieces}")
-    share = global_batch_size // pieces
+    share = runtime.micro_batch_size(global_batch_size, accumulation)
 
     def shares_of_this_rank():
         for step in itertools.count(start_step):

@@ -251,13 +251,18 @@ class FeatureStream:
         return self.finish()
 
 
+def cache_path(key, args):
+    """Where `cached` keeps arrays that depend on `key`."""
+    return pathlib.Path(args.output, "references", f"{short_hash(key)}.npz")
+
+
 def cached(args, key, make, path=None):
     """The {name: array} of `make()`, on rank 0, elsewhere None, kept in an npz file. A collective.
 
     key: all that they depend on, a JSON value. path: the file; a name that belongs to the key if None.
     """
     key = {**key, "device": args.device}                   # convolutions differ
-    path = pathlib.Path(path or f"{args.output}/references/{short_hash(key)}.npz")
+    path = pathlib.Path(path) if path else cache_path(key, args)
     known = runtime.on_main(path.exists)
     runtime.print_main(f"cached   {path} ({'found' if known else 'made now'})")
     arrays = None if known else make()
@@ -392,7 +397,7 @@ def measure(model, samples, order, networks, record, args):
         streams = [FeatureStream(network, kept, record["resize_rule"]) for _ in range(2)]
         key = {"data": record["data"], "protocol": args.protocol, "network": network.source,
                "resize_rule": record["resize_rule"], "device": args.device}
-        known = runtime.on_main(pathlib.Path(args.output, "references", f"{short_hash(key)}.npz").exists)
+        known = runtime.on_main(cache_path(key, args).exists)
     rows = [torch.empty(0, 1 + len(judges), dtype=torch.float64)]
     numbers = [torch.empty(0, dtype=torch.long)]
     counts = torch.zeros(model.quantizer.vocabulary, dtype=torch.long, device=args.device)

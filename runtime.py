@@ -188,7 +188,6 @@ def print_main(*values):
         print(*values, flush=True)
 
 
-
 def barrier():
     """Wait until every rank is here."""
     if world_size() > 1:
@@ -225,7 +224,6 @@ def gather_objects(value):
     values = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
-
 
 
 def distributed(module, device):
@@ -347,8 +345,9 @@ def resume_path(args):
         if not existing:
             print_main(f"--resume: no checkpoint in {args.results_dir} yet, starting from scratch")
         return existing[-1] if existing else None
-    require(args.resume or not existing, f"{args.results_dir} already holds a run up to {existing[-1:]}; "
-                                         f"continue it with --resume, or choose another --results-dir")
+    require(args.resume or not existing, f"{args.results_dir} already holds a run up to "
+                                         f"{existing and existing[-1]}; continue it with --resume, or "
+                                         f"choose another --results-dir")
     return args.resume
 
 
@@ -419,13 +418,12 @@ def learning_rate_factor(step, length, warmup, schedule, final, milestones=()):
     return 1.0
 
 
-
-def micro_batch_size(args):
-    """Samples of one forward pass: --global-batch-size over ranks and --accumulation."""
-    passes = world_size() * args.accumulation
-    require(args.global_batch_size % passes == 0, f"--global-batch-size {args.global_batch_size} does not "
-            f"divide by {world_size()} ranks x --accumulation {args.accumulation}")
-    return args.global_batch_size // passes
+def micro_batch_size(global_batch_size, accumulation):
+    """Samples of one forward pass: the global batch over ranks and accumulation."""
+    passes = world_size() * accumulation
+    require(global_batch_size % passes == 0, f"--global-batch-size {global_batch_size} cannot be shared by "
+            f"{world_size()} ranks with --accumulation {accumulation}; choose a multiple of {passes}")
+    return global_batch_size // passes
 
 
 @contextlib.contextmanager

@@ -461,6 +461,7 @@ class Tokenizer(nn.Module):
                              f"{int(ids.min())} to {int(ids.max())}; they belong to another tokenizer")
         return self.decoder(self.quantizer.codes(ids))
 
+
 # ---- 4. The command line. What it imports of ours stands inside its functions: the model needs only torch. -
 
 def to_tokens(model, x):

@@ -373,7 +373,7 @@ def read_run(args, config, made_with, record):
     flags = ("global_batch_size", "global_seed", "mixed_precision", "online", "ten_crop", "flip",
              "token_precision", "weight_decay", "ema_decay")
     with checkpoints.guard(path):
-        runtime.require(saved.get("format") == "open-magvit2-ar" and "optimizer" in saved,
+        runtime.require(saved.get("format") == checkpoints.AR and "optimizer" in saved,
                         f"--resume {path}: not a training checkpoint of this script")
         what = f"--resume {path} (tokens by {saved['tokenizer']['path']}, here by {made_with['path']}):"
         runtime.check_same(saved["args"], vars(args), f"{what} a flag that must stay as it was", flags)
@@ -429,7 +429,7 @@ def validate(model, held_out, device, args):
     """The mean losses over all `held_out` tokens, {"loss": nats, ..}. A collective."""
     bits = model.config.bits
     sums = torch.zeros(len(bits) + 1, dtype=torch.float64, device=device)                 # terms; images
-    micro_batch = runtime.micro_batch_size(args)
+    micro_batch = runtime.micro_batch_size(args.global_batch_size, args.accumulation)
     for ids, labels, _ in data.eval_batches(held_out, range(len(held_out)), micro_batch):
         labels = labels.to(device).clamp(max=model.config.num_classes)
         with torch.no_grad(), runtime.autocast(device, args.mixed_precision):
@@ -456,7 +456,7 @@ def draw_samples(model, tokenizer, classes, step, args):
 def print_plan(args, config, made_with, dataset, held_out):
     """Say what is about to happen, before anything takes time. Returns (steps, those of the warm-up)."""
     batch = args.global_batch_size
-    micro_batch = runtime.micro_batch_size(args)
+    micro_batch = runtime.micro_batch_size(args.global_batch_size, args.accumulation)
     epoch = len(dataset) // batch                                        # steps
     runtime.require(epoch, f"--global-batch-size {batch} is more than the {len(dataset)} {dataset.kind}s of "
                            f"{dataset.name}; lower it")

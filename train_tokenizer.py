@@ -337,8 +337,8 @@ def main(args):
     """Train a tokenizer as `args` (from `get_args`) say."""
     device = runtime.setup_process_group(args.device)
     torch.manual_seed(args.global_seed)                                  # equal initial weights on every rank
+    dataset, held_out = build_datasets(args)                             # a wrong path costs no download
     model, discriminator, perceptual = build_networks(args, device)
-    dataset, held_out = build_datasets(args)
     saved = read_run(args, model, dataset)                               # None for a new run
     step = saved["step"] if saved else 0
     loader = data.train_loader(dataset, args.global_batch_size, args.global_seed, step, args.accumulation,
@@ -495,7 +495,7 @@ def print_plan(args, model, discriminator, dataset):
         ("codes", f"{args.quantizer}, {model.quantizer.vocabulary:,} codes, {grid} of them for {axes}"),
         ("data", f"{dataset.name}, {len(dataset):,} {dataset.kind}s of {axes}"),
         ("batch", f"{batch} = {world} ranks x {args.accumulation} micro-batches x "
-                  f"{batch // world // args.accumulation}"),
+                  f"{runtime.micro_batch_size(batch, args.accumulation)}"),
         ("length", f"{length:,} steps = {length * batch / len(dataset):.1f} epochs"),
         ("lr", f"{args.lr:g}, {args.lr_schedule}, warm-up {warmup:,} steps"),
         ("running", f"{next(model.parameters()).device}, {args.mixed_precision}"
