@@ -148,6 +148,33 @@ def load_state(part, state, source):
                             f"is {list(values[name].shape)}, expected {list(parameter.shape)}")
 
 
+def load_partly(model, state, may_differ, source):
+    """Load `state` into `model` strictly, except that modules whose names begin with one of the tuple
+    `may_differ` keep their own start where any of their shapes differ. Says which, and that it was done."""
+    own = model.state_dict()
+
+    def module(name):
+        return name.rpartition(".")[0]
+
+    anew = {module(name) for name in own.keys() | state.keys() if name.startswith(may_differ)
+            and (name not in own or name not in state or own[name].shape != state[name].shape)}
+    state = {name: tensor for name, tensor in state.items() if module(name) not in anew}
+    state.update({name: tensor for name, tensor in own.items() if module(name) in anew})
+    load_state(model, state, source)
+    runtime.print_main(f"start    {source}; anew: {listed(anew) or 'nothing'}")
+
+
+def discriminator_in(path):
+    """The weights of the discriminator in a file, ours or published: {name: tensor}, empty for none."""
+    path = find(path)
+    stored = read(path)
+    with guard(path):
+        published = stored.get("state_dict", {})
+        prefix = "loss.discriminator."
+        return stored.get("discriminator", {name.removeprefix(prefix): tensor for name, tensor
+                                            in published.items() if name.startswith(prefix)})
+
+
 def resume(args, parts, flags, **records):
     """The checkpoint that --resume continues, restored into `parts`, or None for a new run.
 

@@ -162,6 +162,7 @@ def get_args(argv=None):
     group.add_argument("--image-size", type=count, help="side of the crops (the tokenizer's resolution)")
     group.add_argument("--resize", type=count, help="shorter side before the crop (--image-size)")
     group.add_argument("--frames", type=count, help="of a clip (the tokenizer's)")
+    group.add_argument("--init-from", help="start from this AR model, a file or a published name as AR-B")
     group.add_argument("--unconditional", action="store_true", help="ignore the classes of the data set")
     group.add_argument("--tokens", help="file for stored tokens (tokens.bin in --results-dir)")
     crops = group.add_mutually_exclusive_group()
@@ -241,6 +242,30 @@ def prepare(args):
     return tokenizer, made_with, dataset, held_out, config
 
 
+def start_from(path, model, classes, made_with):
+    """Give `model` the weights of any AR model, ours or published, as far as they fit.
+
+    Classes of equal names keep their row of the table. Other sub-tokens start with new embeddings and heads;
+    another grid has another rotary table, which is no weight.
+    """
+    source, _, info = checkpoints.load_ar(path)
+    state = source.state_dict()
+    known = info["classes"] or []
+    if known != classes and (known or source.config.num_classes != len(classes)):
+        table = model.class_embedding.weight.detach().clone()
+        old = state["class_embedding.weight"]
+        for label, name in enumerate(classes):
+            if name in known:
+                table[label] = old[known.index(name)]
+        table[-1] = old[-1]                                              # of "no class"
+        state["class_embedding.weight"] = table
+        runtime.print_main(f"start    {len(set(classes) & set(known))} of {len(classes)} classes are known")
+    if (info["tokenizer"] or {}).get("sha256") != made_with["sha256"]:
+        runtime.print_main("start    these are tokens of another tokenizer: their meaning is learned anew")
+    what = f"the {info['weights']} weights of {path} ({info['preset']})"
+    checkpoints.load_partly(model, state, ("token_embeddings.", "heads."), what)
+
+
 # ---- 3. The training loop ----------------------------------------------------------------------------------
 
 # Flags that a resumed run cannot change.
@@ -260,6 +285,8 @@ def main(args):
     torch.manual_seed(args.global_seed)                                  # equal initial weights on every rank
     with device:
         model = ar_model.ARModel(config)
+    if args.init_from and not runtime.list_checkpoints(args.results_dir):
+        start_from(args.init_from, model, classes, made_with)
     model.checkpointing = args.activation_checkpointing
     # One group of parameters: the published schedule lets all of them decay, even the scales of the norms.
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), fused=device.type == "cuda",

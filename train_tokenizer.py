@@ -4,7 +4,8 @@
     python train_tokenizer.py --data-path photos --image-size 64 --bits 14
     torchrun --nproc-per-node=8 train_tokenizer.py --preset in1k-256 --data-path imagenet --num-workers 8 \\
         --mixed-precision bf16 --channels-last --compile --resume        # the published recipe
-    python train_tokenizer.py --preset toy-video --inflate-from runs/tokenizer/step-00001200.pt     # clips
+    python train_tokenizer.py --init-from in1k-256 --preset in1k-256 --data-path photos    # fine-tuning
+    python train_tokenizer.py --preset toy-video --init-from runs/video_start/step-00001200.pt     # clips
 
 The objective (section 3.2 of the paper, figures from the published settings) is a sum of
 
@@ -205,8 +206,9 @@ def get_args(argv=None):
     group.add_argument("--resize", type=count, help="shorter side before the crop, for small crops of large "
                                                     "images (--image-size)")
     group.add_argument("--flip", action="store_true", help="mirror half of the samples (published: no)")
-    group.add_argument("--inflate-from", help="start a tokenizer of clips from this one of images, ours or "
-                                              "published, of the same channels, levels and blocks")
+    group.add_argument("--init-from", help="start from this tokenizer, ours or published, and its "
+                                           "discriminator; one of images is inflated for clips")
+    group.add_argument("--freeze", choices=("encoder",), help="train the decoder alone: the codes stay")
     group.add_argument("--results-dir", help="for checkpoints, logs and images")
 
     runtime.add_config_flags(parser.add_argument_group("model"), TOKENIZER_PRESETS[preset])
@@ -271,13 +273,6 @@ def build_networks(args, device):
     config = runtime.config_from_args(TOKENIZER_PRESETS[args.preset], args)
     clips = args.preset in video.PRESETS
     model = video.VideoTokenizer(config) if clips else tokenizer.Tokenizer(config)
-    runtime.require(clips or not args.inflate_from, "--inflate-from starts a tokenizer of clips; add "
-                                                    f"--preset {' or '.join(video.PRESETS)}")
-    if args.inflate_from and not runtime.list_checkpoints(args.results_dir):
-        image_tokenizer, info = checkpoints.load_tokenizer(args.inflate_from)
-        inflated = video.inflate(image_tokenizer.state_dict(), model)
-        checkpoints.load_state(model, inflated, f"{args.inflate_from}, inflated,")
-        runtime.print_main(f"inflated the {info['weights']} weights of {args.inflate_from}")
     discriminator = None
     if args.gan_weight > 0:
         discriminator = DISCRIMINATORS[args.discriminator]()
@@ -288,6 +283,11 @@ def build_networks(args, device):
                         f"--image-size {config.resolution} is too small for --discriminator "
                         f"{args.discriminator}, which needs {discriminator.smallest}; use --discriminator "
                         f"blurpool or --gan-weight 0")
+    if args.init_from and not runtime.list_checkpoints(args.results_dir):
+        start_from(args.init_from, model, discriminator)
+    if args.freeze:                                                      # EMA and codes then stay, too
+        model.encoder.requires_grad_(False)
+        model.quantizer.requires_grad_(False)
     perceptual = None
     if args.perceptual_weight > 0 and not args.dry_run:
         try:
@@ -312,6 +312,27 @@ def build_networks(args, device):
     return model, discriminator, perceptual
 
 
+def start_from(path, model, discriminator):
+    """Give both networks the weights of any tokenizer, ours or published, as far as they fit.
+
+    A tokenizer of clips takes one of images, inflated. Other codes need other layers around them.
+    """
+    source, info = checkpoints.load_tokenizer(path)
+    state = source.state_dict()
+    what = f"the {info['weights']} weights of {path} ({info['preset']})"
+    if isinstance(model, video.VideoTokenizer) and not isinstance(source, video.VideoTokenizer):
+        state = video.inflate(state, model)
+        what += ", inflated"
+    around_codes = ("quantizer.", "encoder.conv_out.", "decoder.conv_in.", "decoder.adaptive.")
+    checkpoints.load_partly(model, state, around_codes, what)
+    if discriminator:
+        critic = checkpoints.discriminator_in(path)
+        fits = not checkpoints.differences(discriminator.state_dict(), critic)
+        if fits:
+            discriminator.load_state_dict(critic)
+        runtime.print_main(f"         the discriminator {'of that file' if fits else 'starts anew'}")
+
+
 def build_datasets(args):
     """(training set, held-out set) of images or clips."""
     runtime.require(bool(args.split_list) == bool(args.val_split_list), "--split-list and --val-split-list "
@@ -332,7 +353,7 @@ def adam(network, args):
 # ---- 4. The training loop ----------------------------------------------------------------------------------
 
 # Flags that a resumed run cannot change.
-MUST_STAY = ("global_batch_size", "global_seed", "discriminator", "mixed_precision")
+MUST_STAY = ("global_batch_size", "global_seed", "discriminator", "mixed_precision", "freeze")
 
 
 def main(args):

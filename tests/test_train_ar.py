@@ -244,6 +244,27 @@ def test_non_finite_steps_are_skipped_and_stop_with_their_name(tmp_path, stage1,
     assert all(tensor.isfinite().all() for tensor in saved["model"].values())
 
 
+def test_fine_tuning_keeps_what_fits_of_another_model(tmp_path, stage1, capsys):
+    train(tmp_path / "a", "--tokenizer", stage1[0], "--length", 2)
+    start = runtime.latest_checkpoint(tmp_path / "a")
+    old = newest(tmp_path / "a")["model"]
+    others = pathlib.Path(save_data(tmp_path / "others"))
+    for part in ("train", "val"):
+        (others / part / "bee").rename(others / part / "zebra")
+    flags = ["--tokenizer", stage1[0], "--init-from", start, "--length", 1, "--lr", 0]
+    train(tmp_path / "b", *flags, "--data-path", others)
+    new = newest(tmp_path / "b")["model"]
+    assert newest(tmp_path / "b")["classes"].index("zebra") == 2 and newest(tmp_path / "a")["classes"][1] == "bee"
+    assert {name for name in old if not torch.equal(old[name], new[name])} == {"class_embedding.weight"}
+    rows = new["class_embedding.weight"]
+    assert torch.equal(rows[[0, 1, 3]], old["class_embedding.weight"][[0, 2, 3]])
+    train(tmp_path / "c", *flags, "--image-size", 24, "--split", 2, 4)
+    assert "anew: heads.0, heads.1, token_embeddings.0, token_embeddings.1" in capsys.readouterr().out
+    assert torch.equal(newest(tmp_path / "c")["model"]["norm.weight"], old["norm.weight"])
+    with pytest.raises(runtime.UserError, match="not expected: inter_blocks|missing: inter_blocks"):
+        train(tmp_path / "d", *flags, "--inter-blocks", 2)
+
+
 @pytest.mark.parametrize("flags", [
     ["--mixed-precision", "bf16", *DROPOUT], ["--mixed-precision", "fp16", "--ema-decay", 0.9],
     ["--separate-heads"], ["--split", 2, 2, 2, "--intra-blocks", 2], ["--split", 6], ["--unconditional"],
