@@ -59,6 +59,7 @@ def image_grid(images, columns, labels=None, scale=1):
     draw = ImageDraw.Draw(canvas)
     font = ImageFont.load_default(size=11)
     for i, text in enumerate(labels or ()):
+        text = " ".join(text.split())              # a class may be called by anything, even lines
         while len(text) > 1 and draw.textlength(text, font=font) > width:
             text = text[:-1]
         x = 2 + i % columns * (width + 2) + width / 2

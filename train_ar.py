@@ -230,8 +230,12 @@ def prepare(args):
     if held_out.name == dataset.name and not args.split_list and not dataset.name.startswith("generated"):
         runtime.print_main(f"no validation: {dataset.name} has no val/ or test/; see --val-data-path")
         held_out = None
-    runtime.require(held_out is None or held_out.classes == dataset.classes,
-                    f"--val-data-path {args.val_data_path} has other classes than {dataset.name}")
+    if not args.unconditional:
+        runtime.require(dataset.classes, f"--data-path {dataset.name} has no classes; make a subfolder for "
+                        f"each, or add --unconditional")
+        runtime.require(held_out is None or held_out.classes == dataset.classes, "the held-out images have "
+                        f"other class folders than {dataset.name}, or none; sort them alike, name others "
+                        f"with --val-data-path, or add --unconditional")
     vocabulary = tokenizer.quantizer.vocabulary
     runtime.require(2 ** sum(args.split) == vocabulary, f"--split {' + '.join(map(str, args.split))} are "
                     f"{sum(args.split)} bits, but {vocabulary} codes of --tokenizer {args.tokenizer} have "
