@@ -38,7 +38,7 @@ import numpy as np
 import torch
 import torchvision
 import torchvision.transforms.functional as TF
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.datasets.folder import make_dataset
 from tqdm import tqdm
@@ -106,15 +106,16 @@ def view_pixels(image, view, rng=None):
     return image.flip(-1) if view.flip and rng.random() < 0.5 else image
 
 
-def decode(file):
+def decode(file, upright=False):
     """The RGB PIL image in `file`, a path or a binary file. Raises anything where it cannot be read.
 
-    Transparency is dropped, not composited, and EXIF rotation is ignored, as for the published models.
+    Transparency is dropped, not composited. EXIF rotation is ignored, as for the published models, unless
+    `upright` says to apply it.
     """
     if isinstance(file, (str, os.PathLike)) and not os.path.isfile(file):
         raise ValueError("no regular file")               # a named pipe would hang for ever
     with Image.open(file) as image:
-        return as_rgb(image)
+        return as_rgb(ImageOps.exif_transpose(image) if upright else image)
 
 
 def as_rgb(image):

@@ -470,7 +470,7 @@ def draw_set(output, draw, record):
     if not (output.exists() or settings.exists()):
         runtime.write_json(settings, record)
     runtime.barrier()
-    made_with = json.loads(settings.read_text()) if settings.exists() else {}
+    made_with = runtime.read_json(settings) if settings.exists() else {}
     runtime.check_same(made_with, record, f"{output} or {folder} exists; delete it, or choose another "
                                           f"--output: what it was made with")
     if output.exists():
