@@ -300,18 +300,14 @@ def main(args):
     shown = model                                                        # what is validated and drawn with
     if args.ema_decay:
         shown = state["ema"] = copy.deepcopy(model).requires_grad_(False)
-    step = 0
-    skipped = 0                                                          # steps that were not finite
     seed = np.random.default_rng((args.global_seed, runtime.rank())).integers(2 ** 63)
     torch.manual_seed(int(seed))                                         # for dropout, a rank's own
     record = {"length": len(dataset),
               "fingerprint": runtime.on_main(data.fingerprint, dataset, range(len(dataset)))}
     saved = checkpoints.resume(args, state, MUST_STAY, config=dataclasses.asdict(config), dataset=record,
                                tokenizer={"sha256": made_with["sha256"]})
-    if saved:                                                            # `state` is restored already
-        with checkpoints.guard(f"--resume {args.resume}"):
-            step = saved["step"]
-            skipped = saved["skipped"]
+    step = saved.get("step", 0)
+    skipped = saved.get("skipped", 0)                                    # steps that were not finite
     lock = runtime.lock(args.results_dir)                                # held until `main` ends
     # With the tokenizer inside, a checkpoint alone is enough to draw images, as the published files are.
     first_stage = {"format": checkpoints.format_of(tokenizer), "config": dataclasses.asdict(tokenizer.config),
@@ -335,7 +331,6 @@ def main(args):
     meters = runtime.Meters()                                            # means since the last log line
     in_a_row = 0                                                         # steps skipped just now
     stop = runtime.StopRequest()
-
     while step < length and not stop.agreed:
         lr = args.lr * runtime.learning_rate_factor(step, length, warmup, "plateau", args.final_lr)
         optimizer.param_groups[0]["lr"] = lr
