@@ -114,7 +114,7 @@ def decode(file, upright=False):
     `upright` says to apply it.
     """
     if isinstance(file, (str, os.PathLike)) and not os.path.isfile(file):
-        raise ValueError("no regular file")               # a named pipe would hang for ever
+        raise ValueError("no regular file, or none at all")               # a named pipe would hang for ever
     with Image.open(file) as image:
         return as_rgb(ImageOps.exif_transpose(image) if upright else image)
 
