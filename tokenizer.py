@@ -597,8 +597,8 @@ def get_args(argv=None):
     parser.add_argument("--ckpt", help="a file or a published name; not given: the newest of runs/tokenizer")
     parser.add_argument("--output", help="folder, or for encode the npz (runs/reconstructions, runs/ids.npz)")
     parser.add_argument("--tile", type=runtime.bounded(int, 64), help="cut images into tiles of so many "
-                        "pixels that overlap, for less memory; GroupNorm then sees the mean of a tile, not that "
-                        "of the image, so tiles can differ in tone")
+                        "pixels that overlap, for less memory; GroupNorm then sees the mean of a tile, not of "
+                        "the image, so that tiles can differ in tone")
     parser.add_argument("--raw-weights", action="store_true", help="the raw weights, not their EMA")
     parser.add_argument("--trust-checkpoint", action="store_true", help="unpickle foreign classes in --ckpt")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
