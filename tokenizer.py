@@ -4,7 +4,8 @@ A convolutional encoder shrinks the image, lookup-free quantisation keeps only t
 output channels, and a convolutional decoder paints the image back from those signs. K signs are a code out
 of 2^K, so a vocabulary of 262,144 costs no codebook at all. In reading order:
 
-    1. quantisation    LFQ (eq. 1, 2), codes as ids and bits, the exact entropy term (eq. 3), VQ
+    1. quantisation    codes as ids and bits, the exact entropy term (eq. 3), LFQ (eq. 1, 2), and its
+                       opponents: BSQ, FSQ, VQ, SimVQ
     2. layers          residual block, adaptive GroupNorm, down- and upsampler
     3. model           encoder, decoder, Tokenizer, presets
     4. command line    files through a trained tokenizer; without any, held-out generated samples
@@ -53,7 +54,7 @@ def bit_products(p, q):
     return joint
 
 
-def lfq_entropies(z, tau=0.01, eps=0.0, mean_over_ranks=None):
+def lfq_entropies(z, tau=0.01, eps=0.0, mean_over_ranks=None, widths=None):
     """Both terms of the entropy loss (eq. 3), exact over all 2^K codes, in nats.
 
     z: (N, K) encoder outputs of N tokens. Returns two scalars; the loss is the first minus the second:
@@ -67,6 +68,8 @@ def lfq_entropies(z, tau=0.01, eps=0.0, mean_over_ranks=None):
     mean_over_ranks: averages a tensor over all ranks, without gradient; None for one process.
     eps: added inside the logarithm of the codebook term, as the official code does with 1e-5. That reads
     11.19 instead of 12.48 nats for a uniform 2^18 codebook, so the default is the true entropy.
+    widths: the bits of each part of a code, K in all; None: one part. Parts are taken for independent, so
+    that `codebook` is the sum of their entropies: at least the exact one, and equal to it where they are.
     Half precision would be wrong by up to 100 % in the gradient (4 z / tau reaches hundreds, where bf16 steps
     by whole units), so everything here is fp32, whatever autocast says.
     """
@@ -75,10 +78,14 @@ def lfq_entropies(z, tau=0.01, eps=0.0, mean_over_ranks=None):
         p, q = torch.sigmoid(a), torch.sigmoid(-a)                           # (N, K); 1 - p would cancel
         per_token = (p * F.softplus(-a) + q * F.softplus(a)).sum(1).mean()   # K binary entropies a token
 
-        half = z.shape[1] // 2
-        low = bit_products(p[:, :half], q[:, :half])                         # (N, 2^(K//2))
-        high = bit_products(p[:, half:], q[:, half:])                        # (N, 2^(K - K//2))
-        mean = high.T @ low / len(z)                                     # all 2^K codes; flattened = token id
+        widths = widths or [z.shape[1]]
+        means = []
+        for p, q in zip(p.split(widths, dim=1), q.split(widths, dim=1)):     # of a part of k bits
+            half = p.shape[1] // 2
+            low = bit_products(p[:, :half], q[:, :half])                     # (N, 2^(k//2))
+            high = bit_products(p[:, half:], q[:, half:])                    # (N, 2^(k - k//2))
+            means.append((high.T @ low / len(z)).flatten())                  # all 2^k codes, by their ids
+        mean = torch.cat(means)                    # side by side: the sum below is over codes and over parts
         if mean_over_ranks:
             # The value of the global mean with the gradient of the local one. DDP averages gradients, so R
             # ranks with batch b then have exactly the loss and the gradient of one rank with batch R * b.
@@ -89,64 +96,176 @@ def lfq_entropies(z, tau=0.01, eps=0.0, mean_over_ranks=None):
         return per_token, -(mean * log_mean).sum()
 
 
-class LFQ(nn.Module):
-    """Lookup-free quantisation (eq. 1): each channel of z becomes +1 where z > 0, else -1. No parameters."""
+class Quantizer(nn.Module):
+    """What all quantisers share. A token is `groups` numbers below `group_vocabulary` (one number but for
+    --groups), and its id is all of them as ONE int64, first group lowest, below `vocabulary`."""
+
+    def __init__(self, channels, group_vocabulary, groups=1):
+        super().__init__()
+        self.channels = channels                   # of z and q
+        self.groups = groups
+        self.group_vocabulary = group_vocabulary
+        self.vocabulary = group_vocabulary ** groups
+
+    def bound(self, z):
+        """The encoder's z (B, C, *S) to the z of the same shape that is quantised, and that losses see."""
+        return z
+
+    def count(self, ids):
+        """How often each code of each group G is in `ids` (any shape): (G, group_vocabulary) int64."""
+        group = torch.arange(self.groups, device=ids.device)[:, None]                    # (G, 1)
+        codes = ids.flatten() // self.group_vocabulary ** group % self.group_vocabulary  # (G, N)
+        codes = codes + group * self.group_vocabulary                    # one bincount serves all groups
+        return codes.flatten().bincount(minlength=self.groups * self.group_vocabulary).view(self.groups, -1)
+
+    def losses(self, z, q, tau, eps, mean_over_ranks, entropy="exact"):
+        """Two dicts of scalars: terms to minimise, and what to report."""
+        return {}, {}
+
+
+# --entropy: how many bits the codebook's entropy takes together, at most. 24 are all that a group can have.
+JOINT_BITS = {"exact": 24, "groups": 9, "bits": 1}
+
+
+class LFQ(Quantizer):
+    """Lookup-free quantisation (eq. 1): each channel of z becomes +1 where z > 0, else -1. No parameters.
+
+    groups G > 1 (WeTok, Zhuang et al., 2025): the entropy term takes each K / G bits as a codebook of their
+    own. Its cost is then that of K / G bits, so that codes can have more bits, here up to 32.
+    """
+    amplitude = 1.0                                # of the codes
 
     def __init__(self, config):
-        super().__init__()
-        self.channels = config.bits                # of z and q: one a bit
-        self.vocabulary = 2 ** config.bits
+        super().__init__(config.bits, 2 ** (config.bits // config.groups), config.groups)
 
     def forward(self, z):
-        """z (B, K, *S) to q (B, K, *S) in {-1, +1} without gradient, and ids (B, *S) int64."""
+        """z (B, K, *S) to q (B, K, *S) in {-1, +1} * amplitude without gradient, and ids (B, *S) int64."""
         positive = z > 0
-        return torch.where(positive, 1.0, -1.0), bits_to_ids(positive.movedim(1, -1))
+        q = torch.where(positive, self.amplitude, -self.amplitude)
+        return q, bits_to_ids(positive.movedim(1, -1))
 
     def codes(self, ids):
-        """ids (B, *S) to q (B, K, *S) in {-1.0, +1.0}."""
-        return (ids_to_bits(ids, self.channels).movedim(-1, 1) * 2.0 - 1.0).contiguous()
+        """ids (B, *S) to q (B, K, *S) in {-1.0, +1.0} * amplitude."""
+        signs = ids_to_bits(ids, self.channels).movedim(-1, 1) * 2.0 - 1.0
+        return (signs * self.amplitude).contiguous()
 
-    def losses(self, z, q, tau, eps, mean_over_ranks):
-        """Two dicts of scalars: terms to minimise, and what to report, both entropies in bits (at most K)."""
-        per_token, codebook = lfq_entropies(z.movedim(1, -1).flatten(0, -2), tau, eps, mean_over_ranks)
+    def losses(self, z, q, tau, eps, mean_over_ranks, entropy="exact"):
+        """As of `Quantizer`; both entropies are of a whole token, reported in bits (at most K).
+
+        entropy: a key of JOINT_BITS. Only the codebook's term changes: the bits of a token are independent.
+        """
+        bits = self.channels // self.groups
+        joint = min(bits, JOINT_BITS[entropy])
+        widths = [min(joint, bits - first) for first in range(0, bits, joint)] * self.groups
+        per_token, codebook = lfq_entropies(z.movedim(1, -1).flatten(0, -2), tau / self.amplitude, eps,
+                                            mean_over_ranks, widths)
         terms = {"commitment": (z - q.detach()).square().mean(), "entropy": per_token - codebook}
         return terms, {"token_bits": per_token.detach() / math.log(2),
                        "codebook_bits": codebook.detach() / math.log(2)}
 
 
-class VQ(nn.Module):
+class BSQ(LFQ):
+    """Binary spherical quantisation (Zhao et al., 2024): z is scaled to length 1, and so are its signs.
+
+    Codes are c in {-1, 1}^K / sqrt(K), and f(z) = softmax over codes of -|z - c|^2 / tau = -(|z|^2 + |c|^2 -
+    2 <z, c>) / tau. As |z| and |c| are 1, what is left is 2 <z, c> / tau, a sum over bits as in LFQ. Flipping
+    bit k moves it by 2 z_k / sqrt(K) * 2 / tau, so p_k = sigmoid(4 z_k / (sqrt(K) tau)): `lfq_entropies` at
+    the temperature sqrt(K) tau, as exact as there. With --groups, length 1 is still that of the whole token.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.amplitude = config.bits ** -0.5
+
+    def bound(self, z):
+        """z (B, K, *S) onto the unit sphere. Gradients come back through the division: none along z."""
+        return F.normalize(z, dim=1)
+
+
+class FSQ(Quantizer):
+    """Finite scalar quantisation (Mentzer et al., 2023): tanh, then each channel goes to the nearest level.
+
+    Channel k has L_k levels, evenly spaced from -1 to 1 (the paper shifts those of an even L_k by half a
+    step, so that one is 0). A few channels of a few levels get used without a loss that says so.
+    """
+
+    def __init__(self, config):
+        super().__init__(len(config.levels), math.prod(config.levels))
+        levels = torch.tensor(config.levels)
+        self.register_buffer("levels", levels)                             # (C,) L_k
+        self.register_buffer("places", levels.cumprod(0) // levels)        # (C,) value of a digit in the id
+
+    def bound(self, z):
+        """z (B, C, *S) into -1 .. 1."""
+        return z.tanh()
+
+    def forward(self, z):
+        """z (B, C, *S) in -1 .. 1 to the nearest levels q (B, C, *S) without gradient, and ids (B, *S)."""
+        z = z.detach().movedim(1, -1).nan_to_num()                         # NaN is no integer; LFQ has id 0
+        digits = ((z + 1) / 2 * (self.levels - 1)).round().long()          # (B, *S, C) in 0 .. L_k - 1
+        ids = (digits * self.places).sum(-1)
+        return self.codes(ids), ids
+
+    def codes(self, ids):
+        """ids (B, *S) to levels (B, C, *S) in -1 .. 1."""
+        digits = ids.unsqueeze(-1) // self.places % self.levels
+        return (digits / (self.levels - 1) * 2 - 1).movedim(-1, 1).contiguous()
+
+
+class VQ(Quantizer):
     """The classical alternative (table 3, "LFQ" off): each vector takes the nearest entry of a codebook.
 
     Entries that no vector chooses get no gradient and stay dead: why large codebooks need LFQ.
     """
 
     def __init__(self, config):
-        super().__init__()
-        self.channels = config.codebook_channels
-        self.vocabulary = config.codebook_size
+        super().__init__(config.codebook_channels, config.codebook_size)
         self.codebook = nn.Embedding(self.vocabulary, self.channels)
         nn.init.uniform_(self.codebook.weight, -1 / self.vocabulary, 1 / self.vocabulary)    # VQ-VAE's start
 
+    def entries(self):
+        """The codebook (V, C)."""
+        return self.codebook.weight
+
     def forward(self, z):
         """z (B, C, *S) to the nearest entries q (B, C, *S), with gradient to the codebook; ids (B, *S)."""
-        with torch.no_grad():
-            table = self.codebook.weight.float()
+        with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
+            table = self.entries().float()
             # |z - e|^2 = |z|^2 - 2 <z, e> + |e|^2, and |z|^2 is the same for every entry.
             ids = (table.square().sum(1) - 2 * z.movedim(1, -1).float() @ table.T).argmin(-1)
         return self.codes(ids), ids
 
     def codes(self, ids):
         """ids (B, *S) to codebook entries (B, C, *S)."""
-        return self.codebook(ids).movedim(-1, 1).contiguous()
+        return F.embedding(ids, self.entries()).movedim(-1, 1).contiguous()
 
-    def losses(self, z, q, tau, eps, mean_over_ranks):
-        """As of `LFQ`. The entries move to the vectors that chose them; nothing else trains the codebook."""
+    def losses(self, z, q, tau, eps, mean_over_ranks, entropy="exact"):
+        """As of `Quantizer`. Entries move to vectors that chose them; nothing else trains the codebook."""
         terms = {"commitment": (z - q.detach()).square().mean(), "codebook": (q - z.detach()).square().mean()}
         return terms, {}
 
 
-# A new quantiser is a class like these two and an entry here. Its terms are weighed by --NAME-weight, or 1.
-QUANTIZERS = {"lfq": LFQ, "vq": VQ}
+class SimVQ(VQ):
+    """VQ whose codebook is frozen noise times ONE learned matrix (Zhu et al., 2024).
+
+    Every chosen entry moves the matrix, and with it all others, so that none is left behind.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        del self.codebook                                                  # of VQ, which is learned
+        noise = torch.randn(self.vocabulary, self.channels) * self.channels ** -0.5
+        self.register_buffer("codebook", noise)                            # (V, C), of about length 1
+        self.linear = nn.Linear(self.channels, self.channels, bias=False)
+
+    def entries(self):
+        """The codebook (V, C), with gradient to the matrix, in fp32 under autocast too."""
+        with torch.autocast(self.codebook.device.type, enabled=False):
+            return self.linear(self.codebook)
+
+
+# A new quantiser is a class like these and an entry here. Its terms are weighed by --NAME-weight, or 1.
+QUANTIZERS = {"lfq": LFQ, "bsq": BSQ, "fsq": FSQ, "vq": VQ, "simvq": SimVQ}
 
 # ---- 2. Layers. `conv` is nn.Conv2d here; video.py builds the same layers from causal 3D convolutions. -----
 
@@ -265,9 +384,12 @@ class TokenizerConfig:
     blocks: int = flag(4, "residual blocks a level (deeper model)")
     mid_blocks: int = 4                            # residual blocks at the latent grid's resolution
     patch: int = flag(1, "fold patch x patch pixels into channels first: cheap on a CPU")
-    quantizer: str = flag("lfq", "lookup-free, or a learned codebook", choices=QUANTIZERS)
-    bits: int = flag(18, "bits K of an LFQ code, so 2^K codes")
-    codebook_size: int = flag(1024, "entries of the VQ codebook")
+    quantizer: str = flag("lfq", "signs (lfq, bsq), levels (fsq) or a codebook (vq, simvq)",
+                          choices=QUANTIZERS)
+    bits: int = flag(18, "bits K of a code of lfq or bsq, so 2^K codes")
+    groups: int = flag(1, "groups of K / G bits, each with its own entropy term; up to 32 bits in all")
+    levels: tuple = flag((8, 5, 5, 5), "levels of each channel of fsq; their product is the vocabulary")
+    codebook_size: int = flag(1024, "entries of the codebook of vq or simvq")
     codebook_channels: int = 64                    # length of such an entry
     adaptive_norm: bool = flag(True, "adaptive GroupNorm in the decoder")
     upsampler: str = flag("depth-to-space", "a conv and depth-to-space, or nearest neighbours and a conv",
@@ -282,7 +404,12 @@ class TokenizerConfig:
               f"channels {self.channels}: GroupNorm has 32 groups; use a multiple of 32")
         check(self.channel_multipliers and min(self.channel_multipliers) >= 1,
               f"channel-multipliers {self.channel_multipliers}: give positive integers, such as 1 2 2 4")
-        check(1 <= self.bits <= 24, f"bits {self.bits}: a code has 1 to 24 bits")
+        check(self.groups >= 1 and self.bits % self.groups == 0,
+              f"groups {self.groups} do not divide bits {self.bits}: use a divisor")
+        check(1 <= self.bits <= min(24 * self.groups, 32),
+              f"bits {self.bits}, groups {self.groups}: a code has 1 to 32 bits, and a group of them 24 at most")
+        check(min(self.levels, default=0) >= 2 and math.prod(self.levels) <= 2 ** 24,
+              f"levels {self.levels}: give 2 or more for each channel, with a product of 2^24 at most")
         check(self.blocks >= 1 and self.mid_blocks >= 0 and self.patch >= 1,
               "blocks and patch must be 1 or more and mid-blocks 0 or more")
         check(self.codebook_size >= 2 and self.codebook_channels >= 1, "a codebook has 2 entries or more")
@@ -435,31 +562,43 @@ class Tokenizer(nn.Module):
         """Everything that training needs of a batch.
 
         images (B, 3, H, W) in [-1, 1]. Returns reconstruction (B, 3, H, W) and z (B, K, h, w), before
-        quantisation, both in fp32; q of z's shape, after it; ids (B, h, w). The decoder sees q, while its
-        gradient reaches z as if quantisation had been the identity (straight-through).
+        quantisation (but on the sphere for bsq, after the tanh for fsq), both in fp32; q of z's shape, after
+        it; ids (B, h, w). The decoder sees q, while its gradient reaches z as if quantisation had been the
+        identity (straight-through), and the encoder from there.
         """
         self.check_images(images)
-        z = self.encoder(images).float()                                  # (B, K, h, w)
+        z = self.quantizer.bound(self.encoder(images).float())            # (B, K, h, w)
         q, ids = self.quantizer(z)                                        # (B, K, h, w), (B, h, w)
         reconstruction = self.decoder(q.detach() + (z - z.detach()))      # exactly q, with the gradient of z
         return reconstruction.float(), z, q, ids
 
     @torch.no_grad()
     def encode(self, images):
-        """Images (B, 3, H, W) in [-1, 1] to token ids (B, h, w), int64 in 0 .. vocabulary - 1."""
+        """Images (B, 3, H, W) in [-1, 1] to token ids (B, h, w), int64 in 0 .. vocabulary - 1.
+
+        Raises ValueError for images that are not such floats, and where the encoder overflows.
+        """
         self.check_images(images)
-        return self.quantizer(self.encoder(images).float())[1]
+        if not images.is_floating_point() or (images.abs() > 2).any():
+            raise ValueError(f"the tokenizer takes floats in [-1, 1], not {images.dtype} in "
+                             f"{images.min().item():g} .. {images.max().item():g}; see pictures.to_float")
+        z = self.encoder(images).float()
+        if not z.isfinite().all():                 # NaN has a sign, so the ids would look like any others
+            raise ValueError("the encoder's output is not finite: its weights are not, or half precision "
+                             "overflows; use bf16 or fp32")
+        return self.quantizer(self.quantizer.bound(z))[1]
 
     @torch.no_grad()
     def decode(self, ids):
-        """Token ids (B, h, w) to images (B, 3, H, W), in about [-1, 1], not clamped."""
-        if ids.dim() != 1 + len(self.config.folds) or math.prod(ids.shape[1:]) < 2:
-            raise ValueError(f"token ids must be (B, {self.grid_axes}) with two tokens or more, not "
-                             f"{list(ids.shape)}")
+        """Token ids (B, h, w) of any integer dtype to images (B, 3, H, W), in about [-1, 1], not clamped."""
+        if ids.is_floating_point() or ids.dim() != 1 + len(self.config.folds) or math.prod(ids.shape[1:]) < 2:
+            raise ValueError(f"token ids must be integers (B, {self.grid_axes}) with two tokens or more, not "
+                             f"{ids.dtype} {list(ids.shape)}")
+        ids = ids.long()                           # of uint32, torch knows no minimum
         if int(ids.min()) < 0 or int(ids.max()) >= self.quantizer.vocabulary:
             raise ValueError(f"token ids must lie in 0 .. {self.quantizer.vocabulary - 1}, but reach from "
                              f"{int(ids.min())} to {int(ids.max())}; they belong to another tokenizer")
-        return self.decoder(self.quantizer.codes(ids))
+        return self.decoder(self.quantizer.codes(ids).to(next(self.decoder.parameters()).dtype))
 
 
 # ---- 4. The command line. What it imports of ours stands inside its functions: the model needs only torch. -

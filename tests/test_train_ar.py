@@ -72,7 +72,7 @@ def train(directory, *flags):
 def tokens_in(folder, name="tokens"):
     """(codes (rows, n, N), header) of a tokens file, read without the code under test."""
     header = json.loads((folder / f"{name}.json").read_text())
-    return np.fromfile(folder / f"{name}.bin", "<u4").reshape(header["shape"]), header
+    return np.fromfile(folder / f"{name}.bin", "<i8").reshape(header["shape"]), header
 
 
 def codes_of(path, x):
