@@ -4,8 +4,7 @@ A convolutional encoder shrinks the image, lookup-free quantisation keeps only t
 output channels, and a convolutional decoder paints the image back from those signs. K signs are a code out
 of 2^K, so a vocabulary of 262,144 costs no codebook at all. In reading order:
 
-    1. quantisation    codes as ids and bits, the exact entropy term (eq. 3), LFQ (eq. 1, 2), and its
-                       opponents: BSQ, FSQ, VQ, SimVQ
+    1. quantisation    codes as ids and bits, the exact entropy term (eq. 3), LFQ (eq. 1, 2); its rivals
     2. layers          residual block, adaptive GroupNorm, down- and upsampler
     3. model           encoder, decoder, Tokenizer, presets
     4. command line    files through a trained tokenizer; without any, held-out generated samples
@@ -80,12 +79,12 @@ def lfq_entropies(z, tau=0.01, eps=0.0, mean_over_ranks=None, widths=None):
 
         widths = widths or [z.shape[1]]
         means = []
-        for p, q in zip(p.split(widths, dim=1), q.split(widths, dim=1)):     # of a part of k bits
+        for p, q in zip(p.split(widths, dim=1), q.split(widths, dim=1)):     # a part of k bits
             half = p.shape[1] // 2
             low = bit_products(p[:, :half], q[:, :half])                     # (N, 2^(k//2))
             high = bit_products(p[:, half:], q[:, half:])                    # (N, 2^(k - k//2))
-            means.append((high.T @ low / len(z)).flatten())                  # all 2^k codes, by their ids
-        mean = torch.cat(means)                    # side by side: the sum below is over codes and over parts
+            means.append((high.T @ low / len(z)).flatten())                  # all its 2^k codes, by id
+        mean = torch.cat(means)                        # of all parts: their entropies are one sum, below
         if mean_over_ranks:
             # The value of the global mean with the gradient of the local one. DDP averages gradients, so R
             # ranks with batch b then have exactly the loss and the gradient of one rank with batch R * b.
@@ -97,8 +96,8 @@ def lfq_entropies(z, tau=0.01, eps=0.0, mean_over_ranks=None, widths=None):
 
 
 class Quantizer(nn.Module):
-    """What all quantisers share. A token is `groups` numbers below `group_vocabulary` (one number but for
-    --groups), and its id is all of them as ONE int64, first group lowest, below `vocabulary`."""
+    """What all quantisers share. A token is a number below `group_vocabulary` for each of its groups (one but
+    for --groups), and its id, below `vocabulary`, is all of them in ONE int64, the first group lowest."""
 
     def __init__(self, channels, group_vocabulary, groups=1):
         super().__init__()
@@ -108,30 +107,30 @@ class Quantizer(nn.Module):
         self.vocabulary = group_vocabulary ** groups
 
     def bound(self, z):
-        """The encoder's z (B, C, *S) to the z of the same shape that is quantised, and that losses see."""
+        """The encoder's z (B, C, *S) to the z, of the same shape, that is quantised and that losses see."""
         return z
 
     def count(self, ids):
-        """How often each code of each group G is in `ids` (any shape): (G, group_vocabulary) int64."""
-        group = torch.arange(self.groups, device=ids.device)[:, None]                    # (G, 1)
-        codes = ids.flatten() // self.group_vocabulary ** group % self.group_vocabulary  # (G, N)
-        codes = codes + group * self.group_vocabulary                    # one bincount serves all groups
-        return codes.flatten().bincount(minlength=self.groups * self.group_vocabulary).view(self.groups, -1)
+        """How often each of the V codes of each of the G groups is in `ids` (any shape): (G, V) int64."""
+        V = self.group_vocabulary
+        group = torch.arange(self.groups, device=ids.device)[:, None]
+        codes = ids.flatten() // V ** group % V + V * group                # (G, N), for one bincount of all
+        return codes.flatten().bincount(minlength=V * self.groups).view(-1, V)
 
     def losses(self, z, q, tau, eps, mean_over_ranks, entropy="exact"):
         """Two dicts of scalars: terms to minimise, and what to report."""
         return {}, {}
 
 
-# --entropy: how many bits the codebook's entropy takes together, at most. 24 are all that a group can have.
+# --entropy: how many bits at most its codebook term takes together. No group has more than 24.
 JOINT_BITS = {"exact": 24, "groups": 9, "bits": 1}
 
 
 class LFQ(Quantizer):
     """Lookup-free quantisation (eq. 1): each channel of z becomes +1 where z > 0, else -1. No parameters.
 
-    groups G > 1 (WeTok, Zhuang et al., 2025): the entropy term takes each K / G bits as a codebook of their
-    own. Its cost is then that of K / G bits, so that codes can have more bits, here up to 32.
+    With groups (WeTok, Zhuang et al., 2025) each K / G bits are a codebook of their own in the entropy term.
+    It costs no more than a code of K / G bits, so K can be larger.
     """
     amplitude = 1.0                                # of the codes
 
@@ -146,14 +145,10 @@ class LFQ(Quantizer):
 
     def codes(self, ids):
         """ids (B, *S) to q (B, K, *S) in {-1.0, +1.0} * amplitude."""
-        signs = ids_to_bits(ids, self.channels).movedim(-1, 1) * 2.0 - 1.0
-        return (signs * self.amplitude).contiguous()
+        return ((ids_to_bits(ids, self.channels).movedim(-1, 1) * 2.0 - 1.0) * self.amplitude).contiguous()
 
     def losses(self, z, q, tau, eps, mean_over_ranks, entropy="exact"):
-        """As of `Quantizer`; both entropies are of a whole token, reported in bits (at most K).
-
-        entropy: a key of JOINT_BITS. Only the codebook's term changes: the bits of a token are independent.
-        """
+        """As of `Quantizer`; both entropies are of whole tokens, reported in bits (at most K)."""
         bits = self.channels // self.groups
         joint = min(bits, JOINT_BITS[entropy])
         widths = [min(joint, bits - first) for first in range(0, bits, joint)] * self.groups
@@ -165,12 +160,12 @@ class LFQ(Quantizer):
 
 
 class BSQ(LFQ):
-    """Binary spherical quantisation (Zhao et al., 2024): z is scaled to length 1, and so are its signs.
+    """Binary spherical quantisation (Zhao et al., 2024): LFQ on the unit sphere, z and codes of length 1.
 
-    Codes are c in {-1, 1}^K / sqrt(K), and f(z) = softmax over codes of -|z - c|^2 / tau = -(|z|^2 + |c|^2 -
-    2 <z, c>) / tau. As |z| and |c| are 1, what is left is 2 <z, c> / tau, a sum over bits as in LFQ. Flipping
-    bit k moves it by 2 z_k / sqrt(K) * 2 / tau, so p_k = sigmoid(4 z_k / (sqrt(K) tau)): `lfq_entropies` at
-    the temperature sqrt(K) tau, as exact as there. With --groups, length 1 is still that of the whole token.
+    f(z) = softmax over codes c in {-1, 1}^K / sqrt(K) of -|z - c|^2 / tau. In |z|^2 + |c|^2 - 2 <z, c>, the
+    first two are the same for all codes, which leaves 2 <z, c> / tau, a sum over bits as in LFQ. Bit k makes
+    a difference of 4 z_k / (sqrt(K) tau) in it, its log-odds: those of `lfq_entropies` at the temperature
+    sqrt(K) tau, which is thus as exact here. With groups, a token still has length 1 as a whole.
     """
 
     def __init__(self, config):
@@ -178,15 +173,15 @@ class BSQ(LFQ):
         self.amplitude = config.bits ** -0.5
 
     def bound(self, z):
-        """z (B, K, *S) onto the unit sphere. Gradients come back through the division: none along z."""
+        """z (B, K, *S) to length 1. Gradients come back through the division: none is along z."""
         return F.normalize(z, dim=1)
 
 
 class FSQ(Quantizer):
     """Finite scalar quantisation (Mentzer et al., 2023): tanh, then each channel goes to the nearest level.
 
-    Channel k has L_k levels, evenly spaced from -1 to 1 (the paper shifts those of an even L_k by half a
-    step, so that one is 0). A few channels of a few levels get used without a loss that says so.
+    Levels are evenly spaced from -1 to 1 (the paper shifts an even number of them, so that one is 0). Few
+    channels of few levels get used by themselves, so there is no loss.
     """
 
     def __init__(self, config):
@@ -196,12 +191,12 @@ class FSQ(Quantizer):
         self.register_buffer("places", levels.cumprod(0) // levels)        # (C,) value of a digit in the id
 
     def bound(self, z):
-        """z (B, C, *S) into -1 .. 1."""
+        """z (B, C, *S) to -1 .. 1."""
         return z.tanh()
 
     def forward(self, z):
         """z (B, C, *S) in -1 .. 1 to the nearest levels q (B, C, *S) without gradient, and ids (B, *S)."""
-        z = z.detach().movedim(1, -1).nan_to_num()                         # NaN is no integer; LFQ has id 0
+        z = z.detach().movedim(1, -1).nan_to_num()                         # NaN as an integer is no id
         digits = ((z + 1) / 2 * (self.levels - 1)).round().long()          # (B, *S, C) in 0 .. L_k - 1
         ids = (digits * self.places).sum(-1)
         return self.codes(ids), ids
@@ -246,22 +241,16 @@ class VQ(Quantizer):
 
 
 class SimVQ(VQ):
-    """VQ whose codebook is frozen noise times ONE learned matrix (Zhu et al., 2024).
-
-    Every chosen entry moves the matrix, and with it all others, so that none is left behind.
-    """
+    """VQ of frozen noise times ONE learned matrix (Zhu et al., 2024): a chosen entry moves all others too."""
 
     def __init__(self, config):
         super().__init__(config)
-        del self.codebook                                                  # of VQ, which is learned
-        noise = torch.randn(self.vocabulary, self.channels) * self.channels ** -0.5
-        self.register_buffer("codebook", noise)                            # (V, C), of about length 1
+        nn.init.normal_(self.codebook.weight, std=self.channels ** -0.5).requires_grad_(False)
         self.linear = nn.Linear(self.channels, self.channels, bias=False)
 
     def entries(self):
-        """The codebook (V, C), with gradient to the matrix, in fp32 under autocast too."""
-        with torch.autocast(self.codebook.device.type, enabled=False):
-            return self.linear(self.codebook)
+        """The codebook (V, C), with gradient to the matrix."""
+        return self.linear(self.codebook.weight)
 
 
 # A new quantiser is a class like these and an entry here. Its terms are weighed by --NAME-weight, or 1.
@@ -384,10 +373,9 @@ class TokenizerConfig:
     blocks: int = flag(4, "residual blocks a level (deeper model)")
     mid_blocks: int = 4                            # residual blocks at the latent grid's resolution
     patch: int = flag(1, "fold patch x patch pixels into channels first: cheap on a CPU")
-    quantizer: str = flag("lfq", "signs (lfq, bsq), levels (fsq) or a codebook (vq, simvq)",
-                          choices=QUANTIZERS)
+    quantizer: str = flag("lfq", "of signs, levels (fsq) or codebooks (vq, simvq)", choices=QUANTIZERS)
     bits: int = flag(18, "bits K of a code of lfq or bsq, so 2^K codes")
-    groups: int = flag(1, "groups of K / G bits, each with its own entropy term; up to 32 bits in all")
+    groups: int = flag(1, "of K / G bits, each with an entropy term of its own: then K is up to 32")
     levels: tuple = flag((8, 5, 5, 5), "levels of each channel of fsq; their product is the vocabulary")
     codebook_size: int = flag(1024, "entries of the codebook of vq or simvq")
     codebook_channels: int = 64                    # length of such an entry
@@ -406,8 +394,8 @@ class TokenizerConfig:
               f"channel-multipliers {self.channel_multipliers}: give positive integers, such as 1 2 2 4")
         check(self.groups >= 1 and self.bits % self.groups == 0,
               f"groups {self.groups} do not divide bits {self.bits}: use a divisor")
-        check(1 <= self.bits <= min(24 * self.groups, 32),
-              f"bits {self.bits}, groups {self.groups}: a code has 1 to 32 bits, and a group of them 24 at most")
+        check(1 <= self.bits <= min(24 * self.groups, 32), f"bits {self.bits}, groups {self.groups}: a code "
+                                                           f"has 1 to 32 bits, and a group 24 at most")
         check(min(self.levels, default=0) >= 2 and math.prod(self.levels) <= 2 ** 24,
               f"levels {self.levels}: give 2 or more for each channel, with a product of 2^24 at most")
         check(self.blocks >= 1 and self.mid_blocks >= 0 and self.patch >= 1,
@@ -562,9 +550,8 @@ class Tokenizer(nn.Module):
         """Everything that training needs of a batch.
 
         images (B, 3, H, W) in [-1, 1]. Returns reconstruction (B, 3, H, W) and z (B, K, h, w), before
-        quantisation (but on the sphere for bsq, after the tanh for fsq), both in fp32; q of z's shape, after
-        it; ids (B, h, w). The decoder sees q, while its gradient reaches z as if quantisation had been the
-        identity (straight-through), and the encoder from there.
+        quantisation but bounded for it, both in fp32; q of z's shape, after it; ids (B, h, w). The decoder
+        sees q, while its gradient reaches z as if quantisation had been the identity (straight-through).
         """
         self.check_images(images)
         z = self.quantizer.bound(self.encoder(images).float())            # (B, K, h, w)
@@ -574,18 +561,14 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, images):
-        """Images (B, 3, H, W) in [-1, 1] to token ids (B, h, w), int64 in 0 .. vocabulary - 1.
-
-        Raises ValueError for images that are not such floats, and where the encoder overflows.
-        """
+        """Float images (B, 3, H, W) in [-1, 1] to token ids (B, h, w), int64 in 0 .. vocabulary - 1."""
         self.check_images(images)
         if not images.is_floating_point() or (images.abs() > 2).any():
             raise ValueError(f"the tokenizer takes floats in [-1, 1], not {images.dtype} in "
                              f"{images.min().item():g} .. {images.max().item():g}; see pictures.to_float")
         z = self.encoder(images).float()
         if not z.isfinite().all():                 # NaN has a sign, so the ids would look like any others
-            raise ValueError("the encoder's output is not finite: its weights are not, or half precision "
-                             "overflows; use bf16 or fp32")
+            raise ValueError("the encoder's output is not finite, nor perhaps its weights; use bf16 or fp32")
         return self.quantizer(self.quantizer.bound(z))[1]
 
     @torch.no_grad()
