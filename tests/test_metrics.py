@@ -96,6 +96,9 @@ def test_usage_and_perplexity_of_known_distributions():
     for counts, usage, perplexity in ([5] * 64, 1.0, 64), ([0, 3, 1, 0], 0.5, 0.75 ** -0.75 * 0.25 ** -0.25):
         report = metrics.codebook_usage(torch.tensor(counts))
         assert report == {"usage": usage, "perplexity": pytest.approx(perplexity)}
+    groups = torch.tensor([[5, 5, 5, 5], [0, 3, 1, 0]])                    # the mean of both
+    perplexity = (4 + perplexity) / 2
+    assert metrics.codebook_usage(groups) == {"usage": 0.75, "perplexity": pytest.approx(perplexity)}
 
 
 # Networks ---------------------------------------------------------------------------------------------------
