@@ -1,9 +1,7 @@
 """data.py: pixels as published, an order that no worker or rank changes, broken files, splits, the script."""
 import io
 import itertools
-import os
 import signal
-import subprocess
 import sys
 import tarfile
 
@@ -17,7 +15,7 @@ import data
 import pictures
 import runtime
 from data import View, build_dataset
-from helpers import ROOT, call, environment, run_script
+from helpers import call, kill_when, run_script
 from runtime import UserError
 
 
@@ -400,16 +398,11 @@ def test_evaluation_shares_hold_every_image_once(images, monkeypatch, world_size
 
 @pytest.mark.slow
 def test_ctrl_c_reaches_the_trainer_but_not_its_workers(tmp_path):
-    command = [sys.executable, str(ROOT / "train_tokenizer.py"), "--image-size", "16", "--blocks", "1",
-               "--num-workers", "1", "--log-every", "1", "--length", "100000", "--results-dir", str(tmp_path)]
-    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True,
-                               stderr=subprocess.STDOUT, start_new_session=True)
-    for line in process.stdout:
-        if line.startswith("step 2/"):
-            os.killpg(process.pid, signal.SIGINT)
-            break
-    rest = process.stdout.read()
-    assert process.wait() == 0 and "stopped by signal 2" in rest and "Traceback" not in rest
+    log = tmp_path / "metrics.jsonl"
+    done = kill_when("train_tokenizer.py", "--image-size", 16, "--blocks", 1, "--num-workers", 1,
+                     "--log-every", 1, "--length", 100_000, "--results-dir", tmp_path, number=signal.SIGINT,
+                     until=lambda: log.exists() and len(log.read_text().splitlines()) > 1)
+    assert done.returncode == 0 and "stopped by signal 2" in done.stdout and "Traceback" not in done.stderr
     assert len(runtime.list_checkpoints(tmp_path)) == 1
 
 
