@@ -23,7 +23,7 @@ demo: $(VENV)/installed
 
 demo-video: $(VENV)/installed
 	$(RUN) train_tokenizer.py --channel-multipliers 1 1 2 --results-dir runs/video_start --resume
-	$(RUN) train_tokenizer.py --preset toy-video --inflate-from runs/video_start/step-00001200.pt --resume
+	$(RUN) train_tokenizer.py --preset toy-video --init-from runs/video_start/step-00001200.pt --resume
 	$(RUN) evaluate.py reconstruction --ckpt runs/video/step-00000900.pt
 	$(RUN) train_ar.py --tokenizer runs/video/step-00000900.pt --results-dir runs/video_ar --resume
 	$(RUN) sample.py --ckpt runs/video_ar/step-00001500.pt --num-images 4

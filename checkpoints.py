@@ -4,7 +4,7 @@
     model, tokenizer, info = checkpoints.load_ar("AR-B")
 
 Safe: nothing that is stored in a file is ever run. Strict: a name too many or too few, or another shape, is
-an error that lists them. A published name is downloaded once, to `runtime.default_weights_dir()`. Our files
+an error that lists them. A published name is downloaded once (see `runtime.fetch`). Our files
 are literal dicts (see the ends of both training loops), published ones Lightning's, with a `state_dict` of
 
     encoder.* decoder.*      the raw weights of a tokenizer; in an AR file under first_stage_model.*
@@ -44,10 +44,10 @@ FORMATS = {                         # the mark of our own files: (model, config,
     "open-magvit2-video-tokenizer": (video.VideoTokenizer, video.VideoTokenizerConfig, video.PRESETS),
     "open-magvit2-ar": (ar_model.ARModel, ar_model.ARConfig, ar_model.PRESETS)}
 *TOKENIZERS, AR = FORMATS
-# Our names and the published ones. Inside a block, and for the final norm, they are the same.
-AR_NAMES = {"token_embeddings.0.": "pre_emb.", "token_embeddings.1.": "post_emb.", "heads.": "head.",
-            "class_embedding.": "class_emb.embedding_table.", "inter_blocks.": "spatial_blocks.",
-            "intra_blocks.": "factorized_blocks."}
+# The published names below transformer.* and ours. Inside a block, and for the final norm, they are the same.
+AR_NAMES = {"pre_emb.": "token_embeddings.0.", "post_emb.": "token_embeddings.1.", "head.": "heads.",
+            "class_emb.embedding_table.": "class_embedding.", "spatial_blocks.": "inter_blocks.",
+            "factorized_blocks.": "intra_blocks."}
 WRAPPER = ".conv_1."                # published causal convolutions are modules around one; ours are not
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "kernel")       # have no EMA
 TRAINED_ON = ("data_path", "val_data_path", "resize", "split_list", "val_split_list")
@@ -86,12 +86,15 @@ def read(path, trust=False):
             stored = torch.load(path, "cpu", weights_only=not trust, mmap=zipfile.is_zipfile(path))
     except Exception as error:                            # unpickling damaged bytes raises almost anything
         foreign = re.search(r"(?:GLOBAL|global|class|type)\W+([A-Za-z_]\w*(?:\.\w+)+)", str(error))
-        if foreign and "nsupported" in str(error):
+        problem = (f"cannot be read: the file is truncated or is no PyTorch checkpoint "
+                   f"({type(error).__name__}); copy or download it again, or use an earlier one")
+        if isinstance(error, PermissionError):
+            problem = "may not be read; change its permissions"
+        elif trust and isinstance(error, (ImportError, NotImplementedError)):
+            problem = f"holds objects that this machine cannot make ({error}); install what they need"
+        elif foreign and "nsupported" in str(error):
             problem = (f"holds a pickled {foreign[1]}, which could run code when loaded; nothing was "
                        f"executed (if you trust its author, add --trust-checkpoint)")
-        else:
-            problem = (f"cannot be read: the file is truncated or is no PyTorch checkpoint "
-                       f"({type(error).__name__}); copy or download it again, or use an earlier one")
         raise UserError(f"checkpoint {path} {problem}") from None
     require(isinstance(stored, dict), f"checkpoint {path} holds a {type(stored).__name__}, not a dictionary")
     return stored
@@ -103,7 +106,7 @@ def find(path):
         return path
     repository, file = PUBLISHED[str(path)]
     url = f"https://huggingface.co/TencentARC/{repository}/resolve/main/{file}"
-    return runtime.fetch(url, runtime.default_weights_dir())
+    return runtime.fetch(url)
 
 
 def differences(own, state):
@@ -112,7 +115,23 @@ def differences(own, state):
               for name, tensor in own.items() if name in state and state[name].shape != tensor.shape]
     texts = {"missing": own.keys() - state.keys(), "not expected": state.keys() - own.keys(),
              "wrong shapes": shapes}
-    return "; ".join(f"{what}: {', '.join(sorted(names))}" for what, names in texts.items() if names)
+    return "; ".join(f"{what}: {listed(names)}" for what, names in texts.items() if names)
+
+
+def listed(names):
+    """The first ten of `names`, in order."""
+    names = sorted(names)
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return ", ".join(names[:10]) + more
+
+
+def unwrapped(state, source):
+    """`state` without what DistributedDataParallel or torch.compile has put before every name."""
+    for prefix in ("module.", "_orig_mod.", "module."):
+        if state and all(name.startswith(prefix) for name in state):
+            runtime.print_main(f"{source}: every name begins with {prefix}, which is left out")
+            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    return state
 
 
 def load_state(part, state, source):
@@ -129,12 +148,71 @@ def load_state(part, state, source):
                             f"is {list(values[name].shape)}, expected {list(parameter.shape)}")
 
 
-def restore(parts, saved, path):
-    """Continue a run: load all `parts`, {name: network, optimizer or scaler}, and the random generators."""
+def load_partly(model, state, may_differ, source):
+    """Load `state` into `model` strictly, except that modules whose names begin with one of the tuple
+    `may_differ` keep their own start where any of their shapes differ. Says which, and that it was done."""
+    own = model.state_dict()
+
+    def module(name):
+        return name.rpartition(".")[0]
+
+    anew = {module(name) for name in own.keys() | state.keys() if name.startswith(may_differ)
+            and (name not in own or name not in state or own[name].shape != state[name].shape)}
+    state = {name: tensor for name, tensor in state.items() if module(name) not in anew}
+    state.update({name: tensor for name, tensor in own.items() if module(name) in anew})
+    load_state(model, state, source)
+    runtime.print_main(f"start    {source}; anew: {listed(anew) or 'nothing'}")
+
+
+def discriminator_in(path):
+    """The weights of the discriminator in a file, ours or published: {name: tensor}, empty for none."""
+    path = find(path)
+    stored = read(path)
     with guard(path):
+        published = stored.get("state_dict", {})
+        prefix = "loss.discriminator."
+        return stored.get("discriminator", {name.removeprefix(prefix): tensor for name, tensor
+                                            in published.items() if name.startswith(prefix)})
+
+
+def resume(args, parts, flags, **records):
+    """The checkpoint that --resume continues, restored into `parts`, or None for a new run.
+
+    parts: {name: network, optimizer or scaler}; the random generators are restored too. Raises `UserError`
+    unless the file holds just these, and the `flags` and `records` ({name: dict}) of its run are those of
+    this one. Where the newest file is damaged, the one before it is taken.
+    """
+    for path in runtime.resumable(args):
+        try:
+            saved = read(path)
+            damaged = zipfile.ZipFile(path).testzip()     # or a flipped bit in a momentum passes unnoticed
+            require(not damaged, f"checkpoint {path} is damaged, in {damaged}; use an earlier one")
+            break
+        except UserError as error:
+            problem = error
+            runtime.print_main(f"{error}; trying the one before")
+    else:
+        if args.resume:
+            raise problem
+        return None
+    with guard(path):
+        mark = format_of(parts["model"])
+        require(saved.get("format") == mark, f"--resume {path}: not a training checkpoint of this script "
+                                           f"and preset")
+        what = f"--resume {path}: a flag that must stay as it was"
+        runtime.check_same(saved["args"], vars(args), what, flags)
+        require(("discriminator" in saved) == ("discriminator" in parts), f"--resume {path}: --gan-weight "
+                f"cannot be switched on or off in the middle of a run")
+        newest = max([int(file.stem[5:]) for file in runtime.list_checkpoints(args.results_dir)], default=0)
+        require(args.resume == "latest" or newest <= saved["step"], f"--resume {path}: {args.results_dir} "
+                f"holds newer ones, up to step {newest}; move them away, or use another --results-dir")
+        for what, record in records.items():
+            runtime.check_same(saved[what], record, f"--resume {path}: the {what}", record)
         for name, part in parts.items():
             load_state(part, saved[name], f"{name} of {path}")
         runtime.restore_rng_state(saved["rng"])
+    runtime.print_main(f"resuming {path} at step {saved['step']}")
+    return saved
 
 
 # ---- 2. Tokenizers and transformers ------------------------------------------------------------------------
@@ -157,23 +235,16 @@ def build(mark, config, state, source):
     return model.eval()
 
 
-def own_config(mark, values):
-    """The config in one of our files, whose fields are those of this version."""
-    kind = FORMATS[mark][1]
-    fields = {field.name for field in dataclasses.fields(kind)}
-    require(values.keys() == fields, f"the file was written by another version of this project: its config "
-                                     f"differs in {', '.join(sorted(values.keys() ^ fields))}")
-    return kind(**values)
+def closest_preset(mark, state):
+    """(name, config) of the preset whose tensors are most like `state`."""
+    found = {(name, tensor.shape) for name, tensor in state.items()}
 
-
-def closest_preset(mark, state, rename=lambda name: name):
-    """(name, config) of the preset whose tensors, under the names of `rename`, are most like `state`."""
-    def unlike(config):
+    def unlike(item):
         with torch.device("meta"):
-            own = FORMATS[mark][0](config).state_dict()
-        own = {(rename(name), tensor.shape) for name, tensor in own.items()}
-        return len(own ^ {(name, tensor.shape) for name, tensor in state.items()})
-    return min(FORMATS[mark][2].items(), key=lambda item: unlike(item[1]))
+            own = FORMATS[mark][0](item[1]).state_dict()
+        return len(found ^ {(name, tensor.shape) for name, tensor in own.items()})
+
+    return min(FORMATS[mark][2].items(), key=unlike)
 
 
 def load_own(path, stored, ema, kinds):
@@ -181,13 +252,20 @@ def load_own(path, stored, ema, kinds):
     mark = stored["format"]
     what = "AR model" if kinds == [AR] else "tokenizer"
     require(mark in kinds, f"{path} is no {what}, but marked {mark}")
-    config = own_config(mark, stored["config"])
+    values = stored["config"]
     part = "ema" if ema and stored["ema"] else "model"
-    model = build(mark, config, stored[part], path)
-    preset = next((name for name, known in FORMATS[mark][2].items() if known == config), "custom")
+    state = unwrapped(stored[part], path)
+    _, kind, presets = FORMATS[mark]
+    fields = {field.name for field in dataclasses.fields(kind)}
+    require(values.keys() == fields, f"{path} was written by another version of this project: its config "
+                                     f"differs in {listed(values.keys() ^ fields)}")
+    require(all(values[name] <= len(state) for name in fields if name.endswith("blocks")),
+            f"{path} has a config of more blocks than it has weights")
+    config = kind(**values)
+    preset = next((name for name, known in presets.items() if known == config), "custom")
     if mark == AR:                                        # of any number of classes
         preset = stored["preset"]
-    return model, facts(path, stored, preset, part == "ema")
+    return build(mark, config, state, path), facts(path, stored, preset, part == "ema")
 
 
 def facts(path, stored, preset, ema):
@@ -220,7 +298,7 @@ def published_tokenizer(path, stored, ema):
     """The same of a published tokenizer, or of the tokenizer in a published AR file."""
     groups = {"": {}, "loss.discriminator.": {}, "model_ema.": {}, "loss.perceptual_loss.": {}}
     extra = []
-    for name, tensor in stored["state_dict"].items():
+    for name, tensor in unwrapped(stored["state_dict"], path).items():
         bare = name.removeprefix("first_stage_model.")
         group = next((prefix for prefix in groups if prefix and name.startswith(prefix)), "")
         if group:
@@ -229,7 +307,7 @@ def published_tokenizer(path, stored, ema):
             groups[""][bare] = tensor
         elif not name.startswith("transformer."):
             extra.append(name)
-    require(not extra, f"{path} holds names that no published tokenizer has: {', '.join(sorted(extra))}")
+    require(not extra, f"{path} holds names that no published tokenizer has: {listed(extra)}")
     raw = groups[""]
     averaged = groups["model_ema."]
     require(raw, f"{path} holds no tokenizer: no encoder.* and no decoder.*")
@@ -240,8 +318,7 @@ def published_tokenizer(path, stored, ema):
         dotless = {name.replace(".", ""): name for name in names}
         wrong = dotless.keys() ^ (averaged.keys() - {"decay", "num_updates"})
         require(not wrong, f"the EMA weights in {path} do not match its raw ones, in "
-                           f"{', '.join(sorted(dotless.get(name, name) for name in wrong))}; --raw-weights "
-                           f"does without them")
+                           f"{listed(dotless.get(name, name) for name in wrong)}; --raw-weights does without")
         raw = {name: averaged[name.replace(".", "")] for name in raw}
     of_images, of_clips = TOKENIZERS
     mark = of_clips if any(WRAPPER in name for name in raw) else of_images
@@ -250,12 +327,13 @@ def published_tokenizer(path, stored, ema):
     return build(mark, config, raw, path), facts(path, stored, preset, ema and averaged)
 
 
-def published_ar_name(name):
-    """Our name of a transformer's parameter in the published files."""
-    for ours, theirs in AR_NAMES.items():
-        if name.startswith(ours):
-            return f"transformer.{theirs}{name.removeprefix(ours)}"
-    return f"transformer.{name}"
+def our_ar_name(name):
+    """Our name of what a published file calls `name`. Strange names are kept, and found to be too many."""
+    bare = name.removeprefix("transformer.")
+    for theirs, ours in AR_NAMES.items():
+        if bare.startswith(theirs):
+            bare = ours + bare.removeprefix(theirs)
+    return bare if name.startswith("transformer.") else f"{name} (outside of transformer)"
 
 
 def load_ar(path, ema=True, trust=False):
@@ -273,17 +351,14 @@ def load_ar(path, ema=True, trust=False):
             decoder, _ = load_own(f"the tokenizer inside {path}", inner, False, TOKENIZERS)
             return model, decoder, {**info, "classes": stored["classes"], "tokenizer": stored["tokenizer"]}
         require("state_dict" in stored, f"{path} is no checkpoint of an AR model")
-        state = {name: tensor for name, tensor in stored["state_dict"].items()
+        published = unwrapped(stored["state_dict"], path)
+        state = {our_ar_name(name): tensor for name, tensor in published.items()
                  if not name.startswith("first_stage_model.")}
-        preset, config = closest_preset(AR, state, published_ar_name)
-        with torch.device("meta"):
-            own = ar_model.ARModel(config).state_dict()
-        problem = differences({published_ar_name(name): tensor for name, tensor in own.items()}, state)
-        require(not problem, f"{path} is no whole {preset}; {problem}")
-        model = build(AR, config, {name: state[published_ar_name(name)] for name in own}, path)
+        preset, config = closest_preset(AR, state)
+        model = build(AR, config, state, f"{path}, taken for {preset},")
         decoder = None
         record = None
-        if any(name.startswith("first_stage_model.") for name in stored["state_dict"]):
+        if any(name.startswith("first_stage_model.") for name in published):
             decoder, its = published_tokenizer(path, stored, ema)
             record = {**{name: its[name] for name in ("path", "weights", "preset")}, "sha256": None}
         return model, decoder, {**facts(path, stored, preset, False), "classes": None, "tokenizer": record}
@@ -315,48 +390,26 @@ NETWORK_FILES = {                   # (URL, sha256 or its first digits) of each 
                    (f"{HEADS}/alex.pth", "df73285e35b22355a2df87cdb6b70b343713b667eddbda73e1977e0c860835c0")]}
 
 
-def load_lpips(net, weights_dir, path=None):
-    """`metrics.LPIPS(net)` with its published weights, downloaded to `weights_dir`.
-
-    path: take them out of a published tokenizer instead, which holds the whole network ("vgg").
-    """
-    model = metrics.LPIPS(net)
-    if path is None:
-        files = NETWORK_FILES[f"lpips-{net}"]
-        trunk, heads = [read(runtime.fetch(url, weights_dir, sha)) for url, sha in files]
-        state = {name: tensor for name, tensor in trunk.items() if name in model.state_dict()}
-        state.update({f"heads.{i}": heads[f"lin{i}.model.1.weight"] for i in range(5)})
-    else:
-        state = {}
-        with guard(path):
-            published = dict(read(find(path)).get("state_dict", {}))
-        for name, tensor in published.items():
-            name = name.removeprefix("loss.perceptual_loss.")
-            if match := re.fullmatch(r"net\.slice\d\.(\d+)\.(weight|bias)", name):
-                state[f"features.{match[1]}.{match[2]}"] = tensor
-            elif match := re.fullmatch(r"lin(\d)\.model\.1\.weight", name):
-                state[f"heads.{match[1]}"] = tensor
-    load_state(model, state, f"the LPIPS of {path or weights_dir}")
-    return model
-
-
-def load_network(name, weights_dir, random=False, eps=1e-3):
+def load_network(name, weights_dir=None, random=False, eps=1e-3):
     """(network of a metric in eval mode on the CPU, what its weights are: their sha256, or `RANDOM_LABEL`).
 
-    name: "inception", "i3d" (eps of its BatchNorms), "lpips-vgg" or "lpips-alex". random: seeded random ones.
+    name: "inception", "i3d" (eps of its BatchNorms), "lpips-vgg" or "lpips-alex". weights_dir: see
+    `runtime.fetch`. random: seeded random weights, without a download.
     """
-    net = name.removeprefix("lpips-")
+    if name == "inception":
+        network = metrics.FIDInception()
+    else:
+        network = metrics.I3D(eps) if name == "i3d" else metrics.LPIPS(name.removeprefix("lpips-"))
     if random:
-        build = {"inception": metrics.FIDInception, "i3d": lambda: metrics.I3D(eps)}
-        network = build[name]() if name in build else metrics.LPIPS(net)
         return metrics.randomise(network).eval().requires_grad_(False), RANDOM_LABEL
-    source = " ".join(sha for _, sha in NETWORK_FILES[name])
-    if net in metrics.LPIPS_TAPS:
-        return load_lpips(net, weights_dir), source
-    network = metrics.FIDInception() if name == "inception" else metrics.I3D(eps)
-    (url, sha), = NETWORK_FILES[name]
-    path = runtime.fetch(url, weights_dir, sha)
-    # Old files lack BatchNorm's counters of training steps, which nothing reads in eval mode.
-    counters = {key: value for key, value in network.state_dict().items() if key.endswith("_tracked")}
-    load_state(network, {**counters, **read(path)}, str(path))
-    return network.eval().requires_grad_(False), source
+    paths = [runtime.fetch(url, weights_dir, sha) for url, sha in NETWORK_FILES[name]]
+    own = network.state_dict()
+    if len(paths) == 2:                                   # LPIPS: a classifier, of which the head is not used
+        trunk, heads = map(read, paths)
+        state = {key: tensor for key, tensor in trunk.items() if key in own}
+        state.update({f"heads.{i}": heads[f"lin{i}.model.1.weight"] for i in range(5)})
+    else:
+        # Old files lack BatchNorm's counters of training steps, which nothing reads in eval mode.
+        state = {**{key: tensor for key, tensor in own.items() if key.endswith("_tracked")}, **read(paths[0])}
+    load_state(network, state, f"{name} of {paths[-1].parent}")
+    return network.eval().requires_grad_(False), " ".join(sha for _, sha in NETWORK_FILES[name])

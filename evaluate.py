@@ -694,7 +694,7 @@ def add_flags(parser, data_default, count_default):
     group.add_argument("--protocol", choices=("clean", "official"), default="clean",
                        help="official: what the published numbers were made with, quirks included")
     group.add_argument("--global-seed", type=runtime.non_negative_int, default=0, help="of draws and crops")
-    group.add_argument("--weights-dir", default=runtime.default_weights_dir(), help="where downloads go")
+    group.add_argument("--weights-dir", help="where downloads go (~/.cache/open-magvit2)")
     group.add_argument("--allow-random-weights", action="store_true", help="tries metrics' networks out")
     group.add_argument("--num-workers", type=runtime.non_negative_int, default=0, help="reading processes")
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")

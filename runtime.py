@@ -6,6 +6,7 @@ exists (one process talks to itself through an in-memory store), so no loop asks
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import errno
 import hashlib
 import json
@@ -13,6 +14,7 @@ import math
 import os
 import pathlib
 import re
+import shutil
 import signal
 import sys
 import time
@@ -23,6 +25,11 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:                                        # Windows
+    fcntl = None
 
 # ---- 1. Errors that a user can fix, and flags --------------------------------------------------------------
 
@@ -41,32 +48,43 @@ def run_script(main, get_args):
     """Entry point of every script: parse, run, and turn a user's mistake into one line and exit status 2.
 
     That is a `UserError`, a ValueError that one of our own files raises (a model on a shape that it cannot
-    take), and what the disk says (full, not writable). Other exceptions are bugs and keep their traceback.
+    take), what the disk says, and memory that does not suffice. Other exceptions are bugs and keep their
+    traceback. A signal number that `main` returns becomes the exit status 128 + signal.
     """
-    args = get_args()
     try:
-        main(args)
-    except (ValueError, OSError) as error:
-        raised_in = pathlib.Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-        if isinstance(error, OSError):
-            if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            way_out = "use another path, or free some space"
-            if isinstance(error, FileNotFoundError):
-                way_out = "check the path"
-            error = f"{error.strerror}: {error.filename or 'while writing'}; {way_out}"
-        elif not isinstance(error, UserError) and raised_in.parent != pathlib.Path(__file__).resolve().parent:
-            raise
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            error = f"[rank {os.environ['RANK']}] {error}"
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        signal_number = main(get_args())
+        sys.exit(128 + signal_number if signal_number else 0)
+    except BrokenPipeError:                                # as in `python data.py | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        where = f"[rank {rank()}] " if world_size() > 1 else ""
+        text = in_one_line(error)
+        if text is None:
+            raise
+        print(f"error: {where}{text}", file=sys.stderr, flush=True)
+        sys.exit(2)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def in_one_line(error):
+    """What a user can do about an exception, None if nothing: then it is a bug."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
+        return "memory does not suffice; use a smaller --batch-size, --global-batch-size or --image-size"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{error.strerror}: {error.filename or 'while writing'}; free some space"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.strerror}: {error.filename}; check the path, or use another one"
+    raised_in = pathlib.Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+    ours = raised_in.parent == pathlib.Path(__file__).resolve().parent
+    return str(error) if ours and isinstance(error, ValueError) else None
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -78,8 +96,20 @@ class ArgumentParser(argparse.ArgumentParser):
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options)
 
     def error(self, message):
-        """One line without the usage, and exit status 2."""
+        """One line without the usage, a hint for a flag under its name in other projects, exit status 2."""
+        if message.startswith("unrecognized arguments: --"):
+            word = message.split()[2].split("=")[0].lower().replace("_", "-")
+            known = [flag for flag in self._option_string_actions if flag != word]
+            close = difflib.get_close_matches(SYNONYMS.get(word, word), known, 3)
+            message += f" (did you mean {' or '.join(close)}?)" if close else ""
         self.exit(2, f"error: {message} (see --help)\n")
+
+
+# What other projects call the flags of this one.
+SYNONYMS = {"--epochs": "--length", "--max-epochs": "--length", "--steps": "--length", "--lr-rate": "--lr",
+            "--batch-size": "--global-batch-size", "--learning-rate": "--lr", "--output-dir": "--results-dir",
+            "--data-dir": "--data-path", "--checkpoint": "--ckpt", "--model": "--preset",
+            "--seed": "--global-seed", "--cfg": "--cfg-scale", "--amp": "--mixed-precision"}
 
 
 def bounded(kind, low, high=math.inf):
@@ -94,8 +124,8 @@ def bounded(kind, low, high=math.inf):
     return parse
 
 
-positive_int = bounded(int, 1)
-non_negative_int = bounded(int, 0)
+positive_int = bounded(int, 1, 2 ** 31 - 1)
+non_negative_int = bounded(int, 0, 2 ** 31 - 1)
 non_negative_float = bounded(float, 0.0)
 fraction = bounded(float, 0.0, 1.0)
 
@@ -304,6 +334,9 @@ def atomic(path):
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except RuntimeError as error:                          # so torch.save tells of a full disk
+        require(shutil.disk_usage(path.parent).free > 1 << 20, f"no space left to write {path}; free some")
+        raise error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -315,14 +348,45 @@ def write_json(path, value):
             temporary.write_text(json.dumps(value, indent=2) + "\n")
 
 
+def read_json(path):
+    """The dict in a JSON file. Raises `UserError` that names the file if it holds anything else."""
+    try:
+        value = json.loads(pathlib.Path(path).read_text())
+    except ValueError:
+        value = None
+    require(isinstance(value, dict), f"{path} is damaged or was not written by this project; remove it")
+    return value
+
+
+def lock(results_dir):
+    """Let nobody else write to `results_dir` as long as the value returned lives; a kill frees it, too.
+
+    Removes what a kill in the middle of a save has left there. Rank 0 holds the lock.
+    """
+    if not is_main():
+        return None
+    folder = pathlib.Path(results_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / ".lock", "w")
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another run writes to {folder}; stop it, or use another --results-dir") from None
+    for temporary in folder.glob(".step-*.pt"):
+        temporary.unlink()
+    return file
+
+
 def save_checkpoint(results_dir, step, checkpoint, keep=3):
     """Write step-STEP.pt on rank 0 and remove all but the newest `keep` of the run. A collective."""
     if is_main():
         path = pathlib.Path(results_dir) / f"step-{step:08d}.pt"         # names that sort by age
         with atomic(path) as temporary:
             torch.save(checkpoint, temporary)
-        for path in list_checkpoints(results_dir)[:-keep]:
-            path.unlink(missing_ok=True)
+        for old in list_checkpoints(results_dir)[:-keep]:
+            if old != path:
+                old.unlink(missing_ok=True)
     barrier()
 
 
@@ -338,17 +402,17 @@ def latest_checkpoint(results_dir, what="checkpoint"):
     return paths[-1]
 
 
-def resume_path(args):
-    """The checkpoint to continue, or None. Without --resume a folder that holds a run is left alone."""
+def resumable(args):
+    """The checkpoints that --resume may continue, best first. Without it, no run is written over."""
     existing = list_checkpoints(args.results_dir)
     if args.resume == "latest":
         if not existing:
             print_main(f"--resume: no checkpoint in {args.results_dir} yet, starting from scratch")
-        return existing[-1] if existing else None
+        return existing[::-1]
     require(args.resume or not existing, f"{args.results_dir} already holds a run up to "
                                          f"{existing and existing[-1]}; continue it with --resume, or "
                                          f"choose another --results-dir")
-    return args.resume
+    return [args.resume] if args.resume else []
 
 
 def check_same(saved, current, what, names=None):
@@ -357,11 +421,6 @@ def check_same(saved, current, what, names=None):
                  for name in sorted(names or saved.keys() | current.keys())
                  if saved.get(name) != current.get(name)]
     require(not differing, f"{what} differs ({'; '.join(differing)})")
-
-
-def default_weights_dir():
-    """Where downloaded weights are kept: $OPEN_MAGVIT2_WEIGHTS, or ~/.cache/open-magvit2."""
-    return os.environ.get("OPEN_MAGVIT2_WEIGHTS") or str(pathlib.Path.home() / ".cache" / "open-magvit2")
 
 
 def sha256_of(path):
@@ -373,13 +432,15 @@ def sha256_of(path):
     return digest.hexdigest()
 
 
-def fetch(url, weights_dir, sha256=None):
+def fetch(url, weights_dir=None, sha256=None):
     """Path of the file behind `url` in `weights_dir`, downloaded on first use, with a progress bar.
 
+    weights_dir: not given, $OPEN_MAGVIT2_WEIGHTS, and if that is not set ~/.cache/open-magvit2.
     `sha256` (or its first digits) is checked as the file arrives. $HF_ENDPOINT names a mirror of
     huggingface.co. Raises `UserError` without a connection, or where the content is not what was published.
     """
-    path = pathlib.Path(weights_dir).expanduser() / url.rsplit("/", 1)[1]
+    folder = weights_dir or os.environ.get("OPEN_MAGVIT2_WEIGHTS") or "~/.cache/open-magvit2"
+    path = pathlib.Path(os.path.expanduser(folder)) / url.rsplit("/", 1)[1]
     url = url.replace("https://huggingface.co", os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
     for turn in (0, 1):                                     # rank 0 downloads, then the others find the file
         if is_main() == (turn == 0) and not path.exists():
@@ -437,17 +498,16 @@ def micro_batch(ddp, micro, args):
         yield
 
 
-def report_skipped(skipped, logs, results_dir):
-    """Say why the last of the steps `skipped` was; raise `UserError` after ten in a row.
+def report_skipped(step, in_a_row, logs, results_dir):
+    """Say why `step` was skipped; raise `UserError` after ten in a row.
 
     logs: dicts of scalars of that step, of which the first that is not finite is to blame.
     """
-    step = skipped[-1]
     guilty = next(name for values in logs for name in values if not values[name].isfinite())
     print_main(f"step {step}: {guilty} is not finite, step skipped")
-    require(skipped[-10:] != list(range(step - 9, step + 1)),
-            f"{guilty} was not finite in 10 steps in a row; the checkpoints in {results_dir} are sound; try "
-            f"a smaller --lr, or --mixed-precision bf16 or fp32")
+    require(in_a_row < 10, f"{guilty} was not finite in 10 steps in a row; weights may have grown too large "
+                           f"before step {step - 9}: --resume an earlier checkpoint in {results_dir}, with a "
+                           f"smaller --lr, or without --mixed-precision fp16 if that is on")
 
 
 class Meters:
@@ -497,7 +557,11 @@ class Logger:
         if not is_main():
             return
         lines = self.path.read_text().splitlines() if self.path.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= start_step]
+        kept = []
+        for line in lines:                                 # a kill may have torn the last one
+            with contextlib.suppress(ValueError, TypeError, KeyError):
+                if json.loads(line)["step"] <= start_step:
+                    kept.append(line)
         with atomic(self.path) as temporary:
             temporary.write_text("".join(line + "\n" for line in kept))
         with contextlib.suppress(ImportError):

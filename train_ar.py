@@ -162,6 +162,7 @@ def get_args(argv=None):
     group.add_argument("--image-size", type=count, help="side of the crops (the tokenizer's resolution)")
     group.add_argument("--resize", type=count, help="shorter side before the crop (--image-size)")
     group.add_argument("--frames", type=count, help="of a clip (the tokenizer's)")
+    group.add_argument("--init-from", help="start from this AR model, a file or a published name as AR-B")
     group.add_argument("--unconditional", action="store_true", help="ignore the classes of the data set")
     group.add_argument("--tokens", help="file for stored tokens (tokens.bin in --results-dir)")
     crops = group.add_mutually_exclusive_group()
@@ -241,7 +242,36 @@ def prepare(args):
     return tokenizer, made_with, dataset, held_out, config
 
 
+def start_from(path, model, classes, made_with):
+    """Give `model` the weights of any AR model, ours or published, as far as they fit.
+
+    Classes of equal names keep their row of the table. Other sub-tokens start with new embeddings and heads;
+    another grid has another rotary table, which is no weight.
+    """
+    source, _, info = checkpoints.load_ar(path)
+    state = source.state_dict()
+    known = info["classes"] or []
+    if known != classes and (known or source.config.num_classes != len(classes)):
+        table = model.class_embedding.weight.detach().clone()
+        old = state["class_embedding.weight"]
+        for label, name in enumerate(classes):
+            if name in known:
+                table[label] = old[known.index(name)]
+        table[-1] = old[-1]                                              # of "no class"
+        state["class_embedding.weight"] = table
+        runtime.print_main(f"start    {len(set(classes) & set(known))} of {len(classes)} classes are known")
+    if (info["tokenizer"] or {}).get("sha256") != made_with["sha256"]:
+        runtime.print_main("start    these are tokens of another tokenizer: their meaning is learned anew")
+    what = f"the {info['weights']} weights of {path} ({info['preset']})"
+    checkpoints.load_partly(model, state, ("token_embeddings.", "heads."), what)
+
+
 # ---- 3. The training loop ----------------------------------------------------------------------------------
+
+# Flags that a resumed run cannot change.
+MUST_STAY = ("global_batch_size", "global_seed", "mixed_precision", "online", "ten_crop", "flip",
+             "token_precision", "weight_decay", "ema_decay")
+
 
 def main(args):
     """Train an AR model as `args` (from `get_args`) say."""
@@ -251,10 +281,34 @@ def main(args):
     length, warmup = print_plan(args, config, made_with, dataset, held_out)
     if args.dry_run:
         return
-    record = {"name": dataset.name, "length": len(dataset),
+    # ---- everything that the loop changes, and that a checkpoint must therefore hold ----
+    torch.manual_seed(args.global_seed)                                  # equal initial weights on every rank
+    with device:
+        model = ar_model.ARModel(config)
+    if args.init_from and not runtime.list_checkpoints(args.results_dir):
+        start_from(args.init_from, model, classes, made_with)
+    model.checkpointing = args.activation_checkpointing
+    # One group of parameters: the published schedule lets all of them decay, even the scales of the norms.
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), fused=device.type == "cuda",
+                                  weight_decay=args.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.mixed_precision == "fp16")
+    state = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    shown = model                                                        # what is validated and drawn with
+    if args.ema_decay:
+        shown = state["ema"] = copy.deepcopy(model).requires_grad_(False)
+    step = 0
+    skipped = 0                                                          # steps that were not finite
+    seed = np.random.default_rng((args.global_seed, runtime.rank())).integers(2 ** 63)
+    torch.manual_seed(int(seed))                                         # for dropout, a rank's own
+    record = {"length": len(dataset),
               "fingerprint": runtime.on_main(data.fingerprint, dataset, range(len(dataset)))}
-    saved = read_run(args, config, made_with, record)                    # None for a new run
-    step = saved["step"] if saved else 0
+    saved = checkpoints.resume(args, state, MUST_STAY, config=dataclasses.asdict(config), dataset=record,
+                               tokenizer={"sha256": made_with["sha256"]})
+    if saved:                                                            # `state` is restored already
+        with checkpoints.guard(f"--resume {args.resume}"):
+            step = saved["step"]
+            skipped = saved["skipped"]
+    lock = runtime.lock(args.results_dir)                                # held until `main` ends
     # With the tokenizer inside, a checkpoint alone is enough to draw images, as the published files are.
     first_stage = {"format": checkpoints.format_of(tokenizer), "config": dataclasses.asdict(tokenizer.config),
                    "model": tokenizer.state_dict()}                      # stays on the CPU
@@ -268,26 +322,6 @@ def main(args):
     # The order of the data is a function of (seed, step), so the loader has no state to be saved.
     loader = data.train_loader(dataset, args.global_batch_size, args.global_seed, step, args.accumulation,
                                args.num_workers if args.online else 0)
-
-    # ---- everything that the loop changes, and that a checkpoint must therefore hold ----
-    torch.manual_seed(args.global_seed)                                  # equal initial weights on every rank
-    with device:
-        model = ar_model.ARModel(config)
-    model.checkpointing = args.activation_checkpointing
-    # One group of parameters: the published schedule lets all of them decay, even the scales of the norms.
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), fused=device.type == "cuda",
-                                  weight_decay=args.weight_decay)
-    scaler = torch.amp.GradScaler(device.type, enabled=args.mixed_precision == "fp16")
-    state = {"model": model, "optimizer": optimizer, "scaler": scaler}
-    shown = model                                                        # what is validated and drawn with
-    if args.ema_decay:
-        shown = state["ema"] = copy.deepcopy(model).requires_grad_(False)
-    skipped = []                                                         # steps that were not finite
-    seed = np.random.default_rng((args.global_seed, runtime.rank())).integers(2 ** 63)
-    torch.manual_seed(int(seed))                                         # for dropout, a rank's own
-    if saved:
-        checkpoints.restore(state, saved, args.resume)                   # and the random generators
-        skipped = saved["skipped"]
     if args.compile:
         # Block by block: one small graph serves all layers, while the whole model would compile for minutes.
         for block in [*model.inter_blocks, *model.intra_blocks]:
@@ -295,6 +329,7 @@ def main(args):
     ddp_model = runtime.distributed(model, device)
     logger = runtime.Logger(args.results_dir, length, step)
     meters = runtime.Meters()                                            # means since the last log line
+    in_a_row = 0                                                         # steps skipped just now
     stop = runtime.StopRequest()
 
     while step < length and not stop.agreed:
@@ -331,20 +366,22 @@ def main(args):
         # ---- the EMA follows; a step that was not finite has changed no weight ----
         step += 1
         if finite:
+            in_a_row = 0
             meters.update(*logs)
             if args.ema_decay:
                 decay = min(args.ema_decay, step / (step + 9))           # follows faster in the first steps
                 now = [p.detach() for p in model.parameters()]           # or the EMA would grow a graph
                 torch._foreach_lerp_(list(shown.parameters()), now, 1 - decay)
         else:
-            skipped.append(step)
-            runtime.report_skipped(skipped, logs, args.results_dir)      # stops after ten in a row
+            skipped += 1
+            in_a_row += 1
+            runtime.report_skipped(step, in_a_row, logs, args.results_dir)   # stops after ten in a row
 
         # ---- logs and checkpoints. A checkpoint's step is always logged, so that no mean is cut in two ----
-        saving = step % args.checkpoint_every == 0 or step == length or stop.requested()
+        saving = finite and step % args.checkpoint_every == 0 or step == length or stop.requested()
         if saving or step % args.log_every == 0:
             log = in_units(meters.pop(args.global_batch_size), config, args)
-            logger.log(step, {**log, "lr": lr, "skipped_steps": len(skipped)}, SHOWN)
+            logger.log(step, {**log, "lr": lr, "skipped_steps": skipped}, SHOWN)
         if step % args.val_every == 0 or step == length:
             shown.eval()                                                 # no dropout
             if held_out:
@@ -360,27 +397,7 @@ def main(args):
                 **{name: part.state_dict() for name, part in state.items()},
                 "skipped": skipped, "rng": runtime.rng_states(), "classes": classes, "tokenizer": made_with,
                 "dataset": record, "first_stage": first_stage, "args": vars(args)})
-
-
-def read_run(args, config, made_with, record):
-    """The checkpoint that --resume continues, or None. Raises `UserError` that names what differs unless it
-    is one of this model, tokenizer, data and order."""
-    path = runtime.resume_path(args)
-    if path is None:
-        return None
-    args.resume = str(path)
-    saved = checkpoints.read(path)
-    flags = ("global_batch_size", "global_seed", "mixed_precision", "online", "ten_crop", "flip",
-             "token_precision", "weight_decay", "ema_decay")
-    with checkpoints.guard(path):
-        runtime.require(saved.get("format") == checkpoints.AR and "optimizer" in saved,
-                        f"--resume {path}: not a training checkpoint of this script")
-        what = f"--resume {path} (tokens by {saved['tokenizer']['path']}, here by {made_with['path']}):"
-        runtime.check_same(saved["args"], vars(args), f"{what} a flag that must stay as it was", flags)
-        runtime.check_same(saved["config"], dataclasses.asdict(config), f"{what} the model")
-        runtime.check_same(saved["tokenizer"], made_with, f"{what} the tokenizer", ["sha256"])
-        runtime.check_same(saved["dataset"], record, f"{what} the data set", ["length", "fingerprint"])
-    return saved
+    return stop.agreed                                                   # 0, or the signal
 
 
 # ---- 4. What it reports ------------------------------------------------------------------------------------

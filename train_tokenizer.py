@@ -4,7 +4,8 @@
     python train_tokenizer.py --data-path photos --image-size 64 --bits 14
     torchrun --nproc-per-node=8 train_tokenizer.py --preset in1k-256 --data-path imagenet --num-workers 8 \\
         --mixed-precision bf16 --channels-last --compile --resume        # the published recipe
-    python train_tokenizer.py --preset toy-video --inflate-from runs/tokenizer/step-00001200.pt     # clips
+    python train_tokenizer.py --init-from in1k-256 --preset in1k-256 --data-path photos    # fine-tuning
+    python train_tokenizer.py --preset toy-video --init-from runs/video_start/step-00001200.pt     # clips
 
 The objective (section 3.2 of the paper, figures from the published settings) is a sum of
 
@@ -205,8 +206,9 @@ def get_args(argv=None):
     group.add_argument("--resize", type=count, help="shorter side before the crop, for small crops of large "
                                                     "images (--image-size)")
     group.add_argument("--flip", action="store_true", help="mirror half of the samples (published: no)")
-    group.add_argument("--inflate-from", help="start a tokenizer of clips from this one of images, ours or "
-                                              "published, of the same channels, levels and blocks")
+    group.add_argument("--init-from", help="start from this tokenizer, ours or published, and its "
+                                           "discriminator; one of images is inflated for clips")
+    group.add_argument("--freeze", choices=("encoder",), help="train the decoder alone: the codes stay")
     group.add_argument("--results-dir", help="for checkpoints, logs and images")
 
     runtime.add_config_flags(parser.add_argument_group("model"), TOKENIZER_PRESETS[preset])
@@ -228,8 +230,7 @@ def get_args(argv=None):
     group.add_argument("--entropy-anneal-steps", type=count0, default=0,
                        help="steps in which --entropy-weight falls from three times itself (MAGVIT-v2)")
     group.add_argument("--commitment-weight", type=weight, help="pull of z towards its code")
-    group.add_argument("--weights-dir", default=runtime.default_weights_dir(), help="where VGG's weights are")
-    group.add_argument("--lpips-checkpoint", help="take VGG's weights out of this published tokenizer")
+    group.add_argument("--weights-dir", help="where VGG's weights are (~/.cache/open-magvit2)")
 
     group = parser.add_argument_group("optimisation")
     group.add_argument("--length", type=runtime.duration, help="steps, or epochs as in 270ep")
@@ -272,13 +273,6 @@ def build_networks(args, device):
     config = runtime.config_from_args(TOKENIZER_PRESETS[args.preset], args)
     clips = args.preset in video.PRESETS
     model = video.VideoTokenizer(config) if clips else tokenizer.Tokenizer(config)
-    runtime.require(clips or not args.inflate_from, "--inflate-from starts a tokenizer of clips; add "
-                                                    f"--preset {' or '.join(video.PRESETS)}")
-    if args.inflate_from and not runtime.list_checkpoints(args.results_dir):
-        image_tokenizer, info = checkpoints.load_tokenizer(args.inflate_from)
-        inflated = video.inflate(image_tokenizer.state_dict(), model)
-        checkpoints.load_state(model, inflated, f"{args.inflate_from}, inflated,")
-        runtime.print_main(f"inflated the {info['weights']} weights of {args.inflate_from}")
     discriminator = None
     if args.gan_weight > 0:
         discriminator = DISCRIMINATORS[args.discriminator]()
@@ -289,13 +283,17 @@ def build_networks(args, device):
                         f"--image-size {config.resolution} is too small for --discriminator "
                         f"{args.discriminator}, which needs {discriminator.smallest}; use --discriminator "
                         f"blurpool or --gan-weight 0")
+    if args.init_from and not runtime.list_checkpoints(args.results_dir):
+        start_from(args.init_from, model, discriminator)
+    if args.freeze:                                                      # EMA and codes then stay, too
+        model.encoder.requires_grad_(False)
+        model.quantizer.requires_grad_(False)
     perceptual = None
     if args.perceptual_weight > 0 and not args.dry_run:
         try:
-            perceptual = checkpoints.load_lpips("vgg", args.weights_dir, args.lpips_checkpoint)
+            perceptual, _ = checkpoints.load_network("lpips-vgg", args.weights_dir)
         except runtime.UserError as error:
-            raise runtime.UserError(f"no perceptual loss: {error}; or take it out of a published tokenizer "
-                                    f"with --lpips-checkpoint, or train without it: --perceptual-weight 0")
+            raise runtime.UserError(f"no perceptual loss: {error}; or train without: --perceptual-weight 0")
     model.encoder.checkpointing = args.activation_checkpointing
     model.decoder.checkpointing = args.activation_checkpointing
     layout = torch.preserve_format
@@ -312,6 +310,27 @@ def build_networks(args, device):
         # The adaptive weight takes gradients twice: the first time must not free the graph's buffers.
         torch._functorch.config.donated_buffer = not args.adaptive_gan_weight
     return model, discriminator, perceptual
+
+
+def start_from(path, model, discriminator):
+    """Give both networks the weights of any tokenizer, ours or published, as far as they fit.
+
+    A tokenizer of clips takes one of images, inflated. Other codes need other layers around them.
+    """
+    source, info = checkpoints.load_tokenizer(path)
+    state = source.state_dict()
+    what = f"the {info['weights']} weights of {path} ({info['preset']})"
+    if isinstance(model, video.VideoTokenizer) and not isinstance(source, video.VideoTokenizer):
+        state = video.inflate(state, model)
+        what += ", inflated"
+    around_codes = ("quantizer.", "encoder.conv_out.", "decoder.conv_in.", "decoder.adaptive.")
+    checkpoints.load_partly(model, state, around_codes, what)
+    if discriminator:
+        critic = checkpoints.discriminator_in(path)
+        fits = not checkpoints.differences(discriminator.state_dict(), critic)
+        if fits:
+            discriminator.load_state_dict(critic)
+        runtime.print_main(f"         the discriminator {'of that file' if fits else 'starts anew'}")
 
 
 def build_datasets(args):
@@ -333,16 +352,16 @@ def adam(network, args):
 
 # ---- 4. The training loop ----------------------------------------------------------------------------------
 
+# Flags that a resumed run cannot change.
+MUST_STAY = ("global_batch_size", "global_seed", "discriminator", "mixed_precision", "freeze")
+
+
 def main(args):
     """Train a tokenizer as `args` (from `get_args`) say."""
     device = runtime.setup_process_group(args.device)
     torch.manual_seed(args.global_seed)                                  # equal initial weights on every rank
     dataset, held_out = build_datasets(args)                             # a wrong path costs no download
     model, discriminator, perceptual = build_networks(args, device)
-    saved = read_run(args, model, dataset)                               # None for a new run
-    step = saved["step"] if saved else 0
-    loader = data.train_loader(dataset, args.global_batch_size, args.global_seed, step, args.accumulation,
-                               args.num_workers)
     length, schedule = print_plan(args, model, discriminator, dataset)
     if args.dry_run:
         return
@@ -357,15 +376,24 @@ def main(args):
         disc_optimizer = adam(discriminator, args)
         state.update(discriminator=discriminator, disc_optimizer=disc_optimizer)
         ddp_discriminator = runtime.distributed(discriminator, device)
+    step = 0
     lecam = torch.zeros(2, device=device)                                # EMAs of the real and fake logits
-    skipped = []                                                         # steps that were not finite
-    if saved:
-        checkpoints.restore(state, saved, args.resume)                   # and the random generators
-        lecam = saved["lecam"].to(device)
-        skipped = saved["skipped"]
+    skipped = 0                                                          # steps that were not finite
+    records = {"config": dataclasses.asdict(model.config), "dataset": {"length": len(dataset)}}
+    saved = checkpoints.resume(args, state, MUST_STAY, **records)
+    if saved:                                                            # `state` is restored already
+        with checkpoints.guard(f"--resume {args.resume}"):
+            step = saved["step"]
+            lecam = saved["lecam"].to(device)
+            skipped = saved["skipped"]
+    # The order of the data is a function of (seed, step), so the loader has no state to be saved.
+    loader = data.train_loader(dataset, args.global_batch_size, args.global_seed, step, args.accumulation,
+                               args.num_workers)
+    lock = runtime.lock(args.results_dir)                                # held until `main` ends
     usage = torch.zeros(model.quantizer.vocabulary, dtype=torch.long, device=device)     # of each code
     logger = runtime.Logger(args.results_dir, length, step)
     meters = runtime.Meters()                                            # means since the last log line
+    in_a_row = 0                                                         # steps skipped just now
     stop = runtime.StopRequest()
     while step < length and not stop.agreed:
         lr = args.lr * runtime.learning_rate_factor(step, length, **schedule)   # of both networks
@@ -432,27 +460,28 @@ def main(args):
         # ---- the EMA follows, detached from the graph; a step that was not finite has changed no weight ----
         step += 1
         if finite:
+            in_a_row = 0
             meters.update(*logs)                                         # a skipped step spoils no mean
             decay = min(args.ema_decay, step / (step + 9)) if args.ema_warmup else args.ema_decay
             torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in model.parameters()], 1 - decay)
         else:
-            skipped.append(step)
-            runtime.report_skipped(skipped, logs, args.results_dir)      # stops after ten in a row
+            skipped += 1
+            in_a_row += 1
+            runtime.report_skipped(step, in_a_row, logs, args.results_dir)   # stops after ten in a row
         # ---- logs and checkpoints. A checkpoint's step is always logged, so that no mean is cut in two ----
-        saving = step % args.checkpoint_every == 0 or step == length or stop.requested()
+        saving = finite and step % args.checkpoint_every == 0 or step == length or stop.requested()
         if saving or step % args.log_every == 0:
             log = {**meters.pop(args.global_batch_size), **usage_report(usage, model.quantizer),
-                   "lr": lr, "skipped_steps": len(skipped)}
+                   "lr": lr, "skipped_steps": skipped}
             if saving:
                 log["grid_psnr"] = preview(ema, held_out, step, args)    # of the same samples always
             logger.log(step, log, SHOWN)
         if saving:
             runtime.save_checkpoint(args.results_dir, step, {
                 "format": checkpoints.format_of(model), "preset": args.preset, "step": step,
-                "config": dataclasses.asdict(model.config),
-                **{name: part.state_dict() for name, part in state.items()},
-                "lecam": lecam, "skipped": skipped, "rng": runtime.rng_states(),
-                "dataset": {"name": dataset.name, "length": len(dataset)}, "args": vars(args)})
+                **{name: part.state_dict() for name, part in state.items()}, **records, "lecam": lecam,
+                "skipped": skipped, "rng": runtime.rng_states(), "args": vars(args)})
+    return stop.agreed                                                   # 0, or the signal
 
 
 def loss_weights(terms, args, step, last_weight):
@@ -503,32 +532,6 @@ def print_plan(args, model, discriminator, dataset):
         ("results", args.results_dir))
     return length, {"warmup": warmup, "schedule": args.lr_schedule, "final": args.final_lr,
                     "milestones": milestones}
-
-
-def read_run(args, model, dataset):
-    """The checkpoint that --resume names, None for a new run.
-
-    Raises `UserError` unless it belongs to this model, data and order of samples.
-    """
-    path = runtime.resume_path(args)
-    if path is None:
-        return None
-    args.resume = str(path)
-    saved = checkpoints.read(path)
-    with checkpoints.guard(path):
-        lacks = {"model", "optimizer", "lecam", "skipped", "rng"} - saved.keys()
-        runtime.require(saved.get("format") == checkpoints.format_of(model) and not lacks,
-                        f"--resume {path}: not a training checkpoint of this script and preset "
-                        f"{', '.join(sorted(lacks))}")
-        runtime.check_same(saved["config"], dataclasses.asdict(model.config), f"--resume {path}: the model")
-        runtime.check_same(saved["dataset"], {"length": len(dataset)}, f"--resume {path}: the data set",
-                           ["length"])
-        runtime.check_same(saved["args"], vars(args), f"--resume {path}: a flag that must stay as it was",
-                           ["global_batch_size", "global_seed", "discriminator", "mixed_precision"])
-        runtime.require(("discriminator" in saved) == (args.gan_weight > 0), f"--resume {path}: --gan-weight "
-                        f"cannot be switched on or off in the middle of a run")
-    runtime.print_main(f"resuming {path} at step {saved['step']}")
-    return saved
 
 
 @torch.no_grad()

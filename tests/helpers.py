@@ -45,6 +45,14 @@ def fill_module(module, prefix, official=lambda name: name):
     return module.eval()
 
 
+def published_ar_name(name):
+    """What the published files call our parameter `name` of a transformer."""
+    for theirs, ours in checkpoints.AR_NAMES.items():
+        if name.startswith(ours):
+            name = theirs + name.removeprefix(ours)
+    return f"transformer.{name}"
+
+
 def golden(name):
     """The arrays of tests/golden/`name`.npz as a dict of torch tensors."""
     with np.load(GOLDEN / f"{name}.npz") as file:

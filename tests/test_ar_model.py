@@ -13,7 +13,7 @@ import ar_model
 import checkpoints
 import sample as fast_sampler
 from ar_model import ARConfig, ARModel, sample, sampling_settings
-from helpers import fill_module, golden
+from helpers import fill_module, golden, published_ar_name
 
 GOLDEN_CONFIG = ARConfig(width=64, heads=2, inter_blocks=2, intra_blocks=2, grid=(4, 4), num_classes=10)
 
@@ -37,7 +37,7 @@ def small_config(**changes):
 
 def build(config):
     """A model with weights that make its predictions depend on everything (fresh heads are zero)."""
-    return fill_module(ARModel(config), "", checkpoints.published_ar_name)
+    return fill_module(ARModel(config), "", published_ar_name)
 
 
 def random_tokens(config, batch, seed=0):

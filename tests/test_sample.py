@@ -18,7 +18,7 @@ import sample
 import tokenizer as tok
 import video
 from ar_model import ARModel, sampling_settings
-from helpers import call
+from helpers import call, published_ar_name
 from sample import How, Sampler, image_noise
 from test_ar_model import build, equal, random_tokens, shape, small_config          # noqa: F401, a fixture
 
@@ -181,7 +181,7 @@ def save(folder, clips=False, seed=0, classes=("ant", "bee", "cat"), bits=(3, 3)
                 "tokenizer": record, "first_stage": first_stage, "args": {}}, paths[0])
     torch.save(first_stage, paths[1])
     published = ARModel(ar_model.PRESETS["toy"]).state_dict()
-    torch.save({"state_dict": {checkpoints.published_ar_name(name): tensor for name, tensor in
+    torch.save({"state_dict": {published_ar_name(name): tensor for name, tensor in
                                published.items()}, "global_step": 3}, paths[2])
     return paths
 

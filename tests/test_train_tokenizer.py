@@ -11,7 +11,7 @@ import pictures
 import runtime
 import tokenizer
 import train_tokenizer as stage1
-from helpers import call, fill_module, golden, logged, newest, run_script
+from helpers import assert_same, call, fill_module, golden, logged, newest, run_script
 
 # A model so small that a step takes milliseconds, with every term of the objective switched on.
 TINY = ["--blocks", 1, "--image-size", 16, "--bits", 6]
@@ -130,12 +130,37 @@ def test_without_the_entropy_term_the_codebook_collapses(tmp_path):
 def test_inflated_training_starts_from_the_image_tokenizer(tmp_path):
     train(tmp_path / "images", *TINY, "--channel-multipliers", 1, 1, 2, "--length", 1)
     start = runtime.latest_checkpoint(tmp_path / "images")
-    train(tmp_path / "clips", *CLIPS, "--inflate-from", start, "--length", 1, "--lr", 0)
+    train(tmp_path / "clips", *CLIPS, "--init-from", start, "--length", 1, "--lr", 0)
     images, clips = newest(tmp_path / "images")["ema"], newest(tmp_path / "clips")["model"]
     name = "encoder.conv_in.weight"
     assert torch.equal(clips[name][:, :, -1], images[name]) and not clips[name][:, :, :-1].any()
     model, info = checkpoints.load_tokenizer(runtime.latest_checkpoint(tmp_path / "clips"))
     assert model.encode(torch.zeros(1, 3, 5, 16, 16)).shape == (1, 2, 2, 2) and info["preset"] == "custom"
+
+
+def test_fine_tuning_starts_with_both_networks_of_a_file(tmp_path, capsys):
+    train(tmp_path / "a", *EVERYTHING, "--length", 2)
+    start = runtime.latest_checkpoint(tmp_path / "a")
+    train(tmp_path / "b", *EVERYTHING, "--init-from", start, "--length", 1, "--lr", 0)
+    before, after = newest(tmp_path / "a"), newest(tmp_path / "b")
+    assert_same(dict(before["ema"]), dict(after["model"]))
+    assert_same(dict(before["discriminator"]), dict(after["discriminator"]))
+    assert after["step"] == 1 and "anew: nothing" in capsys.readouterr().out
+    train(tmp_path / "c", *EVERYTHING, "--init-from", start, "--length", 1, "--bits", 5, "--gan-weight", 0)
+    said = capsys.readouterr().out
+    assert all(name in said for name in ("encoder.conv_out", "decoder.conv_in", "decoder.adaptive.0.beta"))
+    with pytest.raises(runtime.UserError, match="wrong shapes: .*expected"):
+        train(tmp_path / "d", *EVERYTHING, "--init-from", start, "--channels", 64)
+
+
+def test_a_frozen_encoder_leaves_every_code_as_it_was(tmp_path):
+    train(tmp_path / "a", *EVERYTHING, "--length", 2)
+    start = runtime.latest_checkpoint(tmp_path / "a")
+    train(tmp_path / "b", *EVERYTHING, "--init-from", start, "--freeze", "encoder", "--length", 3)
+    old, new = [checkpoints.load_tokenizer(runtime.latest_checkpoint(tmp_path / name))[0] for name in "ab"]
+    x = torch.rand(4, 3, 16, 16) * 2 - 1
+    ids = old.encode(x)
+    assert torch.equal(ids, new.encode(x)) and not torch.equal(old.decode(ids), new.decode(ids))
 
 
 # ---- flags and mistakes -----------------------------------------------------------------------------------
@@ -193,10 +218,10 @@ def test_steps_that_are_not_finite_are_skipped(tmp_path, monkeypatch, broken_ste
         assert len(calls) == 11
     else:
         train(tmp_path, *flags)
-        assert newest(tmp_path)["skipped"] == [2, 3] and logged(tmp_path)[5]["skipped_steps"] == 2
+        assert newest(tmp_path)["skipped"] == 2 and logged(tmp_path)[5]["skipped_steps"] == 2
         assert all(t.isfinite().all() for t in newest(tmp_path)["model"].values())
-        before, after = [checkpoints.read(tmp_path / f"step-0000000{n}.pt") for n in (3, 4)]
-        assert before["optimizer"]["state"][0]["step"] == 1 and after["optimizer"]["state"][0]["step"] == 2
+        steps = [checkpoints.read(path)["optimizer"]["state"][0]["step"] for path in runtime.list_checkpoints(tmp_path)]
+        assert steps == [1, 2, 3]                                          # none was saved while steps were skipped
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
@@ -213,11 +238,10 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
     (["--global-batch-size", 100000], "--global-batch-size"),
     (["--image-size", 30], "30"), (["--channels", 40], "channels 40"), (["--length", "ten"], "--length"),
     (["--perceptual-weight", 1, "--weights-dir", "/dev/null/x"], "--perceptual-weight 0"),
-    (["--perceptual-weight", 1, "--lpips-checkpoint", "/no/such.ckpt"], "/no/such.ckpt"),
     (["--resume", "/no/such.pt"], "/no/such.pt"), (["--tau", 0], "tau"),
     (["--gan-weight", 1, "--image-size", 16], "--discriminator blurpool"),
     (["--gan-weight", 1, "--discriminator", "patchgan-3d"], "patchgan-3d"),
-    (["--inflate-from", "x.pt"], "toy-video"), (["--split-list", "x.txt"], "--val-split-list"),
+    (["--init-from", "/no/such.pt"], "/no/such.pt"), (["--split-list", "x.txt"], "--val-split-list"),
     (["--preset", "toy-video", "--frames", 6], "frames 6"), (["--nonsense"], "--nonsense")])
 def test_mistakes_name_the_flag(tmp_path, capsys, flags, message):
     with pytest.raises((ValueError, SystemExit)) as caught:
