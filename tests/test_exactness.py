@@ -1,4 +1,6 @@
 """Runs are exact: over ranks, over kill -9, over any share of the work. One launcher, all scripts."""
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -66,7 +68,8 @@ def assert_resumes_exactly(script, folder, flags, ranks):
 
 
 @pytest.mark.parametrize("flags, ranks", [
-    (IMAGES, 1), ([*IMAGES, "--num-workers", 1, "--mixed-precision", "bf16"], 2), (CLIPS, 1)],
+    (IMAGES, 1), ([*IMAGES, "--image-size", 8, "--num-workers", 1, "--mixed-precision", "bf16"], 2),
+    (CLIPS, 1)],
     ids=["gan", "two-ranks-bf16-workers", "clips"])
 def test_tokenizer_resumes_bit_for_bit_after_kill(tmp_path, flags, ranks, folder_of_images):
     if flags[0] != "--preset":
@@ -80,6 +83,26 @@ def test_tokenizer_resumes_bit_for_bit_after_kill(tmp_path, flags, ranks, folder
 def test_transformer_resumes_bit_for_bit_after_kill(tmp_path, flags, ranks, tokenizer_path):
     flags = [*AR, "--tokenizer", tokenizer_path, *flags, "--val-every", 4]
     assert_resumes_exactly("train_ar.py", tmp_path, flags, ranks)
+
+
+@pytest.mark.parametrize("script, number, flags, ranks", [
+    ("train_tokenizer.py", signal.SIGTERM, IMAGES, 1), ("train_ar.py", signal.SIGTERM, AR, 2),
+    ("train_tokenizer.py", signal.SIGINT, [*TINY, "--global-batch-size", 4, "--num-workers", 1], 1)],
+    ids=["tokenizer", "transformer", "ctrl-c-with-workers"])
+def test_a_signal_saves_and_a_resumed_run_is_whole(tmp_path, tokenizer_path, script, number, flags, ranks):
+    flags = [*flags, "--log-every", 1, "--length", 20]
+    if script == "train_ar.py":
+        flags += ["--tokenizer", tokenizer_path]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    run_script(script, "--results-dir", whole, *flags, ranks=ranks)
+    log = stopped / "metrics.jsonl"
+    done = kill_when(script, "--results-dir", stopped, *flags, ranks=ranks, number=number,
+                     until=lambda: log.exists() and log.read_text())
+    assert done.returncode == 128 + number and f"stopped by signal {number}" in done.stdout, done
+    assert "Traceback" not in done.stderr and newest(stopped)["step"] < 20
+    run_script(script, "--results-dir", stopped, *flags, "--resume", ranks=ranks)
+    assert_same(newest(whole), newest(stopped))
+    assert logged(whole).keys() == logged(stopped).keys()
 
 
 # ---- training: two ranks are one with the double batch ----------------------------------------------------
