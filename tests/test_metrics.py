@@ -99,7 +99,7 @@ def test_usage_and_perplexity_of_known_distributions():
 
 
 # Networks ---------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("net", ["vgg", "alex"])
+@pytest.mark.parametrize("net", [pytest.param("vgg", marks=pytest.mark.slow), "alex"])
 def test_lpips_is_the_lpips_package_with_its_heads(net):
     torch.manual_seed(0)
     theirs = lpips.LPIPS(net=net, pnet_rand=True, verbose=False).eval()          # random trunk, real heads
@@ -176,6 +176,7 @@ def test_i3d_computes_what_an_independent_port_computed(eps, same):    # cd-fvd 
     assert torch.allclose(randomised(metrics.I3D(eps))(clips)[0, :5], expected, atol=1e-3) == same
 
 
+@pytest.mark.slow
 def test_i3d_sees_every_frame_and_refuses_short_clips():
     clips = torch.randint(0, 256, (1, 3, 9, 32, 40), generator=torch.Generator().manual_seed(0)).byte()
     inputs = metrics.i3d_input(clips)

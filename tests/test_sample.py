@@ -43,12 +43,12 @@ def fast(model, labels, settings, **options):
 
 # ---- the same tokens, faster ------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("values", [{"temperature": 0, "cfg_scale": 2.5}, {"cfg_scale": 2, "top_p": 0.9}, {}])
+@pytest.mark.parametrize("values", [{"cfg_scale": 2, "top_p": 0.9}, {}])
 def test_it_draws_the_tokens_of_the_plain_sampler(shape, values):
     model, (_, labels) = build(shape), random_tokens(shape, 3)
     settings = settings_of(shape, **values)
     expected = plain(model, labels, settings)
-    for bucket in (1, 4, 100):
+    for bucket in (1, 4):
         sampler = Sampler(model, 3, settings, bucket=bucket)
         assert max(sampler.lengths) == shape.tokens and all(n > t for t, n in enumerate(sampler.lengths))
         sampler.cache[0][0].fill_(1e4)                                  # rubbish behind the position
@@ -70,6 +70,7 @@ def test_a_step_reads_no_value_back_to_the_host(device):
             sampler.position.item()
 
 
+@pytest.mark.slow
 def test_compiled_pieces_draw_the_same_one_graph_for_all_layers():
     model, labels = build(small_config(inter_blocks=3, bits=(2, 3, 4))), torch.tensor([0, 3])
     settings = sampling_settings(3, cfg_scale=2.0)
