@@ -176,7 +176,7 @@ def discriminator_in(path):
 
 
 def resume(args, parts, flags, **records):
-    """The checkpoint that --resume continues, restored into `parts`, or None for a new run.
+    """The checkpoint that --resume continues, restored into `parts`; an empty dict for a new run.
 
     parts: {name: network, optimizer or scaler}; the random generators are restored too. Raises `UserError`
     unless the file holds just these, and the `flags` and `records` ({name: dict}) of its run are those of
@@ -194,7 +194,7 @@ def resume(args, parts, flags, **records):
     else:
         if args.resume:
             raise problem
-        return None
+        return {}
     with guard(path):
         mark = format_of(parts["model"])
         require(saved.get("format") == mark, f"--resume {path}: not a training checkpoint of this script "

@@ -464,33 +464,68 @@ class Tokenizer(nn.Module):
 
 # ---- 4. The command line. What it imports of ours stands inside its functions: the model needs only torch. -
 
-def to_tokens(model, x):
-    """uint8 (3, H, W) or (3, T, H, W) of any size to a list of ids, one tensor for each window in time.
+def parts_of(shape, frames, tile):
+    """Cut (3, [T,] H, W) into parts that go through the model one by one, of `frames` and `tile` at most.
 
-    Sides are filled up to whole tokens, two at least, with their last pixels. A window has as many frames as
-    the training clips; the last one is filled up with its last frame. An image is a clip of one frame.
+    Yields (index, weight): slices of (3, T, H, W), and how much the part counts, (h', w'). Tiles overlap by a
+    quarter, along which one fades into the next. frames, tile None: not cut.
+    """
+    *time, H, W = shape[1:]
+    T = time[0] if time else 1
+    overlap = (tile or 0) // 4
+
+    def spans(length):                                     # [(start, end, weights)], which add up to 1
+        step = (tile or length) - overlap
+        for start in range(0, max(1, length - overlap), step):
+            end = min(start + step + overlap, length)
+            fade = (torch.arange(overlap) + 0.5) / max(1, overlap)
+            weight = torch.ones(end - start)
+            if start > 0:
+                weight[:overlap] = fade
+            if end < length:
+                weight[end - start - overlap:] *= fade.flip(0)
+            yield slice(start, end), weight
+
+    for first in range(0, T, frames or T):
+        for rows, down in spans(H):
+            for columns, across in spans(W):
+                frames_here = slice(first, min(T, first + (frames or T)))
+                yield (slice(None), frames_here, rows, columns), down[:, None] * across
+
+
+def to_tokens(model, x, tile=None):
+    """uint8 (3, H, W) or (3, T, H, W) of any size to a list of ids, a tensor for each of `parts_of` it.
+
+    Parts are filled up to whole tokens, two at least, with their last pixels, and in time with their last
+    frame. An image is a clip of one frame.
     """
     import pictures
     frames = getattr(model.config, "frames", None)
     stride = model.config.downsampling
-    spare = [0, -x.shape[-1] % stride, 0, -x.shape[-2] % stride]
-    if max(x.shape[-2:]) <= stride:
-        spare[1] += stride
-    windows = x.reshape(3, -1, *x.shape[-2:]).split(frames, dim=1) if frames else [x]
+    device = next(model.parameters()).device
     ids = []
-    for window in windows:
-        in_time = [0, -(window.shape[1] - 1) % model.config.time_stride] if frames else []
-        window = pictures.to_float(window.to(next(model.parameters()).device))[None]
-        ids.append(model.encode(F.pad(window, spare + in_time, mode="replicate")))
+    for index, _ in parts_of(x.shape, frames, tile):
+        part = x.reshape(3, -1, *x.shape[-2:])[index]                     # (3, t, h, w)
+        spare = [0, -part.shape[-1] % stride, 0, -part.shape[-2] % stride]
+        if max(part.shape[-2:]) <= stride:
+            spare[1] += stride
+        if frames:
+            spare += [0, -(part.shape[1] - 1) % model.config.time_stride]
+        else:
+            part = part[:, 0]
+        ids.append(model.encode(F.pad(pictures.to_float(part.to(device))[None], spare, mode="replicate")))
     return ids
 
 
-def from_tokens(model, ids, shape):
-    """The inverse: uint8 of this `shape`, (3, H, W) or (3, T, H, W), cut to it."""
+def from_tokens(model, ids, shape, tile=None):
+    """The inverse: uint8 of this `shape`, (3, H, W) or (3, T, H, W)."""
     import pictures
-    windows = [pictures.to_uint8(model.decode(window))[0].cpu() for window in ids]
-    x = torch.cat(windows, dim=1)[:, :math.prod(shape[1:-2])] if windows[0].dim() == 4 else windows[0]
-    return x[..., :shape[-2], :shape[-1]].reshape(*shape)
+    canvas = torch.zeros(3, math.prod(shape[1:-2]), *shape[-2:])
+    for (index, weight), part in zip(parts_of(shape, getattr(model.config, "frames", None), tile), ids):
+        t, h, w = canvas[index].shape[1:]
+        y = model.decode(part)[0].float().clamp(-1, 1).cpu()
+        canvas[index] += weight * y.view(3, -1, *y.shape[-2:])[:, :t, :h, :w]
+    return pictures.to_uint8(canvas).view(*shape)
 
 
 def read_samples(files, config):
@@ -513,18 +548,19 @@ def read_samples(files, config):
         runtime.require(found, f"{path}: this tokenizer takes {' '.join(suffixes)}, or a folder of them")
         paths += found
     for i, path in enumerate(paths):                       # numbered: two folders may hold the same name
+        fps = 0
         try:
             if path.suffix.lower() in data.VIDEO_SUFFIXES:
                 x = torch.stack([pil_to_tensor(frame()) for frame in data.video_frames(path)], dim=1)
-                sample = f"{i}-{path.stem}", x, data.frame_rate(path)
+                fps = data.frame_rate(path)
             else:
-                sample = f"{i}-{path.stem}", pil_to_tensor(data.decode(path)), 0
+                x = pil_to_tensor(data.decode(path, upright=True))
         except runtime.UserError:                          # PyAV is missing
             raise
         except Exception as error:                         # decoders raise almost anything on damaged bytes
             print(f"broken file left out: {path} ({error})")
             continue
-        yield sample
+        yield f"{i}-{path.stem}", x, fps
 
 
 def write_sample(folder, name, x, fps):
@@ -537,16 +573,32 @@ def write_sample(folder, name, x, fps):
     return f"{folder}/{name}.webp"
 
 
+def compare(model, x, y, tile):
+    """(uint8 original, reconstruction and four times their difference side by side, what to say of them)."""
+    import metrics
+    psnr = metrics.psnr(metrics.as_frames(x[None]), metrics.as_frames(y[None])).mean()
+    error = (4 * (x.int() - y.int()).abs()).clamp(max=255).to(torch.uint8)
+    line = torch.full_like(x[..., :4], 255)
+    text = f", PSNR {psnr:.2f} dB"
+    if tile and x[0].numel() <= 2 ** 22:                   # the whole fits into memory, too
+        whole = from_tokens(model, to_tokens(model, x), x.shape)
+        text += f", at most {int((whole.int() - y.int()).abs().max())} levels from the image in one piece"
+    return torch.cat([x, line, y, line, error], dim=-1), text
+
+
 def get_args(argv=None):
     """Parse the command line; no command at all means "reconstruct"."""
     import runtime
     parser = runtime.ArgumentParser(__doc__)
     parser.add_argument("command", nargs="?", default="reconstruct",
                         choices=("reconstruct", "encode", "decode"),
-                        help="see files beside their reconstructions; files to token ids; ids to files")
+                        help="files beside their reconstructions and errors; files to ids; ids to files")
     parser.add_argument("files", nargs="*", help="images, clips or folders; for decode the npz of encode")
     parser.add_argument("--ckpt", help="a file or a published name; not given: the newest of runs/tokenizer")
     parser.add_argument("--output", help="folder, or for encode the npz (runs/reconstructions, runs/ids.npz)")
+    parser.add_argument("--tile", type=runtime.bounded(int, 64), help="cut images into tiles of so many "
+                        "pixels that overlap, for less memory; GroupNorm then sees the mean of a tile, not that "
+                        "of the image, so tiles can differ in tone")
     parser.add_argument("--raw-weights", action="store_true", help="the raw weights, not their EMA")
     parser.add_argument("--trust-checkpoint", action="store_true", help="unpickle foreign classes in --ckpt")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
@@ -558,7 +610,6 @@ def main(args):
     import json
     import numpy as np
     import checkpoints
-    import metrics
     import runtime
     device = runtime.setup_process_group(args.device)
     ckpt = args.ckpt or runtime.latest_checkpoint("runs/tokenizer", "tokenizer")
@@ -567,34 +618,30 @@ def main(args):
     print(f"{ckpt}: {info['preset']}, {info['weights']} weights of step {info['step']}")
     identity = checkpoints.weights_hash(model)
     folder = args.output or "runs/reconstructions"
+    runtime.require(args.files or args.command != "decode", "decode needs files: the npz that encode wrote")
+    for path in args.files if args.command == "decode" else ():
+        with checkpoints.guard(path), np.load(path) as file:
+            about = json.loads(str(file["about"]))
+            runtime.require(about["tokenizer"] == identity, f"{path} was encoded by another tokenizer, "
+                                                            f"{about['ckpt']}; name it with --ckpt")
+            for k, (name, shape, fps, count, tile) in enumerate(about["samples"]):
+                ids = [torch.from_numpy(file[f"{k}-{i}"].astype(np.int64)).to(device) for i in range(count)]
+                print(write_sample(folder, name, from_tokens(model, ids, shape, tile), fps))
     if args.command == "decode":
-        runtime.require(args.files, "decode needs files: the npz that encode wrote")
-        for path in args.files:
-            with checkpoints.guard(path), np.load(path) as file:
-                about = json.loads(str(file["about"]))
-                runtime.require(about["tokenizer"] == identity, f"{path} was encoded by another tokenizer, "
-                                                                f"{about['ckpt']}; name it with --ckpt")
-                for k, (name, shape, fps, windows) in enumerate(about["samples"]):
-                    ids = [torch.from_numpy(file[f"{k}-{w}"].astype(np.int64)) for w in range(windows)]
-                    x = from_tokens(model, [window.to(device) for window in ids], shape)
-                    print(write_sample(folder, name, x, fps))
         return
     arrays = {}
     samples = []
     for k, (name, x, fps) in enumerate(read_samples(args.files, model.config)):
-        ids = to_tokens(model, x)
-        samples.append([name, list(x.shape), fps, len(ids)])
-        tokens = sum(window.numel() for window in ids)
+        ids = to_tokens(model, x, args.tile)
+        samples.append([name, list(x.shape), fps, len(ids), args.tile])
+        tokens = sum(part.numel() for part in ids)
         bits = tokens * math.log2(model.quantizer.vocabulary) / x[0].numel()
         line = f"{name}: {' x '.join(map(str, x.shape[1:]))}, {tokens:,} tokens, {bits:.4f} bits a pixel"
         if args.command == "encode":
-            for w, window in enumerate(ids):
-                arrays[f"{k}-{w}"] = window.cpu().numpy().astype(np.uint32)
+            arrays.update({f"{k}-{i}": part.cpu().numpy().astype(np.uint32) for i, part in enumerate(ids)})
         else:
-            y = from_tokens(model, ids, x.shape)
-            psnr = metrics.psnr(metrics.as_frames(x[None]), metrics.as_frames(y[None])).mean()
-            beside = torch.cat([x, torch.full_like(x[..., :4], 255), y], dim=-1)
-            line += f", PSNR {psnr:.2f} dB: {write_sample(folder, name, beside, fps)}"
+            beside, text = compare(model, x, from_tokens(model, ids, x.shape, args.tile), args.tile)
+            line += f"{text}: {write_sample(folder, name, beside, fps)}"
         print(line)
     runtime.require(samples, "none of the files could be read")
     if args.command == "encode":

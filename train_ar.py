@@ -230,8 +230,12 @@ def prepare(args):
     if held_out.name == dataset.name and not args.split_list and not dataset.name.startswith("generated"):
         runtime.print_main(f"no validation: {dataset.name} has no val/ or test/; see --val-data-path")
         held_out = None
-    runtime.require(held_out is None or held_out.classes == dataset.classes,
-                    f"--val-data-path {args.val_data_path} has other classes than {dataset.name}")
+    if not args.unconditional:
+        runtime.require(dataset.classes, f"--data-path {dataset.name} has no classes; make a subfolder for "
+                        f"each, or add --unconditional")
+        runtime.require(held_out is None or held_out.classes == dataset.classes, "the held-out images have "
+                        f"other class folders than {dataset.name}, or none; sort them alike, name others "
+                        f"with --val-data-path, or add --unconditional")
     vocabulary = tokenizer.quantizer.vocabulary
     runtime.require(2 ** sum(args.split) == vocabulary, f"--split {' + '.join(map(str, args.split))} are "
                     f"{sum(args.split)} bits, but {vocabulary} codes of --tokenizer {args.tokenizer} have "
@@ -296,18 +300,14 @@ def main(args):
     shown = model                                                        # what is validated and drawn with
     if args.ema_decay:
         shown = state["ema"] = copy.deepcopy(model).requires_grad_(False)
-    step = 0
-    skipped = 0                                                          # steps that were not finite
     seed = np.random.default_rng((args.global_seed, runtime.rank())).integers(2 ** 63)
     torch.manual_seed(int(seed))                                         # for dropout, a rank's own
     record = {"length": len(dataset),
               "fingerprint": runtime.on_main(data.fingerprint, dataset, range(len(dataset)))}
     saved = checkpoints.resume(args, state, MUST_STAY, config=dataclasses.asdict(config), dataset=record,
                                tokenizer={"sha256": made_with["sha256"]})
-    if saved:                                                            # `state` is restored already
-        with checkpoints.guard(f"--resume {args.resume}"):
-            step = saved["step"]
-            skipped = saved["skipped"]
+    step = saved.get("step", 0)
+    skipped = saved.get("skipped", 0)                                    # steps that were not finite
     lock = runtime.lock(args.results_dir)                                # held until `main` ends
     # With the tokenizer inside, a checkpoint alone is enough to draw images, as the published files are.
     first_stage = {"format": checkpoints.format_of(tokenizer), "config": dataclasses.asdict(tokenizer.config),
@@ -331,7 +331,6 @@ def main(args):
     meters = runtime.Meters()                                            # means since the last log line
     in_a_row = 0                                                         # steps skipped just now
     stop = runtime.StopRequest()
-
     while step < length and not stop.agreed:
         lr = args.lr * runtime.learning_rate_factor(step, length, warmup, "plateau", args.final_lr)
         optimizer.param_groups[0]["lr"] = lr

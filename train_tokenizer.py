@@ -365,7 +365,6 @@ def main(args):
     length, schedule = print_plan(args, model, discriminator, dataset)
     if args.dry_run:
         return
-
     # ---- everything that the loop changes, and that a checkpoint must therefore hold ----
     ema = copy.deepcopy(model).requires_grad_(False)          # follows the model slowly, and draws better
     optimizer = adam(model, args)
@@ -376,16 +375,12 @@ def main(args):
         disc_optimizer = adam(discriminator, args)
         state.update(discriminator=discriminator, disc_optimizer=disc_optimizer)
         ddp_discriminator = runtime.distributed(discriminator, device)
-    step = 0
-    lecam = torch.zeros(2, device=device)                                # EMAs of the real and fake logits
-    skipped = 0                                                          # steps that were not finite
     records = {"config": dataclasses.asdict(model.config), "dataset": {"length": len(dataset)}}
     saved = checkpoints.resume(args, state, MUST_STAY, **records)
-    if saved:                                                            # `state` is restored already
-        with checkpoints.guard(f"--resume {args.resume}"):
-            step = saved["step"]
-            lecam = saved["lecam"].to(device)
-            skipped = saved["skipped"]
+    step = saved.get("step", 0)
+    skipped = saved.get("skipped", 0)                                    # steps that were not finite
+    with checkpoints.guard(f"--resume {args.resume}"):                   # EMAs of the real and fake logits:
+        lecam = saved["lecam"].to(device) if saved else torch.zeros(2, device=device)
     # The order of the data is a function of (seed, step), so the loader has no state to be saved.
     loader = data.train_loader(dataset, args.global_batch_size, args.global_seed, step, args.accumulation,
                                args.num_workers)
@@ -456,7 +451,6 @@ def main(args):
                 scaler.step(disc_optimizer)
             disc_optimizer.zero_grad(set_to_none=True)
         scaler.update()                                                  # fp16: smaller after an overflow
-
         # ---- the EMA follows, detached from the graph; a step that was not finite has changed no weight ----
         step += 1
         if finite:

@@ -137,12 +137,59 @@ def test_folders_of_classes_are_sorted_and_labelled(tmp_path):
     assert flat.classes == [] and [item[1] for item in flat] == [0, 0, 0]
 
 
-def test_splits_are_picked_and_share_their_class_names(tmp_path):
+def test_splits_are_picked_and_labels_are_those_of_training(tmp_path):
     make_folder(tmp_path / "train", 6)
-    make_folder(tmp_path / "test", 2, ("bees", "wasps"))
+    make_folder(tmp_path / "test", 2, ("bees", "cows"))
     train, val = [build_dataset(tmp_path, split, View(8)) for split in ("train", "val")]
-    assert train.classes == val.classes == ["ants", "bees", "cows", "wasps"]
-    assert [val.label(i) for i in range(2)] == [1, 3] and len(train) == 6
+    assert train.classes == val.classes == ["ants", "bees", "cows"]
+    assert [val.label(i) for i in range(2)] == [1, 2] and len(train) == 6
+    (tmp_path / "test" / "cows").rename(tmp_path / "test" / "images")
+    with pytest.raises(UserError, match="train/ lacks.*images"):
+        build_dataset(tmp_path, "val", View(8))
+
+
+def test_folders_that_look_like_splits_or_hold_nothing_are_no_classes(tmp_path, capsys):
+    make_folder(tmp_path / "a", 4, ("training", "testing"))
+    with pytest.raises(UserError, match="testing, training: if these are no classes"):
+        build_dataset(tmp_path / "a", "train", View(8))
+    make_folder(tmp_path / "b", 4, ("ants", "valleys"))
+    (tmp_path / "b" / "bees").mkdir()
+    (tmp_path / "b" / "bees" / "x.tif").write_bytes(b"")
+    assert build_dataset(tmp_path / "b", "train", View(8)).classes == ["ants", "valleys"]
+    assert "1 subfolders hold no file that can be read" in capsys.readouterr().out
+
+
+def test_links_that_lead_back_are_followed_once_and_pipes_never(tmp_path):
+    make_folder(tmp_path, 4, ("ants", "bees"))
+    (tmp_path / "ants" / "up").symlink_to("..")
+    assert len(build_dataset(tmp_path, "train", View(8))) == 4
+    os.mkfifo(tmp_path / "ants" / "x.png")
+    with pytest.raises(ValueError, match="no regular file"):
+        data.decode(tmp_path / "ants" / "x.png")
+
+
+def write_mnist(root, split, pixels, labels):
+    """MNIST's own files for (N, 28, 28) uint8 `pixels`."""
+    root.mkdir(parents=True, exist_ok=True)
+    for name, array, magic in (("images-idx3", pixels, 0x803), ("labels-idx1", labels, 0x801)):
+        header = np.array([magic, *array.shape], ">i4").tobytes()
+        (root / f"{split}-{name}-ubyte").write_bytes(header + array.tobytes())
+
+
+def test_torchvision_sets_come_by_name_with_their_splits(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPEN_MAGVIT2_WEIGHTS", str(tmp_path))
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 28, 28), dtype=np.uint8)
+    raw = tmp_path / "torchvision" / "MNIST" / "raw"
+    write_mnist(raw, "train", pixels, np.arange(12, dtype=np.uint8) % 10)
+    write_mnist(raw, "t10k", pixels[:5], np.full(5, 7, np.uint8))
+    train, val = [build_dataset("torchvision:MNIST", split, View(28)) for split in ("train", "val")]
+    assert (len(train), len(val), train.classes[7], val.label(0)) == (12, 5, "7 - seven", 7)
+    assert torch.equal(train[3][0], torch.from_numpy(pixels[3]).expand(3, 28, 28)) and train.label(11) == 1
+    fake = build_dataset("torchvision:FakeData", "train", View(16))
+    assert fake[5][0].shape == (3, 16, 16) and fake.kind == "image" and len(fake.classes) == 10
+    for name, message in (("CIFAR11", "CIFAR10"), ("ImageFolderX", "ImageFolder"), ("UCF101", "needs more")):
+        with pytest.raises(UserError, match=message):
+            build_dataset(f"torchvision:{name}", "train", View(16))
 
 
 @pytest.mark.parametrize("files, split, problem", [
@@ -475,3 +522,43 @@ def test_the_script_draws_images_and_clips(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "ball 2000" in out and "right 1000" in out and "ants 4, bees 4, cows 4" in out
     assert all((tmp_path / name).exists() for name in ("a.png", "b.gif", "b.png", "c.png"))
+
+
+@pytest.mark.parametrize("members, message", [
+    ([("0.input.jpg", encoded()), ("0.cls", b"3")], "0.cls has no image"),
+    ([("0.png", encoded()), ("0.cls", b"1"), ("1.png", encoded()), ("1.cls", b"1")], None)])
+def test_labels_in_shards_are_never_dropped_in_silence(tmp_path, capsys, members, message):
+    make_shard(tmp_path / "a.tar", members)
+    if message is None:
+        assert build_dataset(f"{tmp_path}/a.tar", "train", View(8)).labels == [1, 1]
+        assert "no image has the class 0" in capsys.readouterr().out
+        twice = (tmp_path / "a.tar").read_bytes() * 2
+        (tmp_path / "a.tar").write_bytes(twice)
+        message = "joined by cat"
+    with pytest.raises(UserError, match=message):
+        build_dataset(f"{tmp_path}/a.tar", "train", View(8))
+    with pytest.raises(UserError, match="more than 100,000 shards"):
+        build_dataset(str(tmp_path / "{0..999999999}.tar"), "train", View(8))
+
+
+def write_h264(path, first=0, shift=0):
+    """50 grey frames of level 5 t, a key frame every 20; from packet `first` on, `shift` frames earlier."""
+    av = pictures.import_av()
+    frames = np.arange(50, dtype=np.uint8)[:, None, None, None] * 5 + np.zeros((50, 48, 64, 3), np.uint8)
+    pictures.write_video(path.with_name("whole.mp4"), frames)
+    with av.open(str(path.with_name("whole.mp4"))) as source, av.open(
+            str(path), "w", options={"avoid_negative_ts": "disabled"}) as target:
+        stream = source.streams.video[0]
+        out = target.add_stream_from_template(stream)
+        for k, packet in enumerate(source.demux(stream)):
+            if packet.size and k >= first:
+                packet.pts -= int(shift / 25 / stream.time_base)
+                packet.dts -= int(shift / 25 / stream.time_base)
+                packet.stream = out
+                target.mux(packet)
+
+
+def test_trimmed_videos_are_whole_and_start_where_players_start(tmp_path):
+    write_h264(tmp_path / "trim.mp4", shift=30)                            # as `ffmpeg -ss 1.2 -c copy` does
+    frames = [np.asarray(frame()).mean() for frame in data.video_frames(tmp_path / "trim.mp4")]
+    assert len(frames) == 20 and abs(np.array(frames) - 5 * np.arange(30, 50)).max() < 6

@@ -273,8 +273,11 @@ def test_encode_then_decode_is_reconstruct_bit_for_bit(files, kind, capsys):
                 beside.seek(frame)
                 alone.seek(frame)
                 pair = np.asarray(beside.convert("RGB"))
-                assert pair.shape == (19, 2 * 23 + 4, 3)
-                assert np.array_equal(pair[:, 27:], np.asarray(alone.convert("RGB")))
+                assert pair.shape == (19, 3 * 23 + 2 * 4, 3)
+                again = np.asarray(alone.convert("RGB"))
+                assert np.array_equal(pair[:, 27:50], again)
+                error = 4 * abs(pair[:, :23].astype(int) - again)
+                assert np.array_equal(pair[:, 54:], error.clip(max=255))
     originals = [np.asarray(Image.open(files / name)) for name in ("a.png", "more/a.png")]
     for name, original in zip((written[0], written[-1]), originals):
         assert np.array_equal(np.asarray(Image.open(place / "beside" / name))[:, :23], original)
@@ -294,6 +297,33 @@ def test_any_size_and_length_comes_back_window_by_window(frames):
         first = F.pad(first, (0, 0, 0, 1), mode="replicate").view(1, 3, 5, 8, 18)
         first = pictures.to_uint8(model.decode(model.encode(pictures.to_float(first))))
         assert torch.equal(y[:, :5], first[0, :, :, :7])
+
+
+def test_tiles_fade_into_each_other_and_cover_every_pixel():
+    model = tokenizer.Tokenizer(TINY).eval()
+    for sides in ((1, 1), (64, 64), (65, 200), (333, 517)):
+        cover = torch.zeros(3, 1, *sides)
+        for index, weight in tokenizer.parts_of((3, *sides), None, 64):
+            cover[index] += weight
+            assert max(weight.shape) <= 64
+        torch.testing.assert_close(cover, torch.ones_like(cover))
+        x = torch.randint(0, 256, (3, *sides), dtype=torch.uint8)
+        for tile in (None, 64):
+            y = tokenizer.from_tokens(model, tokenizer.to_tokens(model, x, tile), x.shape, tile)
+            assert y.shape == x.shape and y.dtype == torch.uint8
+
+
+def test_tiled_files_come_back_and_say_how_far_from_the_whole(files, capsys):
+    place = files.parent
+    pixels = np.random.default_rng(0).integers(0, 256, (90, 150, 3), np.uint8)
+    Image.fromarray(pixels).save(files / "a.png")
+    flags = ["--ckpt", place / "image.pt", "--tile", 64, "--output"]
+    call(tokenizer, "reconstruct", files / "a.png", *flags, place / "beside")
+    call(tokenizer, "encode", files / "a.png", *flags, place / "ids.npz")
+    call(tokenizer, "decode", place / "ids.npz", *flags, place / "alone")
+    assert "levels from the image in one piece" in capsys.readouterr().out
+    beside, alone = [np.asarray(Image.open(place / name / "0-a.png")) for name in ("beside", "alone")]
+    assert np.array_equal(beside[:, 154:304], alone)
 
 
 def test_files_may_stand_before_and_after_flags():

@@ -231,8 +231,9 @@ def test_steps_that_are_not_finite_are_skipped(tmp_path, monkeypatch, broken_ste
         train(tmp_path, *flags)
         assert newest(tmp_path)["skipped"] == 2 and logged(tmp_path)[5]["skipped_steps"] == 2
         assert all(t.isfinite().all() for t in newest(tmp_path)["model"].values())
-        steps = [checkpoints.read(path)["optimizer"]["state"][0]["step"] for path in runtime.list_checkpoints(tmp_path)]
-        assert steps == [1, 2, 3]                                          # none was saved while steps were skipped
+        steps = [checkpoints.read(path)["optimizer"]["state"][0]["step"]
+                 for path in runtime.list_checkpoints(tmp_path)]
+        assert steps == [1, 2, 3]                                          # none while steps were skipped
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
