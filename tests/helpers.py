@@ -1,9 +1,12 @@
 """What several tests share: the weights behind the golden vectors, and ways to run the scripts."""
 
 import atexit
+import contextlib
+import dataclasses
 import functools
 import gc
 import importlib
+import io
 import json
 import os
 import pathlib
@@ -19,6 +22,7 @@ import traceback
 import zlib
 
 import numpy as np
+import pytest
 import torch
 
 import checkpoints
@@ -51,6 +55,19 @@ def published_ar_name(name):
         if name.startswith(ours):
             name = theirs + name.removeprefix(ours)
     return f"transformer.{name}"
+
+
+def published_video_name(name):
+    """What they call a parameter of a tokenizer of clips: there is a `.conv_1` inside each convolution."""
+    parts = name.split(".")
+    is_conv = parts[-2] in ("conv_in", "conv_out", "conv1", "conv2", "nin_shortcut", "downsample")
+    return ".".join([*parts[:-1], "conv_1", parts[-1]]) if is_conv else name
+
+
+def stored(model, **more):
+    """A checkpoint of `model` as the trainers write it, as far as loading goes."""
+    return {"format": checkpoints.format_of(model), "config": dataclasses.asdict(model.config), "step": 3,
+            "preset": "custom", "model": model.state_dict(), "ema": {}, "args": {}, **more}
 
 
 def golden(name):
@@ -104,7 +121,8 @@ def serve():
 def launch(run, stdout, stderr, status):
     """Be a launcher: fork the ranks, write our process id, and at their end the exit status, to `status`.
 
-    Like torchrun, it ends all ranks when one fails.
+    Like torchrun, it ends all ranks when one fails. Ranks and their workers keep `status` open, so that after a
+    kill its end is not read before all of them are gone.
     """
     os.setsid()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -112,7 +130,6 @@ def launch(run, stdout, stderr, status):
     os.dup2(stderr, 2)
     for rank in range(run["ranks"]):
         if os.fork() == 0:
-            os.close(status)
             if run["ranks"] > 1:
                 os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(run["ranks"]),
                                   MASTER_ADDR="127.0.0.1", MASTER_PORT=str(run["port"]))
@@ -211,6 +228,16 @@ def kill_when(script, *flags, until, number=signal.SIGKILL, **how):
 def call(script, *flags):
     """A script's main in this process: starting Python and torch anew would take longer than most runs."""
     return script.main(script.get_args([str(flag) for flag in flags]))
+
+
+def error_line(script, *flags):
+    """What a script says of a user's mistake, which must be one line, and its exit status 2."""
+    said = io.StringIO()
+    with pytest.raises(SystemExit) as caught, contextlib.redirect_stderr(said):
+        runtime.run_script(script.main, lambda: script.get_args([str(flag) for flag in flags]))
+    lines = said.getvalue().splitlines()
+    assert caught.value.code == 2 and len(lines) == 1, said.getvalue()
+    return lines[0]
 
 
 def logged(directory):

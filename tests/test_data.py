@@ -2,6 +2,7 @@
 import functools
 import io
 import itertools
+import os
 import struct
 import sys
 import tarfile

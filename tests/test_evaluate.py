@@ -10,7 +10,7 @@ import helpers
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, run_script
+from helpers import ROOT, run_script, stored
 from PIL import Image
 
 import ar_model
@@ -50,10 +50,9 @@ def write_samples(path, count=8, shape=(32, 32), seed=0):
 
 
 def save(path, model, **more):
-    """A checkpoint of an untrained model, as the trainers write it."""
+    """A checkpoint of an untrained model."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"format": checkpoints.format_of(model), "config": dataclasses.asdict(model.config), "step": 3,
-                "preset": "custom", "model": model.state_dict(), "ema": {}, "args": {}, **more}, path)
+    torch.save(stored(model, **more), path)
     return path
 
 

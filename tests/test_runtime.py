@@ -7,8 +7,6 @@ import torch
 
 import pictures
 import runtime
-import train_ar
-import train_tokenizer
 from helpers import call, run_script
 
 
@@ -23,12 +21,6 @@ def test_learning_rate_hits_its_landmarks():
     assert [at(s, "linear", 20) for s in (10, 20, 60, 100)] == pytest.approx([0.5, 1, 0.5, 0])
     assert [at(s, "plateau", 20, 0.1) for s in (0, 10, 20, 24, 62, 100)] == pytest.approx(
         [0.005, 0.5025, 1, 1, 1 - 0.9 * (42 / 80 - 0.05) / 0.95, 0.1])
-
-
-def test_both_stages_use_the_one_schedule():
-    args = train_ar.get_args(["--preset", "AR-XL"])
-    assert (args.lr, args.length, args.warmup, args.weight_decay) == (2.4e-4, "350ep", "7ep", 0.05)
-    assert train_tokenizer.get_args(["--preset", "toy"]).lr_schedule == "linear"
 
 
 # ---- files ------------------------------------------------------------------------------------------------
