@@ -200,6 +200,8 @@ class ARConfig:
         for name in ("width", "heads", "inter_blocks", "ffn_multiple"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} of an AR model must be 1 or more")
+        if max(self.inter_blocks, self.intra_blocks) > 1000:
+            raise ValueError("an AR model has 1000 blocks at most")
         for name in ("token_dropout", "attention_dropout", "ffn_dropout", "label_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie between 0 and 1")

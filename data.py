@@ -77,8 +77,9 @@ class View:
     def __post_init__(self):
         require(self.resize is None or self.resize >= self.image_size, f"--resize {self.resize} is smaller "
                 f"than --image-size {self.image_size}: the crop would not fit")
-        require((self.resize or self.image_size) ** 2 <= MAX_PIXELS, f"--resize or --image-size: images of "
-                f"{self.resize or self.image_size} pixels a side would not fit into memory")
+        side = self.resize or self.image_size
+        require(side ** 2 * (self.frames or 1) <= MAX_PIXELS, f"--image-size, --resize or --frames: "
+                f"{self.frames or 1} images of {side} pixels a side would not fit into memory")
 
 
 def view_pixels(image, view, rng=None):
@@ -113,7 +114,7 @@ def decode(file, upright=False):
     `upright` says to apply it.
     """
     if isinstance(file, (str, os.PathLike)) and not os.path.isfile(file):
-        raise ValueError("no regular file")               # a named pipe would hang for ever
+        raise ValueError("no regular file, or none at all")               # a named pipe would hang for ever
     with Image.open(file) as image:
         return as_rgb(ImageOps.exif_transpose(image) if upright else image)
 

@@ -157,9 +157,9 @@ def add_config_flags(group, config):
         if isinstance(default, bool):
             options["action"] = argparse.BooleanOptionalAction
         elif isinstance(default, tuple):
-            options.update(type=int, nargs="*")
+            options.update(type=bounded(int, 0, 2 ** 20), nargs="*")
         else:
-            options["type"] = type(default)
+            options["type"] = bounded(int, 0, 2 ** 20) if isinstance(default, int) else type(default)
         group.add_argument(name, help=options.pop("help"), **options)
 
 

@@ -283,8 +283,8 @@ class TokenizerConfig:
         check(self.channel_multipliers and min(self.channel_multipliers) >= 1,
               f"channel-multipliers {self.channel_multipliers}: give positive integers, such as 1 2 2 4")
         check(1 <= self.bits <= 24, f"bits {self.bits}: a code has 1 to 24 bits")
-        check(self.blocks >= 1 and self.mid_blocks >= 0 and self.patch >= 1,
-              "blocks and patch must be 1 or more and mid-blocks 0 or more")
+        check(1 <= self.blocks <= 1000 and 0 <= self.mid_blocks <= 1000 and self.patch >= 1,
+              "blocks and mid-blocks must lie between 1 (or 0) and 1000, and patch be 1 or more")
         check(self.codebook_size >= 2 and self.codebook_channels >= 1, "a codebook has 2 entries or more")
         check(self.quantizer in QUANTIZERS and self.upsampler in UPSAMPLERS and self.downsampler in (
             "strided", "average"), f"{self.quantizer}, {self.upsampler} or {self.downsampler} is unknown")
