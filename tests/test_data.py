@@ -1,23 +1,25 @@
 """data.py: pixels as published, an order that no worker or rank changes, broken files, splits, the script."""
+import functools
 import io
 import itertools
 import os
-import signal
-import subprocess
+import struct
 import sys
 import tarfile
 
+import av
 import numpy as np
 import pytest
 import torch
 import torchvision.transforms as transforms
 from PIL import Image
+from torch.utils.data import DataLoader
 
 import data
 import pictures
 import runtime
 from data import View, build_dataset
-from helpers import ROOT, call, environment, run_script
+from helpers import call, run_script
 from runtime import UserError
 
 
@@ -256,6 +258,18 @@ def test_clips_are_cut_from_the_middle_or_at_random(tmp_path, monkeypatch):
     assert torch.equal(still, still[:, :1].expand_as(still))             # all frames share crop and flip
 
 
+def test_frames_of_a_lossless_video_come_exactly_in_order(tmp_path):
+    frames = np.random.default_rng(0).integers(0, 256, (9, 16, 16, 3), dtype=np.uint8)
+    with av.open(tmp_path / "a.mkv", "w") as file:
+        stream = file.add_stream("ffv1", 25, width=16, height=16, pix_fmt="bgr0")
+        for frame in frames:
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame).reformat(format="bgr0")))
+        file.mux(stream.encode())
+    dataset = build_dataset(tmp_path, "val", View(16, frames=5))
+    assert np.array_equal(dataset[0][0].movedim(0, -1).numpy(), frames[2:7])
+    assert np.array_equal([frame() for frame in data.video_frames(tmp_path / "a.mkv")], frames)
+
+
 def test_official_split_lists_choose_the_clips(tmp_path):
     folder = make_videos(tmp_path / "clips")
     (tmp_path / "list.txt").write_text("b/3.gif 2\na/2.gif 1\n")
@@ -336,8 +350,10 @@ def test_the_next_readable_image_replaces_a_broken_one(folder_with_two_broken, n
     assert dataset.broken.nonzero().flatten().tolist() == [17, 18]
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_evaluation_leaves_broken_images_out(folder_with_two_broken, capfd, num_workers):
+@pytest.mark.parametrize("num_workers, method", [(0, None), (2, None),
+                                                 pytest.param(1, "spawn", marks=pytest.mark.slow)])
+def test_evaluation_leaves_broken_images_out(folder_with_two_broken, capfd, monkeypatch, num_workers, method):
+    monkeypatch.setattr(data, "DataLoader", functools.partial(DataLoader, multiprocessing_context=method))
     dataset = build_dataset(folder_with_two_broken, "val", View(16))
     found = [indices for _, _, indices in data.eval_batches(dataset, range(300), 7, num_workers)]
     assert torch.cat(found).tolist() == [i for i in range(300) if i not in (17, 18)]
@@ -356,14 +372,69 @@ def test_more_than_one_percent_broken_stops(tmp_path, num_workers):
         list(data.eval_batches(build_dataset(tmp_path, "val", View(16)), range(100), 10, num_workers))
 
 
-def test_images_that_decode_to_nonsense_count_as_broken(tmp_path, capfd):
-    folder = make_folder(tmp_path, 300, ())
-    Image.fromarray(np.zeros((20, 20), np.uint16)).save(folder / "0000.png")
-    noise_image(20000, 1).save(folder / "0001.png")
+# The header of a BMP of 400 megapixels and 24 bits; nothing follows.
+BOMB = struct.pack("<2sIIIIiiHHIIiiII", b"BM", 54, 0, 54, 40, 20_000, 20_000, 1, 24, 0, 0, 0, 0, 0, 0)
+
+
+def test_damaged_files_of_every_format_are_reported_once_and_skipped(tmp_path, capfd):
+    folder = tmp_path / "files"
+    folder.mkdir()
+    damaged = {"bomb.bmp": BOMB}
+    for suffix in data.IMAGE_SUFFIXES:
+        noise_image(24, 20).save(tmp_path / f"whole{suffix}")
+        whole = (tmp_path / f"whole{suffix}").read_bytes()
+        damaged.update({f"cut{suffix}": whole[:len(whole) // 2], f"empty{suffix}": b"",
+                        f"random{suffix}": np.random.default_rng(0).bytes(500)})
+    for name, content in {**damaged, **{f"x{i:04d}.png": encoded() for i in range(2000)}}.items():
+        (folder / name).write_bytes(content)
+    Image.fromarray(np.zeros((20, 20), np.uint16)).save(folder / "deep.png")
+    Image.fromarray(np.zeros((20, 20), np.float32)).save(folder / "float.bmp", "TIFF")
+    noise_image(20000, 1).save(folder / "wide.png")
     dataset = build_dataset(folder, "val", View(256))
-    assert dataset[0][2] == 2 and dataset.broken.sum() == 2
-    report = capfd.readouterr().err
-    assert "convert them to 8 bits" in report and "too unequal" in report
+    bad = len(damaged) + 3
+    for _ in range(2):
+        assert [dataset[i][2] for i in range(bad)] == [bad] * bad          # the first x
+    assert dataset.broken.nonzero().flatten().tolist() == list(range(bad)) and bad == 19
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == bad and all(line.startswith("broken image skipped: ") for line in lines)
+    for name, reason in (("bomb.bmp", "decompression bomb"), ("deep.png", "convert them to 8 bits"),
+                         ("float.bmp", "convert them to 8 bits"), ("wide.png", "too unequal")):
+        assert any(name in line and reason in line for line in lines), name
+
+
+@pytest.mark.parametrize("mode, pixel, rgb", [
+    ("L", 90, (90, 90, 90)), ("1", 255, (255, 255, 255)), ("CMYK", (255, 0, 0, 0), (0, 255, 255)),
+    ("RGBA", (200, 100, 50, 0), (200, 100, 50)), ("LA", (90, 0), (90, 90, 90)), ("P", 1, (7, 80, 200)),
+    ("P+tRNS", 1, (7, 80, 200))])
+def test_all_kinds_of_pixels_become_rgb_and_transparency_is_dropped(tmp_path, mode, pixel, rgb):
+    image = Image.new(mode.split("+")[0], (20, 20), pixel)
+    if image.mode == "P":
+        image.putpalette([0, 0, 0, 7, 80, 200])
+    path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
+    image.save(path, quality=100, **{"transparency": 1} if "+" in mode else {})
+    x = build_dataset(tmp_path, "val", View(16))[0][0]
+    assert (x.flatten(1).T.int() - torch.tensor(rgb)).abs().max() <= (2 if mode == "CMYK" else 0)
+
+
+@pytest.mark.slow
+def test_broken_files_are_counted_over_all_ranks(tmp_path):
+    folder = make_folder(tmp_path / "images", 100, ())
+    for name in ("0000.png", "0010.png"):
+        (folder / name).write_bytes(b"")
+    (tmp_path / "job.py").write_text(f"""
+import data, runtime
+def main(args):
+    runtime.setup_process_group("cpu")
+    dataset = data.build_dataset("{folder}", "val", data.View(8))
+    dataset[10 * runtime.rank()]                           # each rank meets one of the two
+    dataset.raise_if_broken()
+    print("not alone", flush=True)
+    dataset.raise_if_broken(all_ranks=True)
+runtime.run_script(main, lambda: None)
+""")
+    done = run_script(tmp_path / "job.py", ranks=2, check=False)
+    assert done.stdout.count("not alone") == 2 and "2 of the 100 images" in done.stderr
+    assert done.returncode == 2 and "Traceback" not in done.stderr
 
 
 # ---- order, and the script --------------------------------------------------------------------------------
@@ -445,21 +516,6 @@ def test_evaluation_shares_hold_every_image_once(images, monkeypatch, world_size
     assert sorted(seen) == [list(range(first, min(first + 8, 50))) for first in range(0, 50, 8)]
 
 
-@pytest.mark.slow
-def test_ctrl_c_reaches_the_trainer_but_not_its_workers(tmp_path):
-    command = [sys.executable, str(ROOT / "train_tokenizer.py"), "--image-size", "16", "--blocks", "1",
-               "--num-workers", "1", "--log-every", "1", "--length", "100000", "--results-dir", str(tmp_path)]
-    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True,
-                               stderr=subprocess.STDOUT, start_new_session=True)
-    for line in process.stdout:
-        if line.startswith("step 2/"):
-            os.killpg(process.pid, signal.SIGINT)
-            break
-    rest = process.stdout.read()
-    assert process.wait() == 0 and "stopped by signal 2" in rest and "Traceback" not in rest
-    assert len(runtime.list_checkpoints(tmp_path)) == 1
-
-
 def test_the_script_draws_images_and_clips(tmp_path, capsys):
     call(data, "--output", tmp_path / "a.png", "--image-size", 16)
     call(data, "--output", tmp_path / "b.gif", "--image-size", 16, "--frames", 3)
@@ -467,14 +523,6 @@ def test_the_script_draws_images_and_clips(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "ball 2000" in out and "right 1000" in out and "ants 4, bees 4, cows 4" in out
     assert all((tmp_path / name).exists() for name in ("a.png", "b.gif", "b.png", "c.png"))
-
-
-@pytest.mark.parametrize("flags, problem", [
-    (["--data-path", "/no/such"], "/no/such"), (["--output", "a.jpg"], "a.jpg"),
-    (["--image-size", "0"], "size")])
-def test_script_mistakes_are_one_line_and_status_2(flags, problem):
-    result = run_script("data.py", *flags, check=False)
-    assert result.returncode == 2 and problem in result.stderr and len(result.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize("members, message", [

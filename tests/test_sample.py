@@ -18,7 +18,7 @@ import sample
 import tokenizer as tok
 import video
 from ar_model import ARModel, sampling_settings
-from helpers import call, published_ar_name
+from helpers import call, error_line, published_ar_name, stored
 from sample import How, Sampler, image_noise
 from test_ar_model import build, equal, random_tokens, shape, small_config          # noqa: F401, a fixture
 
@@ -43,12 +43,12 @@ def fast(model, labels, settings, **options):
 
 # ---- the same tokens, faster ------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("values", [{"temperature": 0, "cfg_scale": 2.5}, {"cfg_scale": 2, "top_p": 0.9}, {}])
+@pytest.mark.parametrize("values", [{"cfg_scale": 2, "top_p": 0.9}, {}])
 def test_it_draws_the_tokens_of_the_plain_sampler(shape, values):
     model, (_, labels) = build(shape), random_tokens(shape, 3)
     settings = settings_of(shape, **values)
     expected = plain(model, labels, settings)
-    for bucket in (1, 4, 100):
+    for bucket in (1, 4):
         sampler = Sampler(model, 3, settings, bucket=bucket)
         assert max(sampler.lengths) == shape.tokens and all(n > t for t, n in enumerate(sampler.lengths))
         sampler.cache[0][0].fill_(1e4)                                  # rubbish behind the position
@@ -70,6 +70,7 @@ def test_a_step_reads_no_value_back_to_the_host(device):
             sampler.position.item()
 
 
+@pytest.mark.slow
 def test_compiled_pieces_draw_the_same_one_graph_for_all_layers():
     model, labels = build(small_config(inter_blocks=3, bits=(2, 3, 4))), torch.tensor([0, 3])
     settings = sampling_settings(3, cfg_scale=2.0)
@@ -202,14 +203,11 @@ def save(folder, clips=False, seed=0, classes=("ant", "bee", "cat"), bits=(3, 3)
     grid = tokenizer.config.latent_grid(9, 16, 16) if clips else tokenizer.config.latent_grid(16, 16)
     model = build(ar_model.ARConfig(width=48, heads=2, inter_blocks=1, intra_blocks=1, bits=bits, grid=grid,
                                     num_classes=len(classes), ffn_multiple=16))
-    first_stage = {"format": checkpoints.format_of(tokenizer), "config": dataclasses.asdict(tokenizer.config),
-                   "model": tokenizer.state_dict(), "preset": "custom", "step": 7, "ema": {}, "args": {}}
+    first_stage = stored(tokenizer)
     record = {"path": "runs/x.pt", "weights": "raw", "sha256": checkpoints.weights_hash(tokenizer)}
     folder.mkdir(exist_ok=True)
     paths = folder / "step-00000020.pt", folder / "tokenizer.pt", folder / "AR.ckpt"
-    torch.save({"format": "open-magvit2-ar", "config": dataclasses.asdict(model.config), "preset": "custom",
-                "step": 20, "model": model.state_dict(), "ema": {}, "classes": list(classes),
-                "tokenizer": record, "first_stage": first_stage, "args": {}}, paths[0])
+    torch.save(stored(model, classes=list(classes), tokenizer=record, first_stage=first_stage), paths[0])
     torch.save(first_stage, paths[1])
     published = ARModel(ar_model.PRESETS["toy"]).state_dict()
     torch.save({"state_dict": {published_ar_name(name): tensor for name, tensor in
@@ -376,10 +374,7 @@ def test_classes_go_by_number_or_by_name():
     ("--cfg-scale strong", "--cfg-scale"), ("--top-p 0", "--top-p 0"), ("--top-k 1.5", "--top-k"),
     ("--temperature -1", "--temperature"), ("--output x.jpg", "--output x.jpg"),
     ("--compile --device cpu", "--compile"), ("--nonsense", "--nonsense")])
-def test_mistakes_are_one_line_and_exit_status_2(tmp_path, saved, monkeypatch, capsys, flags, message):
+def test_mistakes_are_one_line_and_exit_status_2(tmp_path, saved, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as caught:
-        runtime.run_script(sample.main, lambda: sample.get_args(["--ckpt", str(saved[0]), *flags.split()]))
-    text = capsys.readouterr().err
-    assert caught.value.code == 2 and message in text and len(text.strip().splitlines()) == 1, text
+    assert message in error_line(sample, "--ckpt", saved[0], *flags.split())
     assert not list(tmp_path.glob("runs/samples/*"))

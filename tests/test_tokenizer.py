@@ -15,10 +15,12 @@ import pictures
 import runtime
 import tokenizer
 import video
-from helpers import call, fill_module, golden, run_script
+from helpers import call, fill_module, golden, stored
 
 TINY = tokenizer.TokenizerConfig(resolution=16, channels=32, channel_multipliers=(1, 2), blocks=1,
                                  mid_blocks=1, bits=6)
+CLIPS = video.VideoTokenizerConfig(resolution=16, channels=32, channel_multipliers=(1, 2), blocks=1,
+                                   mid_blocks=0, bits=6, frames=5, time_strides=(2,))
 
 
 # The other quantisers, with 37 to 64 codes.
@@ -69,24 +71,11 @@ def test_entropy_terms_and_gradient_equal_the_official_ones():
     assert math.isclose(commitment, expected["commitment"].item(), rel_tol=1e-6)
 
 
-def test_parameter_counts_are_the_published_ones():
-    for preset, counts in (("in1k-256", (49.75, 65.38)), ("in1k-128", (48.42, 63.60)),
-                           ("pt-256-2^14", (49.75, 65.34))):
-        with torch.device("meta"):
-            model = tokenizer.Tokenizer(tokenizer.PRESETS[preset])
-        for part, millions in zip((model.encoder, model.decoder), counts):
-            assert round(sum(p.numel() for p in part.parameters()) / 1e6, 2) == millions
-
-
 # ---- codes ------------------------------------------------------------------------------------------------
 
-def test_all_ids_survive_bits_and_every_split():
+def test_all_ids_survive_their_bits():
     ids = torch.arange(2 ** 18)
     assert torch.equal(tokenizer.bits_to_ids(tokenizer.ids_to_bits(ids, 18)), ids)
-    for split in ((6, 12), (9, 9), (6, 6, 6), (18,), (1, 17), (3, 4, 5, 6)):
-        parts = ar_model.ids_to_subtokens(ids, split)
-        assert [int(p.max()) + 1 for p in parts] == [2 ** width for width in split]
-        assert torch.equal(ar_model.subtokens_to_ids(parts, split), ids)
 
 
 def test_id_is_the_sum_of_powers_of_two_of_positive_channels():
@@ -294,9 +283,12 @@ def test_vq_assigns_the_nearest_entry():
     assert torch.equal(q[1, :, 2, 4], vq.codebook.weight[ids[1, 2, 4]])
 
 
-def test_activation_checkpointing_changes_no_gradient():
+@pytest.mark.parametrize("clips", [False, True])
+def test_activation_checkpointing_changes_no_gradient(clips):
     torch.manual_seed(0)
-    model, x, grads = tokenizer.Tokenizer(TINY), torch.rand(1, 3, 16, 16), []
+    model = video.VideoTokenizer(CLIPS) if clips else tokenizer.Tokenizer(TINY)
+    x = torch.rand(1, 3, *[5] * clips, 16, 16)
+    grads = []
     for checkpointing in (False, True):
         model.encoder.checkpointing = model.decoder.checkpointing = checkpointing
         model.zero_grad()
@@ -373,16 +365,11 @@ def test_mean_over_ranks_changes_the_value_but_not_the_gradient():
 
 # ---- the command line -------------------------------------------------------------------------------------
 
-CLIPS = video.VideoTokenizerConfig(resolution=16, channels=32, channel_multipliers=(1, 2), blocks=1,
-                                   mid_blocks=0, bits=6, frames=5, time_strides=(2,))
-
-
 @pytest.fixture
 def files(tmp_path):
     """A folder with images of odd sides and of one name, a clip, a broken image; two tokenizers beside it."""
     for name, model in (("image.pt", tokenizer.Tokenizer(TINY)), ("clip.pt", video.VideoTokenizer(CLIPS))):
-        torch.save({"format": checkpoints.format_of(model), "config": dict(vars(model.config)), "step": 1,
-                    "model": model.state_dict(), "ema": {}, "args": {}}, tmp_path / name)
+        torch.save(stored(model), tmp_path / name)
     folder = tmp_path / "files"
     (folder / "more").mkdir(parents=True)
     pixels = np.random.default_rng(0).integers(0, 256, (7, 19, 23, 3), np.uint8)
@@ -487,5 +474,3 @@ def test_mistakes_of_the_command_line_are_one_line(files):
             call(tokenizer, *flags, *ckpt)
     with pytest.raises(runtime.UserError, match="another tokenizer"):
         call(tokenizer, "decode", files / "ids.npz", "--ckpt", files.parent / "clip.pt")
-    result = run_script("tokenizer.py", "reconstruct", files / "b.gif", *ckpt, check=False)
-    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "Traceback" not in result.stderr
