@@ -274,16 +274,7 @@ def test_mistakes_name_the_flag(tmp_path, flags, message):
     assert not (tmp_path / "run").exists()
 
 
-<<<<<<< HEAD
-def test_mistakes_end_with_one_line_and_status_2(tmp_path):
-    for flags in (["--data-path", "/no/such/folder"], ["--bits", 10, "--groups", 4]):
-        result = run_script("train_tokenizer.py", "--results-dir", tmp_path / "run", *flags, check=False)
-        assert result.returncode == 2 and len(result.stderr.strip().splitlines()) == 1, result.stderr
-
-
-=======
 @pytest.mark.slow
->>>>>>> tests
 def test_a_run_is_neither_overwritten_nor_continued_otherwise(tmp_path):
     train(tmp_path, *EVERYTHING, "--length", 1)
     path = tmp_path / "step-00000001.pt"
