@@ -489,10 +489,11 @@ def choose_samples(args):
     what = "samples (*.npz) in runs/samples and no AR model"
     args.ckpt = str(args.ckpt or runtime.latest_checkpoint("runs/ar", what))
     n = args.num_samples or (50_000 if args.ckpt in checkpoints.PUBLISHED else 5_000)
-    how = [n, *[getattr(args, name) for name in (*DRAWING, "global_seed", "batch_size", "mixed_precision")]]
+    how = [n, *[getattr(args, name) for name in (*DRAWING, "cfg_schedule", "cfg_power", "global_seed",
+                                                 "batch_size", "mixed_precision")]]
     path = pathlib.Path("runs/samples") / f"drawn-{short_hash(how)}.npz"
-    sample.main(argparse.Namespace(**{**vars(args), "output": path, "num_fid_samples": n, "classes": None,
-                                      "num_images": 1, "save_images": False}))
+    flags = {**vars(sample.get_args([])), **vars(args), "output": path, "num_fid_samples": n}
+    sample.main(argparse.Namespace(**flags))
     runtime.barrier()                                      # rank 0 has joined the parts
     return path
 

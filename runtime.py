@@ -455,8 +455,8 @@ def fetch(url, weights_dir=None, sha256=None):
 
     def download():
         if not path.exists():
-            print(f"downloading {url} to {path}", file=sys.stderr, flush=True)
             path.parent.mkdir(parents=True, exist_ok=True)
+            print(f"downloading {url} to {path}", file=sys.stderr, flush=True)
             torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256, progress=is_main())
         return path
 

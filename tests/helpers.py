@@ -64,7 +64,7 @@ def published_video_name(name):
     return ".".join([*parts[:-1], "conv_1", parts[-1]]) if is_conv else name
 
 
-def stored(model, **more):
+def stored(model, /, **more):
     """A checkpoint of `model` as the trainers write it, as far as loading goes."""
     return {"format": checkpoints.format_of(model), "config": dataclasses.asdict(model.config), "step": 3,
             "preset": "custom", "model": model.state_dict(), "ema": {}, "args": {}, **more}
