@@ -190,11 +190,11 @@ def resume(args, parts, flags, **records):
             require(not damaged, f"checkpoint {path} is damaged, in {damaged}; use an earlier one")
             break
         except UserError as error:
-            problem = error
+            problem = str(error)
             runtime.print_main(f"{error}; trying the one before")
     else:
         if args.resume:
-            raise problem
+            raise UserError(problem)
         return {}
     with guard(path):
         mark = format_of(parts["model"])

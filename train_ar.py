@@ -47,10 +47,11 @@ class Tokens(data.Samples):
     of `codes`, int64 (rows, n, N), belongs to item indices[i] of `dataset`. Of ten crops, any one is given.
     """
 
-    def __init__(self, codes, dataset, indices, missing):
+    def __init__(self, codes, dataset, indices, missing, vocabulary):
         view = dataclasses.replace(dataset.view, crop="random" if codes.shape[1] > 1 else "center")
         super().__init__(dataset.name, dataset.classes, len(indices), view)
         self.codes = codes
+        self.vocabulary = vocabulary
         self.dataset = dataset
         self.indices = indices
         self.broken[torch.tensor(missing, dtype=torch.long)] = True
@@ -65,6 +66,8 @@ class Tokens(data.Samples):
         """Codes (N,), int64."""
         crops = self.codes[index]                                                         # (n, N)
         chosen = rng.integers(len(crops)) if len(crops) > 1 else 0
+        if crops.min() < 0 or crops.max() >= self.vocabulary:
+            raise ValueError(f"codes beyond the {self.vocabulary} of the tokenizer: the file is damaged")
         return torch.from_numpy(crops[chosen].astype(np.int64))
 
 
@@ -110,7 +113,7 @@ def stored_tokens(path, dataset, made_with, tokenizer, args, limit=None):
         fill(codes, dataset, indices, tokenizer, args)
         stored["missing"] = np.flatnonzero(codes[:, 0, 0] == MISSING).tolist()
         runtime.write_json(header, stored)
-    return Tokens(codes, dataset, indices, stored["missing"])
+    return Tokens(codes, dataset, indices, stored["missing"], tokenizer.quantizer.vocabulary)
 
 
 def fill(codes, dataset, indices, tokenizer, args):

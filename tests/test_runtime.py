@@ -7,6 +7,7 @@ import torch
 
 import pictures
 import runtime
+import train_tokenizer
 from helpers import call, run_script
 
 
@@ -31,6 +32,32 @@ def test_a_failed_save_leaves_the_old_checkpoint_and_no_litter(tmp_path):
         runtime.save_checkpoint(tmp_path, 1, {"a": torch.ones(3), "b": lambda: None})     # cannot be pickled
     path = tmp_path / "step-00000001.pt"
     assert torch.equal(torch.load(path)["a"], torch.ones(3)) and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_was_just_written_is_never_pruned(tmp_path):
+    for step in (20, 30, 15):
+        runtime.save_checkpoint(tmp_path, step, {}, keep=1)
+    assert [p.name for p in runtime.list_checkpoints(tmp_path)] == ["step-00000015.pt", "step-00000030.pt"]
+
+
+def test_flags_of_other_projects_get_a_hint(capsys):
+    for word, flag in (("--epochs", "--length"), ("--image_size", "--image-size"), ("--batch-size",
+                                                                                   "--global-batch-size")):
+        with pytest.raises(SystemExit):
+            train_tokenizer.get_args([word, "3"])
+        assert f"did you mean {flag}" in capsys.readouterr().err
+
+
+def test_a_full_disk_and_little_memory_are_one_line(tmp_path):
+    assert "free some space" in runtime.in_one_line(OSError(28, "No space left on device", "x.pt"))
+    assert "check the path" in runtime.in_one_line(PermissionError(13, "Permission denied", "x.pt"))
+    assert "--batch-size" in runtime.in_one_line(torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(KeyError) as caught:
+        {}["a bug"]
+    assert runtime.in_one_line(caught.value) is None
+    (tmp_path / "a.json").write_text("[1, 2")
+    with pytest.raises(runtime.UserError, match="a.json is damaged"):
+        runtime.read_json(tmp_path / "a.json")
 
 
 def test_old_checkpoints_are_pruned_oldest_first(tmp_path):

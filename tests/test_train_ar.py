@@ -121,7 +121,7 @@ def test_stored_tokens_are_the_codes_of_images(tmp_path, stage1):
     codes, _ = tokens_in(tmp_path / "ten")
     dataset = data.build_dataset(images, "train", data.View(16, crop="ten"))
     assert codes.shape == (120, 10, 16) and (codes[77] == codes_of(path, dataset[77][0])).mean() > 0.99
-    tokens = train_ar.Tokens(codes, dataset, range(120), [])
+    tokens = train_ar.Tokens(codes, dataset, range(120), [], 10 ** 6)
     drawn = {tuple(tokens.__getitems__([(77, (0, seed))])[0][0].tolist()) for seed in range(60)}
     assert drawn == {tuple(row) for row in codes[77].tolist()}
 
@@ -175,6 +175,16 @@ def test_tokens_of_32_bits_are_stored_and_the_largest_is_not_missing(tmp_path, s
     assert (tmp_path / "run" / "samples-00000002.png").exists()          # drawn ids fit the tokenizer
     with pytest.raises(ValueError, match="24 bits at most"):
         train(tmp_path / "other", *flags, "--split", 25, 7)
+
+
+def test_damaged_codes_are_not_trained_on(tmp_path, stage1):
+    flags = ["--tokenizer", stage1[0], "--tokens", tmp_path / "tokens.bin", "--length", 1]
+    train(tmp_path / "a", *flags)
+    codes = np.fromfile(tmp_path / "tokens.bin", np.int64)
+    codes[:] = 64                                                        # of 2^6 codes, none has this number
+    codes.tofile(tmp_path / "tokens.bin")
+    with pytest.raises(runtime.UserError, match="more than 1 %"):
+        train(tmp_path / "b", *flags)
 
 
 def test_other_tokens_and_runs_are_refused_with_both_names(tmp_path, stage1):

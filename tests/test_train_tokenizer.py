@@ -275,6 +275,28 @@ def test_mistakes_name_the_flag(tmp_path, flags, message):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_damaged_older_and_second_runs_are_told_apart(tmp_path, capsys):
+    train(tmp_path, *EVERYTHING, "--length", 3)
+    first, second, third = [tmp_path / f"step-0000000{step}.pt" for step in (1, 2, 3)]
+    whole = third.read_bytes()
+    with pytest.raises(runtime.UserError, match="holds newer ones, up to step 3"):
+        train(tmp_path, *EVERYTHING, "--length", 4, "--resume", first)
+    flipped = bytearray(whole)
+    flipped[whole.index(b"exp_avg") + len(whole) // 2] ^= 1                # somewhere among the tensors
+    for damaged in (bytes(flipped), whole[:-100]):
+        third.write_bytes(damaged)
+        (tmp_path / ".step-00000009.1.pt").write_bytes(b"of a kill")
+        train(tmp_path, *EVERYTHING, "--length", 3, "--resume")
+        said = capsys.readouterr().out
+        assert "trying the one before" in said and f"resuming {second} at step 2" in said
+        assert newest(tmp_path)["step"] == 3 and not list(tmp_path.glob(".step-*"))
+    with pytest.raises(runtime.UserError, match="another run writes to"):
+        lock = runtime.lock(tmp_path)
+        train(tmp_path, *EVERYTHING, "--length", 4, "--resume")
+    assert lock
+
+
 def test_a_run_is_neither_overwritten_nor_continued_otherwise(tmp_path):
     train(tmp_path, *EVERYTHING, "--length", 1)
     path = tmp_path / "step-00000001.pt"
