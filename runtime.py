@@ -99,9 +99,9 @@ class ArgumentParser(argparse.ArgumentParser):
         """One line without the usage, a hint for a flag under its name in other projects, exit status 2."""
         if message.startswith("unrecognized arguments: --"):
             word = message.split()[2].split("=")[0].lower().replace("_", "-")
-            known = [flag for flag in self._option_string_actions if flag != word]
-            close = difflib.get_close_matches(SYNONYMS.get(word, word), known, 3)
-            message += f" (did you mean {' or '.join(close)}?)" if close else ""
+            close = difflib.get_close_matches(SYNONYMS.get(word, word), self._option_string_actions)
+            if close:
+                message += f" (did you mean {' or '.join(close)}?)"
         self.exit(2, f"error: {message} (see --help)\n")
 
 
