@@ -252,14 +252,14 @@ def test_original_resolution_pads_with_grey_and_crops_back(protocol, place):
                               "--data-path", ".", "--device", "cpu"])
     model = Identity()
     samples, order, about = evaluate.held_out(model.config, {}, args)
-    found = evaluate.measure(model, samples, order, {}, {}, args)
+    record = {"data": about, "networks": {}, "resize_rule": "half-pixel", "part": "val split"}
+    found = evaluate.measure(model, samples, order, {}, record, args)
     assert [tuple(x.shape[2:]) for x in model.seen] == [(48, 48), (32, 48), (32, 32)]
     assert model.seen[0][..., :4, :].abs().max() == 0 and model.seen[0][..., 44:, :].abs().max() == 0
     assert model.seen[0][..., :7].abs().max() == 0 and model.seen[0][..., 40:].abs().max() == 0      # 7 + 8
     assert torch.isinf(found["psnr"]).all() and found["ssim"].tolist() == [1, 1, 1]
     assert found["counts"].sum() == 3 * 3 + 2 * 3 + 2 * 2 and found["pixels"].tolist() == [1320, 1536, 357]
-    record = {"checkpoint": {"path": "x.pt"}, "data": about, "networks": {}, "resize_rule": "half-pixel"}
-    evaluate.summarise(found, record, args)
+    evaluate.summarise(found, pathlib.Path("runs/evaluation/x.json"), record, args)
     text = next(pathlib.Path("runs/evaluation").glob("*.json")).read_text()           # infinity is valid JSON
     assert json.loads(text, parse_constant=pytest.fail)["metrics"]["psnr"]["value"] == "inf"
 
@@ -466,11 +466,11 @@ def test_no_checkpoint_at_all_is_exit_status_2(place):
 
 @pytest.mark.parametrize("samples, reference, words", [
     ("float", "good", "float32.*uint8"), ("first", "good", "N, H, W, 3.*transpose"),
-    ("grey", "good", "4, 32, 32"), ("named", "good", "arr_0.*images"), ("few", "good", "3 samples.*four"),
+    ("grey", "good", "4, 32, 32"), ("named", "good", "arr_0.*only images"), ("few", "good", "3 samples.*four"),
     ("cut", "good", "cut.*truncated"), ("none", "good", "none.npz does not exist"),
-    ("good", "none", "--reference none.npz.*make-reference"),
+    ("good", "none", "none.npz does not exist.*make-reference"),
     ("good", "large", r"\(64, 64\).*\(32, 32\)"), ("good", "few", "more than 3 images"),
-    ("good", "statistics", "mu, sigma.*arr_0.*resize rule"), ("good", "cut", "cut.npz is truncated"),
+    ("good", "statistics", "arr_0.*mu, sigma.*resize rule"), ("good", "cut", "cut.npz is truncated"),
     ("short", None, "9 frames or more, these have 8"), ("wide", None, "make square ones"),
     ("clips", "good", "--reference is for images"), ("mixed", "good", r"mixes the sizes.*8, 8.*8, 9")])
 def test_wrong_samples_and_references_are_named(place, samples, reference, words):
