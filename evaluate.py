@@ -23,6 +23,7 @@ and marks what it prints as not comparable. metrics.py explains the metrics. Axi
 batch, N of a set, T frames, H W their size, D features, V codes.
 """
 import argparse
+import collections
 import contextlib
 import datetime
 import hashlib
@@ -32,7 +33,6 @@ import os
 import pathlib
 import re
 import sys
-import typing
 import zipfile
 
 import numpy as np
@@ -55,14 +55,9 @@ from runtime import require
 # ---- 1. The metrics, and the record of a measurement -------------------------------------------------------
 
 
-class Metric(typing.NamedTuple):
-    """All that is known of a metric here. A new one of images is a function in metrics.py and a row below."""
-    name: str
-    measure: object                # a function of uint8 originals and reconstructions, or a network's name
-    format: str
-    measured_on: str               # filled in by the facts of a run
-
-
+# All that is known of a metric. measure: a function of uint8 originals and reconstructions, or a network's
+# name; measured_on: with facts of a run. A new one of images is a function in metrics.py and a row here.
+Metric = collections.namedtuple("Metric", "name measure format measured_on")
 METRICS = {
     "psnr": Metric("PSNR (dB)", metrics.psnr, "{:.2f}", "{pixels}, {mean}"),
     "ssim": Metric("SSIM", metrics.ssim, "{:.4f}", "{pixels}, {mean}, 7 x 7 windows"),
@@ -73,7 +68,7 @@ METRICS = {
     "bits_per_pixel": Metric("bits per pixel", None, "{:.4f}", "{bits:g} bits a token"),
     "rfid": Metric("rFID", "inception", "{:.3f}", "{floats}, {resize_rule} to 299, {n} images"),
     "rfid-reference": Metric("FID of reconstructions against {reference}", "inception", "{:.3f}",
-                             "{pixels}, resize tf1, {n} images, {real} others"),
+                             "{pixels}, resize tf1, {n} images"),
     "rfvd": Metric("rFVD", "i3d", "{:.2f}", "{pixels}, {n} clips of {frames} frames, float64"),
     "rfvd-float32": Metric("rFVD, float32", "i3d", "{:.2f}", "the same with the official script's roundings"),
     "fid": Metric("FID", "inception", "{:.3f}", "{n} samples, {real} images, resize tf1"),
@@ -85,7 +80,7 @@ METRICS = {
     "mind": Metric("MIND", "inception", "{:.3f}", "{pairs} samples and as many images, 1,000 directions"),
     "fvd": Metric("FVD", "i3d", "{:.2f}", "{n} samples, {real} clips of {frames} frames, float64"),
     "fvd-float32": Metric("FVD, float32", "i3d", "{:.2f}", "the same with the official script's roundings"),
-    "tokens": Metric("token distance", None, "{:.4f}", "{each} samples, as many {kind}s, {tokens} tokens each"),
+    "tokens": Metric("token distance", None, "{:.4f}", "{each} samples and as many {kind}s, {tokens} tokens"),
     "tokens-real": Metric("the same if real", None, "{:.4f}", "other {kind}s in place of samples: the bias")}
 OF_SETS = {"inception": (2048, 2023, 1008), "i3d": (400,)}            # networks of sets: D of their outputs
 OF_SAMPLES = [key for key, metric in METRICS.items() if metric.measure and metric.measure not in OF_SETS]
@@ -108,12 +103,12 @@ def load_network(name, args):
 def check_size(side, what, args):
     """Raise `UserError` unless images of this shorter side, `what`, are large enough for --metrics."""
     for key, least in SMALLEST.items():
-        require(side >= least or key not in args.metrics, f"{what}: --metrics {key} needs images of {least} x "
-                f"{least} or more, not {side}; leave one or the other out")
+        require(side >= least or key not in args.metrics, f"{what}: --metrics {key} needs images of {least} "
+                f"x {least} or more, not {side}; leave one or the other out")
 
 
 def plan(subject, args, **record):
-    """(path, content so far) of the JSON on a measurement of `subject`, a path. Other settings, other path."""
+    """(path, content so far) of the JSON about `subject`, a path: other settings, other names."""
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
     record = {"command": args.command, "protocol": args.protocol, **record, "arguments": vars(args),
               "versions": versions}
@@ -124,8 +119,7 @@ def plan(subject, args, **record):
 def report(path, values, facts, record):
     """Print `values` {metric: number} and write them to `path` with their `record`. Rank 0 only.
 
-    facts: what fills in the registry's `measured_on`.
-    """
+    facts: what fills in the registry's texts."""
     entries = {}
     rows = []
     for key in [key for key in METRICS if key in values]:
@@ -198,12 +192,9 @@ def sample_array(path):
 
 
 def batches_of(samples, order, args, title):
-    """This rank's batches of samples[order]: (uint8 (B, 3, [T,] H, W), how many count, their indices).
-
-    samples: a data set, or an array of `sample_array`. Ranks share out whole batches, all of one shape, the
-    last filled up by repetition, as convolutions of other shapes add in another order. So a sample always has
-    the same neighbours, and its numbers the same last bits.
-    """
+    """This rank's batches of samples[order], a data set or array: (uint8 (B, 3, [T,] H, W), how many count,
+    their indices). All of one shape, the last filled up by repetition, as convolutions of other shapes add in
+    another order: a sample's numbers have the same last bits on any number of ranks."""
     size = args.batch_size
     batches = data.eval_batches(samples, order, size, args.num_workers)
     total = len(batches)
@@ -227,8 +218,7 @@ def gather_rows(rows, indices):
 class FeatureStream:
     """Sends samples through the network of a metric of sets, and keeps what distances of sets need.
 
-    kept: of which indices to keep features and logits; axes (H, W): also the images themselves.
-    """
+    kept: of which indices to keep features and logits; axes (H, W): also the images themselves."""
 
     def __init__(self, network, kept=(), rule="tf1", axes=None):
         lengths = OF_SETS[network.name]
@@ -287,12 +277,11 @@ def cache_path(key, args):
 
 
 def cached(args, key, make, path=None):
-    """The {name: array} of `make()`, on rank 0, elsewhere None, kept in an npz file. A collective.
+    """The {name: array} of `make()`, on rank 0, elsewhere None, kept in the npz file `path`. A collective.
 
-    key: all that they depend on, a JSON value. path: the file; a name that belongs to the key if None.
-    """
+    key: all that they depend on, a JSON value, which also names the file if path is None."""
     key = {**key, "device": args.device}                   # convolutions differ
-    path = pathlib.Path(path) if path else cache_path(key, args)
+    path = pathlib.Path(path or cache_path(key, args))
     known = runtime.on_main(path.exists)
     runtime.print_main(f"cached   {path} ({'found' if known else 'made now'})")
     arrays = None if known else make()
@@ -425,22 +414,18 @@ def reconstruct(model, x, args):
 
 
 def open_streams(samples, networks, record, args):
-    """What distances of sets need: {name: FeatureStream}, {metric: statistics}, key.
-
-    The stream "real" sees originals, the others, named as the metrics, reconstructions. The originals'
-    statistics are the same for all tokenizers: they are `cached` under `key`, and may be known already.
-    """
+    """({name: FeatureStream}, {metric: statistics}, key) for distances of sets. "real" looks at originals,
+    whose statistics serve all tokenizers, `cached` under `key`; the others look at reconstructions."""
     streams = {}
     references = {}
     key = None
-    for name in {"rfid", "rfvd"} & set(args.metrics):
+    for name in {"rfid", "rfvd"} & set(args.metrics):      # one of them
         network = networks[METRICS[name].measure]
+        kept = range(len(samples)) if name == "rfvd" else ()
         key = {"data": record["data"], "protocol": args.protocol, "network": network.source,
                "resize_rule": record["resize_rule"], "device": args.device}
-        kept = range(len(samples)) if name == "rfvd" else ()
-        streams[name] = FeatureStream(network, kept, record["resize_rule"])
-        if not runtime.on_main(cache_path(key, args).exists):
-            streams["real"] = FeatureStream(network, kept, record["resize_rule"])
+        for seen in ("real", name)[runtime.on_main(cache_path(key, args).exists):]:
+            streams[seen] = FeatureStream(network, kept, record["resize_rule"])
     if args.reference:                                     # with the resize rule that its statistics have
         real = real_samples(args, samples.axes, None, args.reference)
         references["rfid-reference"] = real_statistics(args, networks["inception"], *real)
@@ -536,26 +521,21 @@ def summarise(found, output, record, args):
 
 # ---- 4. Generation: do samples look like real ones, and like all of them (table 5)? ------------------------
 
-def newest_samples(folder="runs/samples"):
-    """The newest npz file in `folder`, None where there is none."""
-    return max(pathlib.Path(folder).glob("**/*.npz"), key=lambda path: path.stat().st_mtime, default=None)
-
-
 def choose_samples(args):
     """The path of the samples to judge: given, drawn now as flags say, the newest there are, or drawn now."""
     parser = argparse.ArgumentParser()
     sample.add_drawing_flags(parser)
     defaults = vars(parser.parse_args([]))
-    given = [name for name, default in {**defaults, "num_samples": None}.items()
+    given = [f"--{name.replace('_', '-')}" for name, default in {**defaults, "num_samples": None}.items()
              if getattr(args, name) != default and name not in ("batch_size", "mixed_precision")]
-    if args.samples:
-        # Of samples that are drawn already, tokens need to know the tokenizer.
-        loading = ("ckpt", "tokenizer", "raw_weights", "trust_checkpoint") if "tokens" in args.metrics else ()
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given if name not in loading)
-        require(not flags, f"--samples {args.samples} is drawn already, without {flags}")
+    if args.samples:                                       # tokens need to know the tokenizer
+        require(not given or "tokens" in args.metrics,
+                f"--samples {args.samples} is drawn already, without {', '.join(given)}")
         return pathlib.Path(args.samples)
-    if not given and (path := runtime.on_main(newest_samples)):
-        return path
+    stored = pathlib.Path("runs/samples").glob("**/*.npz")
+    stored = runtime.on_main(lambda: sorted(stored, key=os.path.getmtime))
+    if stored and not given:
+        return stored[-1]
     what = "samples (*.npz) in runs/samples and no AR model"
     args.ckpt = str(args.ckpt or runtime.latest_checkpoint("runs/ar", what))
     n = args.num_samples or (50_000 if args.ckpt in checkpoints.PUBLISHED else 5_000)
@@ -584,68 +564,65 @@ def open_samples(path):
     return samples, sizes.pop(), runtime.on_main(data.fingerprint, samples, range(len(samples)))
 
 
-def drawn_by(sampling):
-    """Which checkpoint, says what lies beside samples, has drawn them: a dict, {} where it does not say."""
-    checkpoint = (sampling or {}).get("checkpoint")
-    return checkpoint if isinstance(checkpoint, dict) else {}
-
-
 def generation(args):
-    """Judge generated samples: FID, sFID, Inception Score, precision, recall, KID and MIND of images, FVD of
-    clips, and the tokens of both."""
+    """Judge generated samples: FID and the like of images, FVD of clips, the tokens of both."""
     path = choose_samples(args)
     samples, axes, identity = open_samples(path)
     n = len(samples)
     clips = len(axes) == 3
     possible = ["fvd"] if clips else OF_IMAGES
     args.metrics = args.metrics or possible
-    asked = [key for key in args.metrics if key != "tokens"]
-    require(set(asked) <= set(possible), f"--metrics: of {path} there are {', '.join(possible)} and tokens")
+    require(set(args.metrics) <= {*possible, "tokens"},
+            f"--metrics: {', '.join(possible)} and tokens are for what {path} holds")
     require(n > 3, f"{path} holds {n} samples; generation metrics need four or more")
     require(not (clips and args.reference), "--reference is for images; give real clips with --data-path")
     require(args.reference or axes[-1] == axes[-2], f"{path} holds samples of {list(axes)}, real ones are "
             f"cropped to squares; make square ones, or give a --reference")
-    require("fvd" not in asked or axes[0] >= 9,
+    require("fvd" not in args.metrics or axes[0] >= 9,
             f"{path}: I3D needs clips of 9 frames or more, these have {axes[0]}")
     beside = pathlib.Path(os.path.splitext(os.path.abspath(path))[0] + ".json")
-    sampling = runtime.read_json(beside) if beside.is_file() else None
-    real, order, about = real_samples(args, axes, args.max_samples or n, args.reference)
+    sampling = runtime.read_json(beside) if beside.is_file() else {}
+    real = real_samples(args, axes, args.max_samples or n, args.reference)
+    about = real[-1]
+    facts = {"n": n, "frames": axes[0], "kind": "clip" if clips else "image", "real": about.get("n")}
+    values = {}
     tokenizer = None
-    coder = None
-    if "tokens" in args.metrics:
-        tokenizer, coder = tokenizer_of(sampling, args)
-    network = load_network("i3d" if clips else "inception", args) if asked else None
+    if "tokens" in args.metrics:                           # as it is in the AR model that drew the samples
+        made_by = sampling.get("checkpoint")
+        args.ckpt = args.ckpt or (made_by.get("path") if isinstance(made_by, dict) else None)
+        _, tokenizer, info = sample.load(args)
+        sha256 = runtime.on_main(checkpoints.weights_hash, tokenizer)
+        about["tokenizer"] = {"path": info["path"], "sha256": sha256}
+    network = None
+    if args.metrics != ["tokens"]:
+        network = load_network("i3d" if clips else "inception", args)
     output, record = plan(path, args, samples={"path": str(path), "axes": list(axes), "sha256": identity},
-                          sampling=sampling, reference=about, tokenizer=coder,
+                          sampling=sampling, reference=about,
                           networks={network.name: network.source} if network else {})
     runtime.print_facts(("samples", f"{path}, {n} of {' x '.join(map(str, axes))}"),
-                        ("real", about.get("name", args.reference)),
+                        ("real", f"those of {about.get('name') or args.reference}"),
                         ("protocol", f"{args.protocol}, {runtime.world_size()} x {args.device}"))
-    facts = {"n": n, "frames": axes[0], "kind": "clip" if clips else "image"}
-    values = {}
     if tokenizer:
-        values = token_distances(tokenizer.to(args.device), samples, real, facts, args)
+        values.update(token_distances(tokenizer.to(args.device), samples, real[0], facts, args))
     if network:
-        reference = real_statistics(args, network, real, order, about)
+        reference = real_statistics(args, network, *real)
         made = FeatureStream(network, range(n)).run(samples, range(n), args, "samples")
         if runtime.is_main():
             require(made["n"] == n, f"{n - made['n']} of {n} samples in {path} are broken; make them again")
             values.update(compare(reference, made, facts, args))
-            about["n"] = facts["real"]
     if runtime.is_main():
         report(output, values, facts, record)
 
 
 def compare(reference, made, facts, args):
-    """{metric: value} of samples `made`, given like the `reference` as by `FeatureStream.finish`, for
-    --metrics; adds to `facts`. Rank 0 only."""
-    n = facts["n"]
-    facts["real"] = reference["n"] if isinstance(reference["n"], str) else int(reference["n"])
-    if facts["real"] != n:
-        print(f"warning: {n} samples are compared with {facts['real']} real ones; most metrics depend on both")
-    if "fid" in args.metrics and n != 50_000:
-        print(f"warning: published numbers are of 50,000 samples, these are of {n}")
+    """{metric: value} of samples against real ones, as `FeatureStream.finish` gives both; adds to `facts`."""
     asked = set(args.metrics)
+    n = facts["n"]
+    facts["real"] = int(reference["n"]) if "n" in reference else "an unknown number of"
+    if facts["real"] != n:
+        print(f"warning: {n} samples are compared with {facts['real']} real ones; distances depend on both")
+    if n != 50_000:
+        print(f"warning: published numbers are of 50,000 samples, these are of {n}")
     values = distances([key for key in FRECHET if key in asked], reference, made, args)
     if "inception_score" in asked:
         logits = torch.from_numpy(made["logits"])
@@ -655,10 +632,9 @@ def compare(reference, made, facts, args):
             logits = logits[torch.randperm(n, generator=torch.Generator().manual_seed(args.global_seed))]
         values["inception_score"], deviation, blocks = metrics.inception_score(logits)
         facts["blocks"] = f"{blocks}, std {deviation:.2f}"
-    if not asked & OF_FEATURES:
-        return values
-    features = [torch.tensor(arrays["features"], device=args.device) for arrays in (reference, made)]
-    facts.update(near=len(features[0]), pairs=min(map(len, features)))
+    if asked & OF_FEATURES:
+        features = [torch.tensor(arrays["features"], device=args.device) for arrays in (reference, made)]
+        facts.update(near=len(features[0]), pairs=min(map(len, features)))
     if asked & {"precision", "recall"}:
         half = args.protocol == "official"                 # as in ADM's evaluator
         facts["digits"] = "fp16" if half else "fp32"
@@ -672,46 +648,30 @@ def compare(reference, made, facts, args):
     return values
 
 
-def tokenizer_of(sampling, args):
-    """(tokenizer, its record): --tokenizer, or that in the AR model --ckpt or, if that is not given, in the one
-    which has drawn the samples."""
-    options = (not args.raw_weights, args.trust_checkpoint)
-    path = args.tokenizer or args.ckpt or drawn_by(sampling).get("path")
-    require(path, "--metrics tokens: nothing beside the samples says which AR model has drawn them; name it with "
-                  "--ckpt, or any tokenizer with --tokenizer")
-    if args.tokenizer:
-        tokenizer, _ = checkpoints.load_tokenizer(path, *options)
-    else:
-        _, tokenizer, _ = checkpoints.load_ar(path, *options)
-        require(tokenizer, f"{path} contains no whole tokenizer; name the file of one with --tokenizer")
-    return tokenizer, {"path": str(path), "sha256": runtime.on_main(checkpoints.weights_hash, tokenizer)}
-
-
 def token_distances(tokenizer, samples, real, facts, args):
-    """{metric: total variation} of the codes of samples and of equally many `real` ones, and of these and of
-    as many others: what samples could reach. Adds to `facts`. A collective."""
+    """{metric: total variation} of the codes of samples and of as many `real` ones, and of these and as many
+    others: what the best samples would have. Adds to `facts`. A collective."""
     each = min(len(samples), args.max_samples or len(samples), len(real) // 2)
-    require(each > 0, f"--metrics tokens needs two real {facts['kind']}s or more")
     chosen = np.random.default_rng(args.global_seed).permutation(len(real))[:2 * each].tolist()
     counts = []
-    for some, order in ((samples, data.evenly_spaced(each, len(samples))), (real, chosen[:each]),
-                        (real, chosen[each:])):
+    spread = data.evenly_spaced(each, len(samples))
+    for some, order in ((samples, spread), (real, chosen[:each]), (real, chosen[each:])):
         counts.append(torch.zeros(tokenizer.quantizer.vocabulary, dtype=torch.long, device=args.device))
         for x, n, _ in batches_of(some, order, args, "tokens"):
-            x = pictures.to_float(x[:n].to(args.device))
-            for part in x.split(4 if x.dim() == 5 else n):               # clips are large
+            for part in pictures.to_float(x[:n].to(args.device)).split(4):
                 counts[-1] += code_counts(tokenizer.encode(part), len(counts[-1]))
     made, first, second = map(runtime.all_reduce_sum, counts)
     facts.update(each=each, tokens=int(made.sum()))
-    return {"tokens": metrics.total_variation(made, first), "tokens-real": metrics.total_variation(second, first)}
+    return {"tokens": metrics.total_variation(made, first),
+            "tokens-real": metrics.total_variation(second, first)}
 
 
 def real_samples(args, axes, count, reference=None):
     """(samples, indices, record): images in the npz `reference`, or `count` (None: all) of --data-path."""
     if reference:
         samples = sample_array(reference)
-        require(samples.shape[1:-1] == axes, f"--reference {reference} is of images of {samples.shape[1:-1]}, "
-                f"the others have {axes}; compare sets of one size (make-reference has --image-size)")
+        require(samples.shape[1:-1] == axes, f"--reference {reference} is of images of {samples.shape[1:3]}, "
+                f"not {axes}; compare sets of one size (make-reference has --image-size)")
         return samples, range(len(samples)), {**read_npz(reference).get("settings", {}), "path": reference,
                                               "sha256": runtime.on_main(runtime.sha256_of, reference)}
     view = data.View(axes[-1], axes[0] if len(axes) == 3 else None, resize=args.resize)
@@ -722,39 +682,34 @@ def real_samples(args, axes, count, reference=None):
 
 
 def real_statistics(args, network, samples, order, about, path=None):
-    """The statistics of `real_samples`, computed once and cached, in `path` if given. A collective.
+    """The statistics of `real_samples`, made once and cached, in `path` if given. A collective.
 
-    With features, and of a data set's images the pixels, of up to 10,000, so that ADM's own evaluator can
-    read the file. ADM's files bring statistics of ImageNet's training set by the TensorFlow network, and
-    10,000 images, of which some metrics need the features.
-    """
-    if not isinstance(samples, np.ndarray):
-        key = {**about, "protocol": args.protocol, "network": network.source}
-        del key["path"]
+    With features, and of a data set the images, of up to 10,000, for ADM's own evaluator to read. ADM's files
+    bring statistics of ImageNet's training set, and 10,000 images, whose features are computed here."""
+    key = {name: value for name, value in about.items() if name not in ("path", "tokenizer")}
+    key["network"] = network.source
+    if isinstance(samples, data.Samples):
         kept = {order[k] for k in data.evenly_spaced(10_000, len(order))}
         stream = FeatureStream(network, kept, axes=samples.axes if len(samples.axes) == 2 else None)
-        return cached(args, key, lambda: stream.run(samples, order, args, "reference"), path)
+        key["protocol"] = args.protocol
+        return cached(args, key, lambda: stream.run(samples, order, args, "real"), path)
     stored = read_npz(about["path"])
     if "settings" in stored:
         require(stored["settings"]["network"] == network.source,
                 f"--reference {about['path']} is of other Inception weights; make it again")
         return stored
-    # ADM's statistics belong to the published network. Without any, it takes those of arr_0; so do we.
-    complete = network.source != RANDOM_LABEL and {"mu", "sigma", "mu_s", "sigma_s"} <= stored.keys()
-    if complete and not OF_FEATURES & set(args.metrics):
-        return {"n": "an unknown number of", **stored}
-    key = {"sha256": about["sha256"], "network": network.source}
     stream = FeatureStream(network, order)
-    computed = cached(args, key, lambda: stream.run(samples, order, args, "reference"))
-    if computed and complete:
-        return {"n": "an unknown number of", **stored, "features": computed["features"]}
+    computed = cached(args, key, lambda: stream.run(samples, order, args, "real"))
+    # ADM's statistics belong to the published network. Without any, it takes those of arr_0; so do we.
+    if computed and network.source != RANDOM_LABEL and {"mu", "sigma", "mu_s", "sigma_s"} <= stored.keys():
+        return {**stored, "features": computed["features"]}
     return computed
 
 
 def make_reference(args):
     """Statistics of real images for `generation` to compare with, in ADM's format."""
-    samples, order, about = real_samples(args, (args.image_size, args.image_size), args.max_samples)
-    real_statistics(args, load_network("inception", args), samples, order, about, args.reference)
+    real = real_samples(args, (args.image_size, args.image_size), args.max_samples)
+    real_statistics(args, load_network("inception", args), *real, args.reference)
 
 
 # ---- 5. The paper's tables: their rows lie in tables.json; those of ours name what measures them -----------
@@ -778,11 +733,11 @@ def measured(what, results, args):
     path = getattr(args, what["data"])
 
     def fits(result):                                      # of this checkpoint, or our training of its preset
-        made = result.get("checkpoint") or drawn_by(result["sampling"])
+        made = result.get("checkpoint") or (result["sampling"] or {}).get("checkpoint")
         on = result.get("data") or result["reference"]
-        return (made.get("preset") == what["checkpoint"] and result["protocol"] == args.protocol
+        return (isinstance(made, dict) and made.get("preset") == what["checkpoint"]
                 and on["path"] and os.path.abspath(on["path"]) == os.path.abspath(path)
-                and on.get("size", what["size"]) == what["size"]
+                and on.get("size", what["size"]) == what["size"] and result["protocol"] == args.protocol
                 and RANDOM_LABEL not in result["networks"].values())
 
     def complete(result):
@@ -810,7 +765,7 @@ def table(args):
     content = json.loads((pathlib.Path(__file__).parent / "tables.json").read_text())[str(args.number)]
     results = []
     for path in pathlib.Path(args.output).glob("*.json"):
-        with contextlib.suppress(runtime.UserError):       # torn, or of another program, as what has other keys
+        with contextlib.suppress(runtime.UserError):       # torn; what has other keys is another program's
             results.append(runtime.read_json(path))
     results = [each for each in results if {"metrics", "n", "protocol", "networks", "date"} <= each.keys()]
     rows = []
@@ -907,9 +862,6 @@ def main(args):
     torch.backends.cudnn.deterministic = True
     commands = {"reconstruction": reconstruction, "generation": generation, "make-reference": make_reference}
     commands[args.command](args)
-    if args.command == "reconstruction" and newest_samples():
-        runtime.print_main("runs/samples holds generated samples too: python evaluate.py generation (which "
-                           "downloads 96 MB)")
 
 
 if __name__ == "__main__":
