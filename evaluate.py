@@ -88,7 +88,7 @@ OF_RECONSTRUCTIONS = (*OF_SAMPLES, "usage", "rfid", "rfvd")           # for --me
 OF_IMAGES = ("fid", "sfid", "inception_score", "precision", "recall", "kid", "mind")        # of samples
 OF_FEATURES = {"precision", "recall", "kid", "mind"}                  # moments do not suffice for these
 FRECHET = ("rfid", "rfid-reference", "rfvd", "fid", "sfid", "fvd")
-SMALLEST = {"ssim": 7, "lpips-vgg": 32, "lpips-alex": 32}             # the sides that they need
+SMALLEST = {"ssim": 7, "lpips-vgg": 32, "lpips-alex": 32, "rfvd": 9, "fvd": 9}     # pixels a side, or frames
 
 
 def load_network(name, args):
@@ -100,11 +100,12 @@ def load_network(name, args):
     return network.to(args.device)
 
 
-def check_size(side, what, args):
-    """Raise `UserError` unless images of this shorter side, `what`, are large enough for --metrics."""
+def check_size(axes, what, args):
+    """Raise `UserError` unless images or clips `what`, of these axes ([T,] H, W), suffice for --metrics."""
     for key, least in SMALLEST.items():
-        require(side >= least or key not in args.metrics, f"{what}: --metrics {key} needs images of {least} "
-                f"x {least} or more, not {side}; leave one or the other out")
+        size, unit = (axes[0], "frames") if "fvd" in key else (min(axes[-2:]), "pixels a side")
+        require(key not in args.metrics or size >= least, f"{what}: --metrics {key} needs {least} {unit} or "
+                f"more, not {size}; leave one or the other out")
 
 
 def plan(subject, args, **record):
@@ -134,8 +135,8 @@ def report(path, values, facts, record):
                   f"of {OF_SETS[metric.measure][0]} features); compare it only with that of equally many")
     print()
     runtime.print_table(rows, ["metric", "value", "measured on", ""])
-    date = datetime.datetime.now().isoformat()
-    runtime.write_json(path, {"metrics": entries, "n": facts["n"], **record, "date": date})
+    record["date"] = datetime.datetime.now().isoformat()
+    runtime.write_json(path, {"metrics": entries, "n": facts["n"], **record})
     print(f"\nwritten to {path}")
 
 
@@ -153,8 +154,7 @@ def code_counts(ids, V):
 
 def read_npz(path):
     """{name: array} of an npz file, mapped into memory if stored as np.savez does: samples may have 10 GB."""
-    require(pathlib.Path(path).is_file(), f"{path} does not exist; check the path (make-reference makes npz "
-                                          f"files of real images)")
+    require(pathlib.Path(path).is_file(), f"{path} does not exist; check the path (or try make-reference)")
     arrays = {}
     try:
         with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
@@ -322,12 +322,11 @@ def reconstruction(args):
     possible = [key for key in OF_RECONSTRUCTIONS if key != other]
     if "all" in args.metrics:
         args.metrics = possible
-    require("rfvd" not in args.metrics or about["frames"] >= 9,
-            f"--metrics rfvd: I3D needs 9 frames or more, {path} has {about['frames']}; leave it out")
     if args.reference:
         require(size != "original" and not about["frames"], "--reference is for images of one size")
         args.metrics = [*args.metrics, "rfid-reference"]
-    check_size(math.inf if size == "original" else size, "--image-size", args)
+    if size != "original":
+        check_size(samples.axes, f"size {size} of {path}", args)
     needed = {METRICS[key].measure for key in args.metrics if isinstance(METRICS[key].measure, str)}
     networks = {name: load_network(name, args) for name in sorted(needed)}
     # Clean departs from the official resize rule only where a side exceeds Inception's 299 pixels.
@@ -351,19 +350,18 @@ def reconstruction(args):
 
 def has_learned(samples, trained_on, args):
     """Whether a tokenizer was trained on `samples`: its train/, or a data set that is not parted at all."""
-    path = os.path.expanduser(trained_on["data_path"] or "unknown")
+    path = os.path.expanduser(trained_on["data_path"] or os.devnull)   # which of a published one is not known
     folders = [os.path.realpath(os.path.join(path, part)) for part in ("", "train")]
-    parted = not isinstance(samples, (data.Folder, data.TarShards))    # whose names say which part they are
+    named = isinstance(samples, (data.Folder, data.TarShards))         # whose names say which part they are
     return (os.path.realpath(samples.name) in folders and args.split_list == trained_on["split_list"]
-            and not (parted and args.split != "train"))
+            and (named or args.split == "train"))
 
 
 def held_out(config, trained_on, args):
     """(data set, indices, record): samples that a tokenizer has not seen, of what it has learned from.
 
     Protocol official, for clips: the training split, random crops, filled up to 10,000 with randomly chosen
-    ones of the same (463 of UCF-101's 9,537), as in the script that the published rFVD of 16 came from.
-    """
+    ones of the same (463 of UCF-101's 9,537), as in the script that the published rFVD of 16 came from."""
     frames = getattr(config, "frames", None)
     require(not (frames and args.original_resolution), "--original-resolution is for tokenizers of images")
     seen = args.protocol == "official" and frames is not None
@@ -386,18 +384,16 @@ def held_out(config, trained_on, args):
         shuffled = np.random.default_rng(args.global_seed).permutation(len(samples)).tolist()
         order += shuffled[:10_000 - len(order)]
     order = [order[k] for k in data.evenly_spaced(args.max_samples, len(order))]
-    require(len(order) > 1, f"{samples.name} has {len(order)} {samples.kind}s; two or more are needed")
+    fingerprint = runtime.on_main(data.fingerprint, samples, order)
     return samples, order, {"path": args.data_path, "name": samples.name, "split": args.split, "crop": crop,
                             "resize": args.resize, "size": "original" if args.original_resolution else size,
-                            "frames": frames, "n": len(order), "repeated": len(order) - len(set(order)),
-                            "fingerprint": runtime.on_main(data.fingerprint, samples, order)}
+                            "frames": frames, "n": len(order), "fingerprint": fingerprint}
 
 
 def reconstruct(model, x, args):
     """x (B, 3, [T,] H, W) in [-1, 1] through the tokens: (reconstructions as x, ids (B, [t,] h, w)).
 
-    At their original resolution images are padded with 0, mid-grey, to whole tokens, and cropped again.
-    """
+    At their original resolution images are padded with 0, mid-grey, to whole tokens, and cropped again."""
     multiple = 1
     if args.original_resolution:                           # officially 16 whatever the stride is
         multiple = math.lcm(16 if args.protocol == "official" else 1, model.config.downsampling)
@@ -438,8 +434,7 @@ def measure(model, samples, order, networks, record, args):
     """The measuring loop: every sample goes through the tokenizer once and is seen by every metric.
 
     Returns on rank 0 {metric: its value for each sample (N,), or of the set}, the samples' "pixels" (N,), the
-    "counts" of codes (V,), and "examples", {index: uint8 original and reconstruction}. A collective.
-    """
+    "counts" of codes (V,), and "examples", {index: uint8 original and reconstruction}. A collective."""
     official = args.protocol == "official"
     judges = {key: networks.get(METRICS[key].measure, METRICS[key].measure)
               for key in OF_SAMPLES if key in args.metrics}
@@ -450,7 +445,7 @@ def measure(model, samples, order, networks, record, args):
     examples = {}
     for originals, n, indices in batches_of(samples, order, args, "measuring"):
         if args.original_resolution:
-            check_size(min(originals.shape[-2:]), samples.path(int(indices[0])), args)
+            check_size(originals.shape, samples.path(int(indices[0])), args)
         x = pictures.to_float(originals.to(args.device))                 # (B, 3, [T,] H, W)
         y, ids = reconstruct(model, x, args)                             # as x, (B, [t,] h, w)
         # clean: every metric sees the pixels that an image file would hold. official: truncated ones, the
@@ -503,7 +498,6 @@ def summarise(found, output, record, args):
              "floats": "floats" if official else pixels, "tokens": int(counts.sum()),
              "over": f"{n} {'clip' if about['frames'] else 'image'}s of {about['name']}, {record['part']}",
              "reference": args.reference}
-    record["skipped"] = about["n"] - n
     values = {key: found[key] for key in METRICS if key in found}
     for key in values.keys() & set(OF_SAMPLES):
         means = [part.mean() for part in values[key].split(batch if callable(METRICS[key].measure) else 1)]
@@ -532,10 +526,8 @@ def choose_samples(args):
         require(not given or "tokens" in args.metrics,
                 f"--samples {args.samples} is drawn already, without {', '.join(given)}")
         return pathlib.Path(args.samples)
-    stored = pathlib.Path("runs/samples").glob("**/*.npz")
-    stored = runtime.on_main(lambda: sorted(stored, key=os.path.getmtime))
-    if stored and not given:
-        return stored[-1]
+    if not given and (stored := runtime.on_main(list, pathlib.Path("runs/samples").glob("**/*.npz"))):
+        return max(stored, key=os.path.getmtime)
     what = "samples (*.npz) in runs/samples and no AR model"
     args.ckpt = str(args.ckpt or runtime.latest_checkpoint("runs/ar", what))
     n = args.num_samples or (50_000 if args.ckpt in checkpoints.PUBLISHED else 5_000)
@@ -575,16 +567,14 @@ def generation(args):
     require(set(args.metrics) <= {*possible, "tokens"},
             f"--metrics: {', '.join(possible)} and tokens are for what {path} holds")
     require(n > 3, f"{path} holds {n} samples; generation metrics need four or more")
-    require(not (clips and args.reference), "--reference is for images; give real clips with --data-path")
     require(args.reference or axes[-1] == axes[-2], f"{path} holds samples of {list(axes)}, real ones are "
             f"cropped to squares; make square ones, or give a --reference")
-    require("fvd" not in args.metrics or axes[0] >= 9,
-            f"{path}: I3D needs clips of 9 frames or more, these have {axes[0]}")
+    check_size(axes, path, args)
     beside = pathlib.Path(os.path.splitext(os.path.abspath(path))[0] + ".json")
     sampling = runtime.read_json(beside) if beside.is_file() else {}
     real = real_samples(args, axes, args.max_samples or n, args.reference)
     about = real[-1]
-    facts = {"n": n, "frames": axes[0], "kind": "clip" if clips else "image", "real": about.get("n")}
+    facts = {"n": n, "frames": axes[0], "kind": "clip" if clips else "image"}
     values = {}
     tokenizer = None
     if "tokens" in args.metrics:                           # as it is in the AR model that drew the samples
@@ -648,6 +638,7 @@ def compare(reference, made, facts, args):
     return values
 
 
+@torch.no_grad()
 def token_distances(tokenizer, samples, real, facts, args):
     """{metric: total variation} of the codes of samples and of as many `real` ones, and of these and as many
     others: what the best samples would have. Adds to `facts`. A collective."""
@@ -658,7 +649,8 @@ def token_distances(tokenizer, samples, real, facts, args):
     for some, order in ((samples, spread), (real, chosen[:each]), (real, chosen[each:])):
         counts.append(torch.zeros(tokenizer.quantizer.vocabulary, dtype=torch.long, device=args.device))
         for x, n, _ in batches_of(some, order, args, "tokens"):
-            for part in pictures.to_float(x[:n].to(args.device)).split(4):
+            x = pictures.to_float(x[:n].to(args.device))
+            for part in x.split(4 if x.dim() == 5 else n):               # clips are large
                 counts[-1] += code_counts(tokenizer.encode(part), len(counts[-1]))
     made, first, second = map(runtime.all_reduce_sum, counts)
     facts.update(each=each, tokens=int(made.sum()))
@@ -714,20 +706,6 @@ def make_reference(args):
 
 # ---- 5. The paper's tables: their rows lie in tables.json; those of ours name what measures them -----------
 
-def configuration(name):
-    """What a preset of this code has, for tables 1 and 2: computed, not copied."""
-    kind, _, presets = next(entry for entry in checkpoints.FORMATS.values() if name in entry[2])
-    config = presets[name]
-    with torch.device("meta"):                             # shapes without memory
-        model = kind(config)
-    if hasattr(config, "inter_blocks"):
-        parameters = sum(p.numel() for p in model.parameters()) / 1e6
-        numbers = [config.inter_blocks, config.intra_blocks, config.width, config.heads]
-        return f"{parameters:.2f}M, {', '.join(map(str, numbers))}"
-    side = config.resolution
-    return f"{model.quantizer.vocabulary} codes, {side}x{side}, {config.downsampling}x"
-
-
 def measured(what, results, args):
     """(cell, command) of a measurement in a table: its newest values here, and how to get what is missing."""
     path = getattr(args, what["data"])
@@ -740,17 +718,16 @@ def measured(what, results, args):
                 and on.get("size", what["size"]) == what["size"] and result["protocol"] == args.protocol
                 and RANDOM_LABEL not in result["networks"].values())
 
-    def complete(result):
-        return set(what["metrics"]) <= result["metrics"].keys()
+    def rank(result):                                      # the newest of those that have everything
+        return set(what["metrics"]) <= result["metrics"].keys(), result["date"]
 
     cell = ""
-    fitting = sorted(filter(fits, results), key=lambda result: (complete(result), result["date"]))
-    if fitting:
-        found = fitting[-1]["metrics"]
+    if best := max(filter(fits, results), key=rank, default=None):
+        found = best["metrics"]
         shown = [METRICS[key].format.format(float(found[key]["value"])) if key in found else "-"
                  for key in what["metrics"]]
-        cell = f"{what['data']} {' / '.join(shown)} ({fitting[-1]['n']}, {args.protocol})"
-        if complete(fitting[-1]):
+        cell = f"{what['data']} {' / '.join(shown)} ({best['n']}, {args.protocol})"
+        if rank(best)[0]:
             return cell, None
     command = f"python evaluate.py generation --ckpt {what['checkpoint']} --reference {path}"
     if what["data"] != "reference":
@@ -773,10 +750,8 @@ def table(args):
     for row in content["rows"]:
         cells = [measured(what, results, args) for what in row.get("measure", ())]
         commands += [command for _, command in cells if command]
-        own = configuration(row["preset"]) if "preset" in row else "-"
-        if cells:
-            own = "; ".join(cell for cell, _ in cells if cell) or "not yet"
-        rows.append([*row["cells"], own])
+        own = row.get("own", "not yet" if cells else "-")              # of tables 1 and 2: what presets have
+        rows.append([*row["cells"], "; ".join(cell for cell, _ in cells if cell) or own])
     print(f"Table {args.number}. {content['title']}\n")
     runtime.print_table(rows, content["header"])
     if content["note"]:
