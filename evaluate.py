@@ -11,25 +11,28 @@ in a JSON. Where the official scripts have a quirk, there are two protocols:
     python evaluate.py reconstruction --ckpt in1k-256 --data-path imagenet --metrics all --protocol official
     python evaluate.py reconstruction --ckpt pt-256-2^18 --data-path coco --original-resolution
     python evaluate.py reconstruction --ckpt ucf-128 --data-path ucf101 --metrics all --protocol official
+    python evaluate.py generation --metrics tokens           # downloads nothing
     python evaluate.py generation --samples samples.npz --reference VIRTUAL_imagenet256_labeled.npz
     torchrun --nproc-per-node=8 evaluate.py generation --ckpt AR-B --data-path imagenet
     python evaluate.py make-reference --data-path imagenet --image-size 256
     python evaluate.py table 4 --imagenet imagenet
 
-Images and clips go the same way: an image is a clip of one frame. No number of ranks changes a result. Some
-metrics need networks to be downloaded; --allow-random-weights tries the machinery out without, and marks what
-it prints as not comparable. metrics.py explains the metrics. Axis letters: B samples of a batch, N of a set,
-T frames, H W their size, D features, V codes.
+Images and clips go the same way: an image is a clip of one frame. Results of any number of ranks agree to 12
+digits. Some metrics need networks to be downloaded; --allow-random-weights tries the machinery out without,
+and marks what it prints as not comparable. metrics.py explains the metrics. Axis letters: B samples of a
+batch, N of a set, T frames, H W their size, D features, V codes.
 """
 import argparse
+import collections
+import contextlib
 import datetime
 import hashlib
 import json
 import math
 import os
 import pathlib
+import re
 import sys
-import typing
 import zipfile
 
 import numpy as np
@@ -52,23 +55,20 @@ from runtime import require
 # ---- 1. The metrics, and the record of a measurement -------------------------------------------------------
 
 
-class Metric(typing.NamedTuple):
-    """All that is known of a metric here. A new one of images is a function in metrics.py and a row below."""
-    name: str
-    measure: object                # a function of uint8 originals and reconstructions, or a network's name
-    format: str
-    measured_on: str               # filled in by the facts of a run
-
-
+# All that is known of a metric. measure: a function of uint8 originals and reconstructions, or a network's
+# name; measured_on: with facts of a run. A new one of images is a function in metrics.py and a row here.
+Metric = collections.namedtuple("Metric", "name measure format measured_on")
 METRICS = {
     "psnr": Metric("PSNR (dB)", metrics.psnr, "{:.2f}", "{pixels}, {mean}"),
     "ssim": Metric("SSIM", metrics.ssim, "{:.4f}", "{pixels}, {mean}, 7 x 7 windows"),
     "lpips-vgg": Metric("LPIPS (VGG)", "lpips-vgg", "{:.4f}", "{floats}, mean over all"),
     "lpips-alex": Metric("LPIPS (Alex)", "lpips-alex", "{:.4f}", "{floats}, mean over all"),
-    "usage": Metric("codebook usage", None, "{:.2%}", "{tokens} tokens of {codes}"),
+    "usage": Metric("codebook usage", None, "{:.2%}", "of {codes}, {tokens} tokens, {over}"),
     "perplexity": Metric("perplexity", None, "{:.1f}", "at most {codes}"),
     "bits_per_pixel": Metric("bits per pixel", None, "{:.4f}", "{bits:g} bits a token"),
     "rfid": Metric("rFID", "inception", "{:.3f}", "{floats}, {resize_rule} to 299, {n} images"),
+    "rfid-reference": Metric("FID of reconstructions against {reference}", "inception", "{:.3f}",
+                             "{pixels}, resize tf1, {n} images"),
     "rfvd": Metric("rFVD", "i3d", "{:.2f}", "{pixels}, {n} clips of {frames} frames, float64"),
     "rfvd-float32": Metric("rFVD, float32", "i3d", "{:.2f}", "the same with the official script's roundings"),
     "fid": Metric("FID", "inception", "{:.3f}", "{n} samples, {real} images, resize tf1"),
@@ -76,14 +76,19 @@ METRICS = {
     "inception_score": Metric("Inception Score", "inception", "{:.2f}", "blocks of 5,000: {blocks}, {order}"),
     "precision": Metric("precision", "inception", "{:.4f}", "{n} samples, {near} images, k = 3, {digits}"),
     "recall": Metric("recall", "inception", "{:.4f}", "{n} samples, {near} images, k = 3, {digits}"),
+    "kid": Metric("KID", "inception", "{:.5f}", "{n} samples, {near} images, {subsets}"),
+    "mind": Metric("MIND", "inception", "{:.3f}", "{pairs} samples and as many images, 1,000 directions"),
     "fvd": Metric("FVD", "i3d", "{:.2f}", "{n} samples, {real} clips of {frames} frames, float64"),
-    "fvd-float32": Metric("FVD, float32", "i3d", "{:.2f}", "the same with the official script's roundings")}
+    "fvd-float32": Metric("FVD, float32", "i3d", "{:.2f}", "the same with the official script's roundings"),
+    "tokens": Metric("token distance", None, "{:.4f}", "{each} samples and as many {kind}s, {tokens} tokens"),
+    "tokens-real": Metric("the same if real", None, "{:.4f}", "other {kind}s in place of samples: the bias")}
 OF_SETS = {"inception": (2048, 2023, 1008), "i3d": (400,)}            # networks of sets: D of their outputs
 OF_SAMPLES = [key for key, metric in METRICS.items() if metric.measure and metric.measure not in OF_SETS]
 OF_RECONSTRUCTIONS = (*OF_SAMPLES, "usage", "rfid", "rfvd")           # for --metrics; usage brings two others
-# Flags of `generation` that only make sense where it draws the samples itself.
-DRAWING = ("ckpt", "num_samples", "tokenizer", "raw_weights", "trust_checkpoint", "cfg_scale", "temperature",
-           "top_k", "top_p", "compile")
+OF_IMAGES = ("fid", "sfid", "inception_score", "precision", "recall", "kid", "mind")        # of samples
+OF_FEATURES = {"precision", "recall", "kid", "mind"}                  # moments do not suffice for these
+FRECHET = ("rfid", "rfid-reference", "rfvd", "fid", "sfid", "fvd")
+SMALLEST = {"ssim": 7, "lpips-vgg": 32, "lpips-alex": 32, "rfvd": 9, "fvd": 9}     # pixels a side, or frames
 
 
 def load_network(name, args):
@@ -95,33 +100,44 @@ def load_network(name, args):
     return network.to(args.device)
 
 
-def report(subject, values, facts, record, args):
-    """Print `values` {metric: number} and write them to a JSON with their `record`; returns its path. Rank 0.
+def check_size(axes, what, args):
+    """Raise `UserError` unless images or clips `what`, of these axes ([T,] H, W), suffice for --metrics."""
+    for key, least in SMALLEST.items():
+        size, unit = (axes[0], "frames") if "fvd" in key else (min(axes[-2:]), "pixels a side")
+        require(key not in args.metrics or size >= least, f"{what}: --metrics {key} needs {least} {unit} or "
+                f"more, not {size}; leave one or the other out")
 
-    facts: what fills in the registry's `measured_on`. Other settings give another file.
-    """
-    n = facts["n"]
+
+def plan(subject, args, **record):
+    """(path, content so far) of the JSON about `subject`, a path: other settings, other names."""
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
+    record = {"command": args.command, "protocol": args.protocol, **record, "arguments": vars(args),
+              "versions": versions}
+    name = re.sub(r"[^\w.^-]", "_", pathlib.Path(os.path.abspath(subject)).stem, flags=re.ASCII)[:80]
+    return pathlib.Path(args.output, f"{args.command}-{name}-{short_hash(record)}.json"), record
+
+
+def report(path, values, facts, record):
+    """Print `values` {metric: number} and write them to `path` with their `record`. Rank 0 only.
+
+    facts: what fills in the registry's texts."""
     entries = {}
     rows = []
     for key in [key for key in METRICS if key in values]:
         metric = METRICS[key]
         label = RANDOM_LABEL if record["networks"].get(metric.measure) == RANDOM_LABEL else ""
         note = metric.measured_on.format(**facts)
-        rows.append([metric.name, metric.format.format(values[key]), note, label])
+        rows.append([metric.name.format(**facts), metric.format.format(values[key]), note, label])
         value = values[key] if math.isfinite(values[key]) else str(values[key])
         entries[key] = {"value": value, "measured_on": note, "label": label}
-        if key in ("rfid", "rfvd", "fid", "fvd") and n < 2 * OF_SETS[metric.measure][0]:
-            print(f"warning: {metric.name} of {n} samples is biased upwards (it wants two for each of "
-                  f"{OF_SETS[metric.measure][0]} features); compare it only with that of equally many")
+        if key in FRECHET and facts["n"] < 2 * OF_SETS[metric.measure][0]:
+            print(f"warning: {rows[-1][0]} of {facts['n']} samples is biased upwards (it wants two for each "
+                  f"of {OF_SETS[metric.measure][0]} features); compare it only with that of equally many")
     print()
     runtime.print_table(rows, ["metric", "value", "measured on", ""])
-    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
-    record = {"command": args.command, "protocol": args.protocol, "n": n, **record, "arguments": vars(args),
-              "versions": versions}
-    path = pathlib.Path(args.output, f"{args.command}-{pathlib.Path(subject).stem}-{short_hash(record)}.json")
-    runtime.write_json(path, {"metrics": entries, **record, "date": datetime.datetime.now().isoformat()})
+    record["date"] = datetime.datetime.now().isoformat()
+    runtime.write_json(path, {"metrics": entries, "n": facts["n"], **record})
     print(f"\nwritten to {path}")
-    return path
 
 
 def short_hash(value):
@@ -133,7 +149,7 @@ def short_hash(value):
 
 def read_npz(path):
     """{name: array} of an npz file, mapped into memory if stored as np.savez does: samples may have 10 GB."""
-    require(pathlib.Path(path).is_file(), f"{path} does not exist; check the path")
+    require(pathlib.Path(path).is_file(), f"{path} does not exist; check the path (or try make-reference)")
     arrays = {}
     try:
         with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
@@ -148,7 +164,9 @@ def read_npz(path):
                 if array is None:
                     array = np.lib.format.read_array(archive.open(entry))
                 arrays[entry.filename.removesuffix(".npy")] = array
-    except (zipfile.BadZipFile, EOFError, ValueError) as error:
+        if "settings" in arrays:                                       # of `cached`
+            arrays["settings"] = dict(json.loads(str(arrays["settings"])))
+    except (zipfile.BadZipFile, EOFError, ValueError, TypeError) as error:
         raise runtime.UserError(f"{path} is truncated or no npz file ({error}); copy it again") from None
     return arrays
 
@@ -156,7 +174,8 @@ def read_npz(path):
 def sample_array(path):
     """The samples in an npz file, ADM's format: uint8 (N, H, W, 3), or for clips (N, T, H, W, 3)."""
     arrays = read_npz(path)
-    require("arr_0" in arrays, f"{path} holds no array arr_0, only {', '.join(arrays)}")
+    require("arr_0" in arrays, f"{path} holds no array arr_0 of images, only {', '.join(arrays)}; statistics "
+            f"alone do not tell by which network and resize rule they were made")
     array = arrays["arr_0"]
     shape = list(array.shape)
     require(array.dtype == np.uint8, f"{path}: arr_0 is {array.dtype}, expected uint8; convert floats in "
@@ -168,12 +187,9 @@ def sample_array(path):
 
 
 def batches_of(samples, order, args, title):
-    """This rank's batches of samples[order]: (uint8 (B, 3, [T,] H, W), how many count, their indices).
-
-    samples: a data set, or an array of `sample_array`. Ranks share out whole batches, all of one shape, the
-    last filled up by repetition, as convolutions of other shapes add in another order. So a sample always has
-    the same neighbours, and its numbers the same last bits.
-    """
+    """This rank's batches of samples[order], a data set or array: (uint8 (B, 3, [T,] H, W), how many count,
+    their indices). All of one shape, the last filled up by repetition, as convolutions of other shapes add in
+    another order: a sample's numbers have the same last bits on any number of ranks."""
     size = args.batch_size
     batches = data.eval_batches(samples, order, size, args.num_workers)
     total = len(batches)
@@ -197,8 +213,7 @@ def gather_rows(rows, indices):
 class FeatureStream:
     """Sends samples through the network of a metric of sets, and keeps what distances of sets need.
 
-    kept: of which indices to keep features and logits; axes (H, W): also the images themselves.
-    """
+    kept: of which indices to keep features and logits; axes (H, W): also the images themselves."""
 
     def __init__(self, network, kept=(), rule="tf1", axes=None):
         lengths = OF_SETS[network.name]
@@ -257,12 +272,11 @@ def cache_path(key, args):
 
 
 def cached(args, key, make, path=None):
-    """The {name: array} of `make()`, on rank 0, elsewhere None, kept in an npz file. A collective.
+    """The {name: array} of `make()`, on rank 0, elsewhere None, kept in the npz file `path`. A collective.
 
-    key: all that they depend on, a JSON value. path: the file; a name that belongs to the key if None.
-    """
+    key: all that they depend on, a JSON value, which also names the file if path is None."""
     key = {**key, "device": args.device}                   # convolutions differ
-    path = pathlib.Path(path) if path else cache_path(key, args)
+    path = pathlib.Path(path or cache_path(key, args))
     known = runtime.on_main(path.exists)
     runtime.print_main(f"cached   {path} ({'found' if known else 'made now'})")
     arrays = None if known else make()
@@ -273,19 +287,20 @@ def cached(args, key, make, path=None):
             np.savez(file, settings=np.array(json.dumps(key)), **arrays)
     arrays = read_npz(path)
     require("settings" in arrays, f"{path} is of another program; choose another --reference")
-    runtime.check_same(json.loads(str(arrays["settings"])), key, f"{path} exists, and")
+    runtime.check_same(arrays["settings"], key, f"{path} exists, and")
     return arrays
 
 
-def distances(key, reference, made, args):
-    """{key: Frechet distance of two sets, given as by `FeatureStream.finish`}, and what belongs beside it."""
+def distances(keys, reference, made, args):
+    """{key of FRECHET: distance of two sets}, which are given as by `FeatureStream.finish`."""
     values = {}
-    for name, suffix in [(key, ""), ("sfid", "_s")][:2 if key == "fid" else 1]:
-        statistics = [arrays[part + suffix] for arrays in (reference, made) for part in ("mu", "sigma")]
-        values[name] = metrics.frechet_distance(*statistics)
-    if METRICS[key].measure == "i3d" and args.protocol == "official":
-        features = [torch.tensor(arrays["features"]) for arrays in (reference, made)]
-        values[f"{key}-float32"] = metrics.frechet_distance_official(*features)
+    for key in keys:
+        names = ("mu_s", "sigma_s") if key == "sfid" else ("mu", "sigma")
+        statistics = [arrays[name] for arrays in (reference, made) for name in names]
+        values[key] = metrics.frechet_distance(*statistics)
+        if METRICS[key].measure == "i3d" and args.protocol == "official":
+            features = [torch.tensor(arrays["features"]) for arrays in (reference, made)]
+            values[f"{key}-float32"] = metrics.frechet_distance_official(*features)
     return values
 
 
@@ -296,42 +311,52 @@ def reconstruction(args):
     path = args.ckpt or runtime.latest_checkpoint("runs/tokenizer", "tokenizer checkpoint")
     model, info = checkpoints.load_tokenizer(path, not args.raw_weights, args.trust_checkpoint)
     samples, order, about = held_out(model.config, info["trained_on"], args)
+    size = about["size"]
     other = "rfid" if about["frames"] else "rfvd"
     require(other not in args.metrics, f"--metrics {other} is not for a tokenizer of {samples.kind}s")
     possible = [key for key in OF_RECONSTRUCTIONS if key != other]
     if "all" in args.metrics:
         args.metrics = possible
-    require("rfvd" not in args.metrics or about["frames"] >= 9,
-            f"--metrics rfvd: I3D needs 9 frames or more, {path} has {about['frames']}; leave it out")
-    size = about["size"]
-    require(size == "original" or size >= 32 or not any("lpips" in key for key in args.metrics),
-            f"--metrics: LPIPS needs images of 32 x 32 or more, not {size} x {size}; leave it out")
+    if args.reference:
+        require(size != "original" and not about["frames"], "--reference is for images of one size")
+        args.metrics = [*args.metrics, "rfid-reference"]
+    if size != "original":
+        check_size(samples.axes, f"size {size} of {path}", args)
     needed = {METRICS[key].measure for key in args.metrics if isinstance(METRICS[key].measure, str)}
     networks = {name: load_network(name, args) for name in sorted(needed)}
     # Clean departs from the official resize rule only where a side exceeds Inception's 299 pixels.
     antialias = args.protocol == "clean" and (size == "original" or size > 299)
     info["sha256"] = runtime.on_main(checkpoints.weights_hash, model)
-    record = {"checkpoint": info, "data": about,
-              "networks": {name: network.source for name, network in networks.items()},
-              "resize_rule": "half-pixel-antialiased" if antialias else "half-pixel"}
+    part = "training pictures" if has_learned(samples, info["trained_on"], args) else f"{args.split} split"
+    output, record = plan(path, args, checkpoint=info, data=about, part=part,
+                          networks={name: network.source for name, network in networks.items()},
+                          resize_rule="half-pixel-antialiased" if antialias else "half-pixel")
     runtime.print_facts(
         ("model", f"{path}: {info['preset']}, {info['weights']} weights, step {info['step']}"),
-        ("data", f"{len(order)} {samples.kind}s of {samples.name}, {args.split} split, size {size}"),
+        ("data", f"{len(order)} {samples.kind}s of {samples.name}, {part}, size {size}"),
         ("protocol", f"{args.protocol}, tokenizer in {args.mixed_precision}, metrics in fp32, "
                      f"{runtime.world_size()} x {args.device}"))
     if left_out := [key for key in possible if key not in args.metrics]:
         runtime.print_main(f"left out {', '.join(left_out)}; add --metrics all (networks are downloaded)")
     found = measure(model.to(args.device), samples, order, networks, record, args)
     if runtime.is_main():
-        summarise(found, record, args)
+        summarise(found, output, record, args)
+
+
+def has_learned(samples, trained_on, args):
+    """Whether a tokenizer was trained on `samples`: its train/, or a data set that is not parted at all."""
+    path = os.path.expanduser(trained_on["data_path"] or os.devnull)   # which of a published one is not known
+    folders = [os.path.realpath(os.path.join(path, part)) for part in ("", "train")]
+    named = isinstance(samples, (data.Folder, data.TarShards))         # whose names say which part they are
+    return (os.path.realpath(samples.name) in folders and args.split_list == trained_on["split_list"]
+            and (named or args.split == "train"))
 
 
 def held_out(config, trained_on, args):
     """(data set, indices, record): samples that a tokenizer has not seen, of what it has learned from.
 
     Protocol official, for clips: the training split, random crops, filled up to 10,000 with randomly chosen
-    ones of the same (463 of UCF-101's 9,537), as in the script that the published rFVD of 16 came from.
-    """
+    ones of the same (463 of UCF-101's 9,537), as in the script that the published rFVD of 16 came from."""
     frames = getattr(config, "frames", None)
     require(not (frames and args.original_resolution), "--original-resolution is for tokenizers of images")
     seen = args.protocol == "official" and frames is not None
@@ -354,18 +379,16 @@ def held_out(config, trained_on, args):
         shuffled = np.random.default_rng(args.global_seed).permutation(len(samples)).tolist()
         order += shuffled[:10_000 - len(order)]
     order = [order[k] for k in data.evenly_spaced(args.max_samples, len(order))]
-    require(len(order) > 1, f"{samples.name} has {len(order)} {samples.kind}s; two or more are needed")
+    fingerprint = runtime.on_main(data.fingerprint, samples, order)
     return samples, order, {"path": args.data_path, "name": samples.name, "split": args.split, "crop": crop,
                             "resize": args.resize, "size": "original" if args.original_resolution else size,
-                            "frames": frames, "n": len(order), "repeated": len(order) - len(set(order)),
-                            "fingerprint": runtime.on_main(data.fingerprint, samples, order)}
+                            "frames": frames, "n": len(order), "fingerprint": fingerprint}
 
 
 def reconstruct(model, x, args):
     """x (B, 3, [T,] H, W) in [-1, 1] through the tokens: (reconstructions as x, ids (B, [t,] h, w)).
 
-    At their original resolution images are padded with 0, mid-grey, to whole tokens, and cropped again.
-    """
+    At their original resolution images are padded with 0, mid-grey, to whole tokens, and cropped again."""
     multiple = 1
     if args.original_resolution:                           # officially 16 whatever the stride is
         multiple = math.lcm(16 if args.protocol == "official" else 1, model.config.downsampling)
@@ -381,29 +404,44 @@ def reconstruct(model, x, args):
     return y.clamp(-1, 1), ids
 
 
+def open_streams(samples, networks, record, args):
+    """({name: FeatureStream}, {metric: statistics}, key) for distances of sets. "real" looks at originals,
+    whose statistics serve all tokenizers, `cached` under `key`; the others look at reconstructions."""
+    streams = {}
+    references = {}
+    key = None
+    for name in {"rfid", "rfvd"} & set(args.metrics):      # one of them
+        network = networks[METRICS[name].measure]
+        kept = range(len(samples)) if name == "rfvd" else ()
+        key = {"data": record["data"], "protocol": args.protocol, "network": network.source,
+               "resize_rule": record["resize_rule"], "device": args.device}
+        for seen in ("real", name)[runtime.on_main(cache_path(key, args).exists):]:
+            streams[seen] = FeatureStream(network, kept, record["resize_rule"])
+    if args.reference:                                     # with the resize rule that its statistics have
+        real = real_samples(args, samples.axes, None, args.reference)
+        references["rfid-reference"] = real_statistics(args, networks["inception"], *real)
+        streams["rfid-reference"] = FeatureStream(networks["inception"])
+    return streams, references, key
+
+
 @torch.no_grad()
 def measure(model, samples, order, networks, record, args):
     """The measuring loop: every sample goes through the tokenizer once and is seen by every metric.
 
     Returns on rank 0 {metric: its value for each sample (N,), or of the set}, the samples' "pixels" (N,), the
     "counts" of codes as of `Quantizer.count`, and "examples", {index: uint8 original and reconstruction}. A
-    collective.
-    """
+    collective."""
     official = args.protocol == "official"
-    judges = {key: METRICS[key].measure for key in OF_SAMPLES if key in args.metrics}
-    distance = next((key for key in ("rfid", "rfvd") if key in args.metrics), None)
-    if distance:                                           # the originals' half is that of all tokenizers
-        network = networks[METRICS[distance].measure]
-        kept = range(len(samples)) if distance == "rfvd" else ()
-        streams = [FeatureStream(network, kept, record["resize_rule"]) for _ in range(2)]
-        key = {"data": record["data"], "protocol": args.protocol, "network": network.source,
-               "resize_rule": record["resize_rule"], "device": args.device}
-        known = runtime.on_main(cache_path(key, args).exists)
+    judges = {key: networks.get(METRICS[key].measure, METRICS[key].measure)
+              for key in OF_SAMPLES if key in args.metrics}
+    streams, references, key = open_streams(samples, networks, record, args)
     rows = [torch.empty(0, 1 + len(judges), dtype=torch.float64)]
     numbers = [torch.empty(0, dtype=torch.long)]
     counts = model.quantizer.count(torch.zeros(0, dtype=torch.long, device=args.device))
     examples = {}
     for originals, n, indices in batches_of(samples, order, args, "measuring"):
+        if args.original_resolution:
+            check_size(originals.shape, samples.path(int(indices[0])), args)
         x = pictures.to_float(originals.to(args.device))                 # (B, 3, [T,] H, W)
         y, ids = reconstruct(model, x, args)                             # as x, (B, [t,] h, w)
         # clean: every metric sees the pixels that an image file would hold. official: truncated ones, the
@@ -414,18 +452,17 @@ def measure(model, samples, order, networks, record, args):
             y = pictures.to_float(made)
         columns = [torch.full((len(x),), x[0, 0].numel(), dtype=torch.float64)]
         for judge in judges.values():
-            if callable(judge):
-                each = judge(metrics.as_frames(real), metrics.as_frames(made))       # (B * T,)
-            else:
-                each = networks[judge](metrics.as_frames(x), metrics.as_frames(y))
+            pair = (x, y) if isinstance(judge, torch.nn.Module) else (real, made)
+            each = judge(*map(metrics.as_frames, pair))                  # (B * T,)
             columns.append(each.double().view(len(x), -1).mean(1).cpu())
         rows.append(torch.stack(columns, 1)[:n])
         numbers.append(indices)
         counts += model.quantizer.count(ids[:n])
-        if distance:
-            pair = [(x + 1) / 2, (y + 1) / 2] if official and distance == "rfid" else [real, made]
-            for stream, seen in list(zip(streams, pair))[known:]:
-                stream.add(seen, n, indices)
+        seen = {"real": real, "rfid": made, "rfvd": made, "rfid-reference": made}
+        if official and "rfid" in streams:
+            seen.update(real=(x + 1) / 2, rfid=(y + 1) / 2)
+        for name, stream in streams.items():
+            stream.add(seen[name], n, indices)
         for j, index in enumerate(indices.tolist()):
             if index in order[:8]:
                 examples[index] = [originals[j], made[j].cpu()]
@@ -434,29 +471,31 @@ def measure(model, samples, order, networks, record, args):
     rows = gather_rows(torch.cat(rows), torch.cat(numbers))
     if runtime.is_main():
         found.update(zip(("pixels", *judges), rows.T))
-    if distance:
-        original = cached(args, key, streams[0].finish)
-        own = streams[1].finish()
+    original = cached(args, key, lambda: streams.pop("real").finish()) if key else None
+    for name, stream in streams.items():
+        own = stream.finish()
         if runtime.is_main():
-            found.update(distances(distance, original, own, args))
+            found.update(distances([name], references.get(name, original), own, args))
     return found
 
 
-def summarise(found, record, args):
+def summarise(found, output, record, args):
     """Report what `measure` has found, and paint originals above their reconstructions. Rank 0 only."""
     official = args.protocol == "official"
+    about = record["data"]
     counts = found["counts"]
+    n = len(found["pixels"])
     groups, codes = counts.shape
     tokens = int(counts[0].sum())
     bits = groups * math.log2(codes)
     # The official script averages PSNR and SSIM over its batches, of four images or of one.
-    batch = 4 if official and not record["data"]["frames"] and not args.original_resolution else 1
+    batch = 4 if official and not about["frames"] and not args.original_resolution else 1
     pixels = "truncated uint8" if official else "rounded uint8"
-    facts = {**record["data"], "n": len(found["pixels"]), "resize_rule": record["resize_rule"], "bits": bits,
-             "mean": f"mean over batches of {batch}" if batch > 1 else "mean over all", "tokens": tokens,
+    facts = {**about, "n": n, "resize_rule": record["resize_rule"], "bits": bits, "tokens": tokens,
              "codes": f"{codes} codes in each of {groups} groups" if groups > 1 else f"{codes} codes",
-             "pixels": pixels, "floats": "floats" if official else pixels}
-    record["skipped"] = record["data"]["n"] - facts["n"]
+             "mean": f"mean over batches of {batch}" if batch > 1 else "mean over all", "pixels": pixels,
+             "floats": "floats" if official else pixels, "reference": args.reference,
+             "over": f"{n} {'clip' if about['frames'] else 'image'}s of {about['name']}, {record['part']}"}
     values = {key: found[key] for key in METRICS if key in found}
     for key in values.keys() & set(OF_SAMPLES):
         means = [part.mean() for part in values[key].split(batch if callable(METRICS[key].measure) else 1)]
@@ -464,36 +503,36 @@ def summarise(found, record, args):
     if "usage" in args.metrics:
         values.update(metrics.codebook_usage(counts))
         values["bits_per_pixel"] = float(bits * tokens / found["pixels"].sum())
-    path = report(record["checkpoint"]["path"], values, facts, record, args)
+    report(output, values, facts, record)
     pairs = [pair for _, pair in sorted(pair for part in found["examples"] for pair in part.items())]
     sides = [min(256, *[original.shape[axis] for original, _ in pairs]) for axis in (-2, -1)]
     shown = torch.stack([TF.center_crop(pair[k], sides) for k in (0, 1) for pair in pairs])
-    written = pictures.save_samples(path.with_suffix(".png"), shown, len(pairs))
+    written = pictures.save_samples(output.with_suffix(".png"), shown, len(pairs))
     print(f"originals above reconstructions: {', '.join(map(str, written))}")
 
 
 # ---- 4. Generation: do samples look like real ones, and like all of them (table 5)? ------------------------
 
-def newest_samples(folder="runs/samples"):
-    """The newest npz file in `folder`, None where there is none."""
-    return max(pathlib.Path(folder).glob("**/*.npz"), key=lambda path: path.stat().st_mtime, default=None)
-
-
 def choose_samples(args):
     """The path of the samples to judge: given, drawn now as flags say, the newest there are, or drawn now."""
-    how = {name: getattr(args, name) for name in DRAWING if getattr(args, name)}
-    flags = ", ".join(f"--{name.replace('_', '-')}" for name in how)
-    require(not (args.samples and how), f"--samples {args.samples} is drawn already, without {flags}")
-    if path := args.samples or (None if how else runtime.on_main(newest_samples)):
-        return pathlib.Path(path)
+    parser = argparse.ArgumentParser()
+    sample.add_drawing_flags(parser)
+    defaults = vars(parser.parse_args([]))
+    given = [f"--{name.replace('_', '-')}" for name, default in {**defaults, "num_samples": None}.items()
+             if getattr(args, name) != default and name not in ("batch_size", "mixed_precision")]
+    if args.samples:                                       # tokens need to know the tokenizer
+        require(not given or "tokens" in args.metrics,
+                f"--samples {args.samples} is drawn already, without {', '.join(given)}")
+        return pathlib.Path(args.samples)
+    if not given and (stored := runtime.on_main(list, pathlib.Path("runs/samples").glob("**/*.npz"))):
+        return max(stored, key=os.path.getmtime)
     what = "samples (*.npz) in runs/samples and no AR model"
     args.ckpt = str(args.ckpt or runtime.latest_checkpoint("runs/ar", what))
     n = args.num_samples or (50_000 if args.ckpt in checkpoints.PUBLISHED else 5_000)
-    how = [n, *[getattr(args, name) for name in (*DRAWING, "cfg_schedule", "cfg_power", "global_seed",
-                                                 "batch_size", "mixed_precision")]]
+    how = [n, args.global_seed, *[getattr(args, name) for name in defaults]]
     path = pathlib.Path("runs/samples") / f"drawn-{short_hash(how)}.npz"
-    flags = {**vars(sample.get_args([])), **vars(args), "output": path, "num_fid_samples": n}
-    sample.main(argparse.Namespace(**flags))
+    sample.main(argparse.Namespace(**{**vars(sample.get_args([])), **vars(args), "output": path,
+                                      "num_fid_samples": n}))
     runtime.barrier()                                      # rank 0 has joined the parts
     return path
 
@@ -505,108 +544,152 @@ def open_samples(path):
         return samples, samples.shape[1:-1], runtime.on_main(runtime.sha256_of, path)
     samples = data.Folder(path, data.View(1, crop="original"))
     sizes = set()
-    for i in range(len(samples)):
-        with Image.open(samples.path(i)) as image:
-            sizes.add(image.size[::-1])
+    for file in samples.paths:
+        try:
+            with Image.open(file) as image:
+                sizes.add(image.size[::-1])
+        except Exception:                                  # PIL raises almost anything
+            raise runtime.UserError(f"--samples: {file} is empty or no image; make it again") from None
     require(len(sizes) == 1, f"--samples {path} mixes the sizes {sorted(sizes)[:2]}; all must have one")
     return samples, sizes.pop(), runtime.on_main(data.fingerprint, samples, range(len(samples)))
 
 
 def generation(args):
-    """Judge generated samples: FID, sFID, Inception Score, precision and recall of images, FVD of clips."""
+    """Judge generated samples: FID and the like of images, FVD of clips, the tokens of both."""
     path = choose_samples(args)
     samples, axes, identity = open_samples(path)
     n = len(samples)
     clips = len(axes) == 3
+    possible = ["fvd"] if clips else OF_IMAGES
+    args.metrics = args.metrics or possible
+    require(set(args.metrics) <= {*possible, "tokens"},
+            f"--metrics: {', '.join(possible)} and tokens are for what {path} holds")
     require(n > 3, f"{path} holds {n} samples; generation metrics need four or more")
-    require(not (clips and args.reference), "--reference is for images; give real clips with --data-path")
     require(args.reference or axes[-1] == axes[-2], f"{path} holds samples of {list(axes)}, real ones are "
             f"cropped to squares; make square ones, or give a --reference")
-    require(not clips or axes[0] >= 9, f"{path}: I3D needs clips of 9 frames or more, these have {axes[0]}")
-    network = load_network("i3d" if clips else "inception", args)
+    check_size(axes, path, args)
+    beside = pathlib.Path(os.path.splitext(os.path.abspath(path))[0] + ".json")
+    sampling = runtime.read_json(beside) if beside.is_file() else {}
+    real = real_samples(args, axes, args.max_samples or n, args.reference)
+    about = real[-1]
+    facts = {"n": n, "frames": axes[0], "kind": "clip" if clips else "image"}
+    values = {}
+    tokenizer = None
+    if "tokens" in args.metrics:                           # as it is in the AR model that drew the samples
+        made_by = sampling.get("checkpoint")
+        args.ckpt = args.ckpt or (made_by.get("path") if isinstance(made_by, dict) else None)
+        _, tokenizer, info = sample.load(args)
+        sha256 = runtime.on_main(checkpoints.weights_hash, tokenizer)
+        about["tokenizer"] = {"path": info["path"], "sha256": sha256}
+    network = None
+    if args.metrics != ["tokens"]:
+        network = load_network("i3d" if clips else "inception", args)
+    output, record = plan(path, args, samples={"path": str(path), "axes": list(axes), "sha256": identity},
+                          sampling=sampling, reference=about,
+                          networks={network.name: network.source} if network else {})
     runtime.print_facts(("samples", f"{path}, {n} of {' x '.join(map(str, axes))}"),
+                        ("real", f"those of {about.get('name') or args.reference}"),
                         ("protocol", f"{args.protocol}, {runtime.world_size()} x {args.device}"))
-    if args.reference:
-        reference = stored_statistics(args, network, axes)
-    else:
-        reference = real_statistics(args, network, axes, args.max_samples or n)
-    made = FeatureStream(network, range(n)).run(samples, range(n), args, "samples")
-    if not runtime.is_main():
-        return
-    require(made["n"] == n, f"{n - made['n']} of the {n} samples in {path} are broken; make them again")
-    real = int(reference["n"]) if "n" in reference else "the stored statistics'"
-    if real != n:
-        print(f"warning: {n} samples are compared with {real} real ones; distances depend on both numbers")
-    facts = {"n": n, "real": real, "frames": axes[0]}
-    values = distances("fvd" if clips else "fid", reference, made, args)
-    if not clips:
-        values.update(image_metrics(reference, made, facts, args))
-    beside = path.with_suffix(".json")
-    report(path, values, facts, {
-        "samples": {"path": str(path), "axes": list(axes), "sha256": identity},
-        "sampling": json.loads(beside.read_text()) if beside.is_file() else None,
-        "reference": {"path": args.reference or args.data_path, "n": real,
-                      **json.loads(str(reference.get("settings", "{}")))},
-        "networks": {network.name: network.source}}, args)
+    if tokenizer:
+        values.update(token_distances(tokenizer.to(args.device), samples, real[0], facts, args))
+    if network:
+        reference = real_statistics(args, network, *real)
+        made = FeatureStream(network, range(n)).run(samples, range(n), args, "samples")
+        if runtime.is_main():
+            require(made["n"] == n, f"{n - made['n']} of {n} samples in {path} are broken; make them again")
+            values.update(compare(reference, made, facts, args))
+    if runtime.is_main():
+        report(output, values, facts, record)
 
 
-def image_metrics(reference, made, facts, args):
-    """{metric: value} of Inception Score, precision and recall; adds to `facts`. Rank 0 only."""
+def compare(reference, made, facts, args):
+    """{metric: value} of samples against real ones, as `FeatureStream.finish` gives both; adds to `facts`."""
+    asked = set(args.metrics)
     n = facts["n"]
+    facts["real"] = int(reference["n"]) if "n" in reference else "an unknown number of"
+    if facts["real"] != n:
+        print(f"warning: {n} samples are compared with {facts['real']} real ones; distances depend on both")
     if n != 50_000:
         print(f"warning: published numbers are of 50,000 samples, these are of {n}")
-    logits = torch.from_numpy(made["logits"])
-    facts["order"] = "file order"
-    if args.protocol == "clean":
-        facts["order"] = f"shuffled with seed {args.global_seed}"
-        logits = logits[torch.randperm(n, generator=torch.Generator().manual_seed(args.global_seed))]
-    score, deviation, blocks = metrics.inception_score(logits)
-    half = args.protocol == "official"                     # as in ADM's evaluator
-    features = [torch.tensor(arrays["features"], device=args.device) for arrays in (reference, made)]
-    precision, recall = metrics.precision_recall(*features, half=half)
-    facts.update(blocks=f"{blocks}, std {deviation:.2f}", near=len(features[0]),
-                 digits="fp16" if half else "fp32")
-    return {"inception_score": score, "precision": precision, "recall": recall}
+    values = distances([key for key in FRECHET if key in asked], reference, made, args)
+    if "inception_score" in asked:
+        logits = torch.from_numpy(made["logits"])
+        facts["order"] = "file order"
+        if args.protocol == "clean":
+            facts["order"] = f"shuffled with seed {args.global_seed}"
+            logits = logits[torch.randperm(n, generator=torch.Generator().manual_seed(args.global_seed))]
+        values["inception_score"], deviation, blocks = metrics.inception_score(logits)
+        facts["blocks"] = f"{blocks}, std {deviation:.2f}"
+    if asked & OF_FEATURES:
+        features = [torch.tensor(arrays["features"], device=args.device) for arrays in (reference, made)]
+        facts.update(near=len(features[0]), pairs=min(map(len, features)))
+    if asked & {"precision", "recall"}:
+        half = args.protocol == "official"                 # as in ADM's evaluator
+        facts["digits"] = "fp16" if half else "fp32"
+        found = zip(("precision", "recall"), metrics.precision_recall(*features, half=half))
+        values.update({key: value for key, value in found if key in asked})
+    if "kid" in asked:
+        values["kid"], deviation = metrics.kid(*features)
+        facts["subsets"] = f"100 subsets of {min(1000, facts['pairs'])}, std {deviation:.5f}"
+    if "mind" in asked:
+        values["mind"] = metrics.mind(*features)
+    return values
 
 
-def real_statistics(args, network, axes, count, path=None):
-    """The statistics of `count` (None: all) samples of --data-path, of these axes, cached. A collective.
+@torch.no_grad()
+def token_distances(tokenizer, samples, real, facts, args):
+    """{metric: total variation} of the codes of samples and of as many `real` ones, and of these and as many
+    others: what the best samples would have. Adds to `facts`. A collective."""
+    each = min(len(samples), args.max_samples or len(samples), len(real) // 2)
+    chosen = np.random.default_rng(args.global_seed).permutation(len(real))[:2 * each].tolist()
+    counts = []
+    spread = data.evenly_spaced(each, len(samples))
+    for some, order in ((samples, spread), (real, chosen[:each]), (real, chosen[each:])):
+        counts.append(tokenizer.quantizer.count(torch.zeros(0, dtype=torch.long, device=args.device)))
+        for x, n, _ in batches_of(some, order, args, "tokens"):
+            x = pictures.to_float(x[:n].to(args.device))
+            for part in x.split(4 if x.dim() == 5 else n):               # clips are large
+                counts[-1] += tokenizer.quantizer.count(tokenizer.encode(part))
+    made, first, second = map(runtime.all_reduce_sum, counts)
+    facts.update(each=each, tokens=int(made.sum()))
+    return {"tokens": metrics.total_variation(made, first),
+            "tokens-real": metrics.total_variation(second, first)}
 
-    With features, and of images the pixels, of up to 10,000, so that ADM's own evaluator can read the file.
-    """
+
+def real_samples(args, axes, count, reference=None):
+    """(samples, indices, record): images in the npz `reference`, or `count` (None: all) of --data-path."""
+    if reference:
+        samples = sample_array(reference)
+        require(samples.shape[1:-1] == axes, f"--reference {reference} is of images of {samples.shape[1:3]}, "
+                f"not {axes}; compare sets of one size (make-reference has --image-size)")
+        return samples, range(len(samples)), {**read_npz(reference).get("settings", {}), "path": reference,
+                                              "sha256": runtime.on_main(runtime.sha256_of, reference)}
     view = data.View(axes[-1], axes[0] if len(axes) == 3 else None, resize=args.resize)
     samples = data.build_dataset(args.data_path, args.split or "train", view, args.split_list)
     order = data.evenly_spaced(count, len(samples))
-    require(len(order) > 3, f"{samples.name} has {len(order)} {samples.kind}s; a reference needs four")
-    key = {"name": samples.name, "split": args.split or "train", "n": len(order), "protocol": args.protocol,
-           "fingerprint": runtime.on_main(data.fingerprint, samples, order), "network": network.source}
-    kept = {order[k] for k in data.evenly_spaced(10_000, len(order))}
-    stream = FeatureStream(network, kept, axes=axes if len(axes) == 2 else None)
-    return cached(args, key, lambda: stream.run(samples, order, args, "reference"), path)
+    return samples, order, {"path": args.data_path, "name": samples.name, "split": args.split or "train",
+                            "n": len(order), "fingerprint": runtime.on_main(data.fingerprint, samples, order)}
 
 
-def stored_statistics(args, network, axes):
-    """The statistics in the npz --reference, ours or ADM's. A collective.
+def real_statistics(args, network, samples, order, about, path=None):
+    """The statistics of `real_samples`, made once and cached, in `path` if given. A collective.
 
-    ADM's files bring statistics of ImageNet's training set by the TensorFlow network, and 10,000 images, of
-    which precision and recall need the features; these are computed once, and cached.
-    """
-    path = args.reference
-    require(pathlib.Path(path).is_file(), f"--reference {path} does not exist; download it, or make one with "
-                                          f"`python evaluate.py make-reference`")
-    stored = read_npz(path)
-    require("arr_0" in stored, f"--reference {path} holds {', '.join(stored)} but no images (arr_0), so it "
-            f"is not ADM's: statistics do not tell by which network and resize rule they were made")
-    images = sample_array(path)
-    require(images.shape[1:-1] == axes, f"--reference {path} is of images of {images.shape[1:-1]}, the "
-            f"samples have {axes}; compare sets of one size (make-reference has --image-size)")
+    With features, and of a data set the images, of up to 10,000, for ADM's own evaluator to read. ADM's files
+    bring statistics of ImageNet's training set, and 10,000 images, whose features are computed here."""
+    key = {name: value for name, value in about.items() if name not in ("path", "tokenizer")}
+    key["network"] = network.source
+    if isinstance(samples, data.Samples):
+        kept = {order[k] for k in data.evenly_spaced(10_000, len(order))}
+        stream = FeatureStream(network, kept, axes=samples.axes if len(samples.axes) == 2 else None)
+        key["protocol"] = args.protocol
+        return cached(args, key, lambda: stream.run(samples, order, args, "real"), path)
+    stored = read_npz(about["path"])
     if "settings" in stored:
-        made_by = json.loads(str(stored["settings"]))["network"]
-        require(made_by == network.source, f"--reference {path} is of other Inception weights; make it again")
+        require(stored["settings"]["network"] == network.source,
+                f"--reference {about['path']} is of other Inception weights; make it again")
         return stored
-    key = {"sha256": runtime.on_main(runtime.sha256_of, path), "network": network.source}
-    stream = FeatureStream(network, range(len(images)))
-    computed = cached(args, key, lambda: stream.run(images, range(len(images)), args, "reference"))
+    stream = FeatureStream(network, order)
+    computed = cached(args, key, lambda: stream.run(samples, order, args, "real"))
     # ADM's statistics belong to the published network. Without any, it takes those of arr_0; so do we.
     if computed and network.source != RANDOM_LABEL and {"mu", "sigma", "mu_s", "sigma_s"} <= stored.keys():
         return {**stored, "features": computed["features"]}
@@ -615,47 +698,35 @@ def stored_statistics(args, network, axes):
 
 def make_reference(args):
     """Statistics of real images for `generation` to compare with, in ADM's format."""
-    network = load_network("inception", args)
-    real_statistics(args, network, (args.image_size, args.image_size), args.max_samples, args.reference)
+    real = real_samples(args, (args.image_size, args.image_size), args.max_samples)
+    real_statistics(args, load_network("inception", args), *real, args.reference)
 
 
 # ---- 5. The paper's tables: their rows lie in tables.json; those of ours name what measures them -----------
-
-def configuration(name):
-    """What a preset of this code has, for tables 1 and 2: computed, not copied."""
-    kind, _, presets = next(entry for entry in checkpoints.FORMATS.values() if name in entry[2])
-    config = presets[name]
-    with torch.device("meta"):                             # shapes without memory
-        model = kind(config)
-    if hasattr(config, "inter_blocks"):
-        parameters = sum(p.numel() for p in model.parameters()) / 1e6
-        numbers = [config.inter_blocks, config.intra_blocks, config.width, config.heads]
-        return f"{parameters:.2f}M, {', '.join(map(str, numbers))}"
-    side = config.resolution
-    return f"{model.quantizer.vocabulary} codes, {side}x{side}, {config.downsampling}x"
-
 
 def measured(what, results, args):
     """(cell, command) of a measurement in a table: its newest values here, and how to get what is missing."""
     path = getattr(args, what["data"])
 
     def fits(result):                                      # of this checkpoint, or our training of its preset
-        made = result.get("checkpoint") or (result["sampling"] or {}).get("checkpoint", {})
+        made = result.get("checkpoint") or (result["sampling"] or {}).get("checkpoint")
         on = result.get("data") or result["reference"]
-        return (made.get("preset") == what["checkpoint"] and result["protocol"] == args.protocol
+        return (isinstance(made, dict) and made.get("preset") == what["checkpoint"]
                 and on["path"] and os.path.abspath(on["path"]) == os.path.abspath(path)
-                and on.get("size", what["size"]) == what["size"]
+                and on.get("size", what["size"]) == what["size"] and result["protocol"] == args.protocol
                 and RANDOM_LABEL not in result["networks"].values())
 
+    def rank(result):                                      # the newest of those that have everything
+        return set(what["metrics"]) <= result["metrics"].keys(), result["date"]
+
     cell = ""
-    found = {}
-    if newest := max(filter(fits, results), key=lambda result: result["date"], default=None):
-        found = newest["metrics"]
+    if best := max(filter(fits, results), key=rank, default=None):
+        found = best["metrics"]
         shown = [METRICS[key].format.format(float(found[key]["value"])) if key in found else "-"
                  for key in what["metrics"]]
-        cell = f"{what['data']} {' / '.join(shown)} ({newest['n']}, {args.protocol})"
-    if all(key in found for key in what["metrics"]):
-        return cell, None
+        cell = f"{what['data']} {' / '.join(shown)} ({best['n']}, {args.protocol})"
+        if rank(best)[0]:
+            return cell, None
     command = f"python evaluate.py generation --ckpt {what['checkpoint']} --reference {path}"
     if what["data"] != "reference":
         size = "--original-resolution" if what["size"] == "original" else f"--image-size {what['size']}"
@@ -667,16 +738,18 @@ def measured(what, results, args):
 def table(args):
     """One of the paper's tables, and beside our rows what was measured here, or how to measure it."""
     content = json.loads((pathlib.Path(__file__).parent / "tables.json").read_text())[str(args.number)]
-    results = [json.loads(path.read_text()) for path in pathlib.Path(args.output).glob("*.json")]
+    results = []
+    for path in pathlib.Path(args.output).glob("*.json"):
+        with contextlib.suppress(runtime.UserError):       # torn; what has other keys is another program's
+            results.append(runtime.read_json(path))
+    results = [each for each in results if {"metrics", "n", "protocol", "networks", "date"} <= each.keys()]
     rows = []
     commands = []
     for row in content["rows"]:
         cells = [measured(what, results, args) for what in row.get("measure", ())]
         commands += [command for _, command in cells if command]
-        own = configuration(row["preset"]) if "preset" in row else "-"
-        if cells:
-            own = "; ".join(cell for cell, _ in cells if cell) or "not yet"
-        rows.append([*row["cells"], own])
+        own = row.get("own", "not yet" if cells else "-")              # of tables 1 and 2: what presets have
+        rows.append([*row["cells"], "; ".join(cell for cell, _ in cells if cell) or own])
     print(f"Table {args.number}. {content['title']}\n")
     runtime.print_table(rows, content["header"])
     if content["note"]:
@@ -719,6 +792,7 @@ def get_args(argv=None):
     p.add_argument("--mixed-precision", choices=runtime.AUTOCAST_DTYPES, default="fp32", help="tokenizer's")
     p.add_argument("--metrics", nargs="+", choices=(*OF_RECONSTRUCTIONS, "all"),
                    default=["psnr", "ssim", "usage"], help="usage brings perplexity and bits per pixel")
+    p.add_argument("--reference", help="npz as for generation: also the FID of reconstructions against it")
     p.add_argument("--image-size", type=count, help="side of the crops (the tokenizer's)")
     p.add_argument("--original-resolution", action="store_true", help="no resizing; pads to whole tokens")
     p.add_argument("--batch-size", type=count, help="at once on a rank (16 images, 4 clips)")
@@ -728,6 +802,8 @@ def get_args(argv=None):
     p.add_argument("--samples", help="npz with arr_0, or folder; not given: drawn from --ckpt, or else the "
                                      "newest npz of runs/samples, or else drawn from the newest of runs/ar")
     p.add_argument("--reference", help="npz, ADM's or of make-reference; made of --data-path if not given")
+    p.add_argument("--metrics", nargs="+", choices=(*OF_IMAGES, "fvd", "tokens"), default=(),
+                   help="not given: all but tokens, the only one that needs no network but the tokenizer")
     p.add_argument("--num-samples", type=count, help="to draw (50,000 of a published name, else 5,000)")
     sample.add_drawing_flags(p)                            # with --batch-size
     add_flags(p, "generated", "as many as samples")
@@ -759,9 +835,6 @@ def main(args):
     torch.backends.cudnn.deterministic = True
     commands = {"reconstruction": reconstruction, "generation": generation, "make-reference": make_reference}
     commands[args.command](args)
-    if args.command == "reconstruction" and newest_samples():
-        runtime.print_main("runs/samples holds generated samples too: python evaluate.py generation (which "
-                           "downloads 96 MB)")
 
 
 if __name__ == "__main__":

@@ -169,9 +169,10 @@ images, clips, ar = sys.argv[1:]
 metrics.FIDInception = metrics.I3D = Quick
 call(f"reconstruction --ckpt {images} --max-samples 5 --image-size 32 --metrics rfid lpips-alex")
 call("generation --samples samples.npz --reference reference.npz")
+call(f"generation --samples samples.npz --metrics tokens mind --ckpt {ar}")
 call(f"generation --ckpt {ar} --num-samples 9 --reference reference16.npz")
 call(f"reconstruction --ckpt {clips} --max-samples 5 --metrics psnr usage rfvd --protocol official")
-call("generation --samples clips.npz")
+call("generation --samples clips.npz --metrics fvd")
 """
 
 
@@ -189,12 +190,12 @@ def test_one_two_and_three_ranks_measure_the_same(files, place):
         run_script(folder / "job.py", *files.values(), ranks=ranks, cwd=folder)
         runs.append(results(folder / "out"))
     alone, *others = runs
-    for name, run in zip(("rfid", "fid", "fid", "rfvd", "fvd"), alone, strict=True):
+    for name, run in zip(("rfid", "fid", "tokens", "kid", "rfvd", "fvd"), alone, strict=True):
         assert values(run)[name] > 0
     for run in others:
         for expected, got in zip(alone, run, strict=True):
             assert got["n"] == expected["n"]
-            assert values(got) == {name: pytest.approx(value, rel=1e-9, abs=1e-9)
+            assert values(got) == {name: pytest.approx(value, rel=1e-12, abs=1e-12)
                                    for name, value in values(expected).items()}
 
 
@@ -209,6 +210,56 @@ def test_originals_statistics_are_reused_and_give_the_same_rfid(files, place, mo
     after, = results()                                                 # the same run has the same file
     assert seen == [4, 4, 4] and values(after) == values(before)
     assert len(list(pathlib.Path("runs/evaluation/references").glob("*.npz"))) == 1
+
+
+def test_the_fid_against_a_reference_is_one_of_its_own_name_and_rule(files, place):
+    pixels = write_samples("reference.npz", 6, (32, 32))
+    call("make-reference", "--image-size", 32, "--split", "val", "--max-samples", 5, "--reference", "own.npz",
+         *RANDOM)
+    for reference in ("reference.npz", "own.npz"):
+        call("reconstruction", "--ckpt", files["images"], "--max-samples", 6, "--image-size", 32, "--metrics",
+             "rfid", "--reference", reference, *RANDOM, "--batch-size", 6)
+    first, second = results()
+    model, _ = checkpoints.load_tokenizer(files["images"])
+    dataset = data.build_dataset(None, "val", data.View(32))
+    chosen = data.evenly_spaced(6, 1000)
+    x = torch.stack([dataset[i][0] for i in chosen])
+    real = torch.from_numpy(pixels).movedim(-1, 1)
+    with torch.no_grad():
+        made = pictures.to_uint8(model.decode(model.encode(pictures.to_float(x))))
+        features = [metrics.randomise(Quick())(metrics.inception_input(each, "tf1"))[0]
+                    for each in (real, made)]
+    assert values(first)["rfid-reference"] == pytest.approx(expected_frechet(*features), rel=1e-5)
+    assert values(first)["rfid"] == values(second)["rfid"] != values(second)["rfid-reference"] > 0
+    assert "tf1" in first["metrics"]["rfid-reference"]["measured_on"]
+    with pytest.raises(runtime.UserError, match="--reference is for images of one size"):
+        call("reconstruction", "--ckpt", files["images"], "--original-resolution", "--reference", "own.npz",
+             *RANDOM)
+    with pytest.raises(runtime.UserError, match="own.npz is of images of .32, 32., not .16, 16."):
+        call("reconstruction", "--ckpt", files["images"], "--reference", "own.npz", *RANDOM)
+
+
+def test_usage_says_over_what_it_was_counted(files, place, capsys):
+    call("reconstruction", "--ckpt", files["images"], "--max-samples", 5, "--metrics", "usage")
+    assert "of 64 codes, 80 tokens, 5 images of generated, val split" in capsys.readouterr().out
+
+
+def test_pictures_of_the_training_are_called_so(files, place, capsys):
+    for part in ("flat", "own/train", "own/val"):
+        pathlib.Path(part).mkdir(parents=True)
+        for i in range(3):
+            Image.new("RGB", (20, 20), (80 * i, 0, 0)).save(f"{part}/{i}.png")
+    stored = torch.load(files["images"])
+    for trained, more, part in (("flat", (), "training pictures"), ("own", (), "val split"),
+                                ("own", ("--split", "train"), "training pictures"),
+                                ("own", ("--data-path", "own/train"), "training pictures"),
+                                ("own", ("--data-path", "flat"), "val split"),
+                                ("generated", ("--max-samples", 4), "val split"),
+                                ("generated", ("--max-samples", 4, "--split", "train"), "training pictures")):
+        torch.save({**stored, "args": {"data_path": trained}}, "trained.pt")
+        call("reconstruction", "--ckpt", "trained.pt", "--metrics", "psnr", *more)
+        assert f", {part}, size 16" in capsys.readouterr().out
+        assert results()[-1]["part"] == part
 
 
 class Identity(torch.nn.Module):
@@ -241,14 +292,14 @@ def test_original_resolution_pads_with_grey_and_crops_back(protocol, place):
                               "--data-path", ".", "--device", "cpu"])
     model = Identity()
     samples, order, about = evaluate.held_out(model.config, {}, args)
-    found = evaluate.measure(model, samples, order, {}, {}, args)
+    record = {"data": about, "networks": {}, "resize_rule": "half-pixel", "part": "val split"}
+    found = evaluate.measure(model, samples, order, {}, record, args)
     assert [tuple(x.shape[2:]) for x in model.seen] == [(48, 48), (32, 48), (32, 32)]
     assert model.seen[0][..., :4, :].abs().max() == 0 and model.seen[0][..., 44:, :].abs().max() == 0
     assert model.seen[0][..., :7].abs().max() == 0 and model.seen[0][..., 40:].abs().max() == 0      # 7 + 8
     assert torch.isinf(found["psnr"]).all() and found["ssim"].tolist() == [1, 1, 1]
     assert found["counts"].sum() == 3 * 3 + 2 * 3 + 2 * 2 and found["pixels"].tolist() == [1320, 1536, 357]
-    record = {"checkpoint": {"path": "x.pt"}, "data": about, "networks": {}, "resize_rule": "half-pixel"}
-    evaluate.summarise(found, record, args)
+    evaluate.summarise(found, pathlib.Path("runs/evaluation/x.json"), record, args)
     text = next(pathlib.Path("runs/evaluation").glob("*.json")).read_text()           # infinity is valid JSON
     assert json.loads(text, parse_constant=pytest.fail)["metrics"]["psnr"]["value"] == "inf"
 
@@ -300,8 +351,8 @@ def test_official_clips_are_10000_of_the_training_split(files, place, monkeypatc
         call("reconstruction", "--ckpt", files["clips"], "--data-path", "clips", "--metrics", "psnr",
              "--protocol", protocol)
     clean, official = results()
-    assert (clean["n"], clean["data"]["repeated"], clean["data"]["crop"]) == (3, 0, "center")
-    assert (official["n"], official["data"]["repeated"], official["data"]["crop"]) == (10, 5, "random")
+    assert (clean["n"], clean["data"]["crop"]) == (3, "center")
+    assert (official["n"], official["data"]["crop"]) == (10, "random")                 # each of five clips twice
     assert official["data"]["split"] == "train" and values(clean) != values(official)
     args = evaluate.get_args(["reconstruction", "--protocol", "official", "--data-path", "generated"])
     monkeypatch.setattr(data, "fingerprint", lambda *more: "")
@@ -321,7 +372,7 @@ def test_a_broken_sample_is_left_out_and_counted(files, place, capfd):
         call("reconstruction", "--ckpt", files["clips"], "--data-path", "clips", "--batch-size", size,
              "--metrics", "psnr", "usage", "--max-samples", 6)         # numbers 0, 20, 40 .. 100
     first, second = results()
-    assert first["n"] == 5 and first["skipped"] == 1 and "broken clip skipped" in capfd.readouterr().err
+    assert (first["n"], first["data"]["n"]) == (5, 6) and "broken clip skipped" in capfd.readouterr().err
     # Convolutions of another batch size add in another order, which may tip a pixel to the next level.
     assert values(first) == pytest.approx(values(second), rel=1e-6)
     for i in range(2):
@@ -330,11 +381,86 @@ def test_a_broken_sample_is_left_out_and_counted(files, place, capfd):
         call("reconstruction", "--ckpt", files["clips"], "--data-path", "clips", "--metrics", "psnr")
 
 
+def test_tokens_tell_apart_without_a_network_and_say_what_real_ones_have(files, place, monkeypatch):
+    def offline(*args, **kwargs):
+        raise AssertionError("a download")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    monkeypatch.setattr(metrics, "FIDInception", offline)
+    real = data.build_dataset(None, "train", data.View(16))
+    for name, array in (("good", torch.stack([real[i][0] for i in range(60)]).movedim(1, -1).numpy()),
+                        ("bad", np.zeros((60, 16, 16, 3), np.uint8))):
+        np.savez(f"{name}.npz", array)
+        record = {"checkpoint": {"path": str(files["ar"]), "preset": "custom"}}
+        pathlib.Path(f"{name}.json").write_text(json.dumps(record))
+        call("generation", "--samples", f"{name}.npz", "--metrics", "tokens")
+    good, bad = results()
+    assert good["metrics"].keys() == {"tokens", "tokens-real"} and good["networks"] == {}
+    assert values(good)["tokens"] < 1.5 * values(good)["tokens-real"] < 0.5 * values(bad)["tokens"]
+    _, model, _ = checkpoints.load_ar(files["ar"])
+    chosen = np.random.default_rng(0).permutation(len(real))[:120]
+    with torch.no_grad():
+        sets = [torch.from_numpy(np.load("bad.npz")["arr_0"]).movedim(-1, 1),
+                *[torch.stack([real[i][0] for i in part]) for part in (chosen[:60], chosen[60:])]]
+        p, q, r = [model.encode(pictures.to_float(x)).flatten().bincount(minlength=64) / (60 * 16)
+                   for x in sets]
+    assert values(bad) == pytest.approx({"tokens": float((p - q).abs().sum()) / 2,
+                                         "tokens-real": float((r - q).abs().sum()) / 2}, rel=1e-5)
+    assert bad["metrics"]["tokens"]["measured_on"] == "60 samples and as many images, 960 tokens"
+    np.savez("few.npz", np.concatenate([sets[1].movedim(1, -1)[:21]]))         # 10 and 10 real ones
+    call("generation", "--samples", "bad.npz", "--metrics", "tokens", "--reference", "few.npz")
+    assert "10 samples" in results()[-1]["metrics"]["tokens"]["measured_on"]
+
+
+def test_tokens_of_clips_and_of_unnamed_models(files, place):
+    write_samples("clips.npz", 4, (9, 32, 32))
+    with pytest.raises(runtime.UserError, match="no AR model"):
+        call("generation", "--samples", "clips.npz", "--metrics", "tokens")
+    with pytest.raises(ValueError) as error:                           # clips for a tokenizer of images
+        call("generation", "--samples", "clips.npz", "--metrics", "tokens", "--ckpt", files["ar"])
+    assert "\n" not in str(error.value)
+    stored = torch.load(files["ar"])
+    clips = torch.load(files["clips"])
+    inner = {name: clips[name] for name in ("format", "config", "model")}
+    config = {**stored["config"], "grid": (5, 16, 16)}
+    model = ar_model.ARModel(ar_model.ARConfig(**config))
+    torch.save({**stored, "config": config, "model": model.state_dict(), "first_stage": inner}, "ar.pt")
+    call("generation", "--samples", "clips.npz", "--metrics", "tokens", "--ckpt", "ar.pt")
+    assert 0 < values(results()[0])["tokens"] <= 1
+
+
+@pytest.mark.parametrize("asked", [("fid",), ("sfid", "recall"), ("precision", "kid"), ("mind",),
+                                   ("inception_score",)])
+def test_only_the_metrics_asked_for_are_measured(place, asked):
+    write_samples("samples.npz", 5)
+    write_samples("reference.npz", 6, seed=1)
+    call("generation", "--samples", "samples.npz", "--reference", "reference.npz", "--metrics", *asked,
+         *RANDOM)
+    assert values(results()[0]).keys() == set(asked)
+    with pytest.raises(runtime.UserError, match="fid, sfid.* and tokens are for what samples.npz holds"):
+        call("generation", "--samples", "samples.npz", "--metrics", "fvd", *RANDOM)
+
+
+def test_any_path_can_be_measured(files, place, monkeypatch):
+    long = "a" * 240
+    for folder in ("here", long, "späße & co"):
+        pathlib.Path(folder).mkdir()
+        for i in range(4):
+            Image.new("RGB", (16, 16), (60 * i, 0, 0)).save(f"{folder}/{i}.png")
+    for folder in (long, "späße & co", "here/."):
+        call("generation", "--samples", folder, "--metrics", "fid", *RANDOM)
+    monkeypatch.chdir("here")
+    call("generation", "--samples", ".", "--metrics", "fid", *RANDOM)
+    call("reconstruction", "--ckpt", files["images"], "--data-path", ".", "--metrics", "psnr")
+    assert len(results()) == 2 and len(results("../runs/evaluation")) == 3
+    assert "generation-here-" in str(list(pathlib.Path("runs/evaluation").glob("*.json")))
+
+
 def test_samples_are_at_distance_0_from_themselves(place, capsys):
     write_samples("same.npz", 6)
     call("generation", "--samples", "same.npz", "--reference", "same.npz", *RANDOM)
     measured = values(results()[0])
-    assert abs(measured["fid"]) < 1e-9 and abs(measured["sfid"]) < 1e-9
+    assert 0 <= measured["fid"] < 1e-9 and 0 <= measured["sfid"] < 1e-9 and measured["mind"] < 1e-9
+    assert measured["kid"] < 0                    # unbiased: an image does not count as its own neighbour
     assert measured["precision"] == measured["recall"] == 1 and measured["inception_score"] >= 1
     assert {entry["label"] for entry in results()[0]["metrics"].values()} == {LABEL}
     printed = capsys.readouterr().out
@@ -436,8 +562,8 @@ def test_a_folder_and_an_npz_give_the_same_numbers(place):
 @pytest.mark.parametrize("kind, flags, words", [
     ("images", ("--data-path", "nowhere"), "--data-path nowhere"),
     ("images", ("--image-size", 18), "18.*multiple"),
-    ("images", ("--metrics", "lpips-alex", *RANDOM, "--max-samples", 2), "LPIPS.*32 x 32"),
-    ("images", ("--max-samples", 1), "two or more"), ("images", ("--metrics", "rfvd"), "rfvd is not.*images"),
+    ("images", ("--metrics", "lpips-alex", *RANDOM, "--max-samples", 2), "lpips-alex needs 32 pixels"),
+    ("images", ("--metrics", "rfvd"), "rfvd is not.*images"),
     ("clips", ("--metrics", "rfid"), "--metrics rfid is not.*clips"), ("ar", (), "no tokenizer"),
     ("clips", ("--original-resolution",), "tokenizers of images"),
     ("images", ("--metrics", "rfid", "--weights-dir", "."), "pt_inception-2015-12-05-672.*--weights-dir")])
@@ -452,13 +578,15 @@ def test_wrong_flags_of_reconstruction_are_one_line(files, place, monkeypatch, k
 
 @pytest.mark.parametrize("samples, reference, words", [
     ("float", "good", "float32.*uint8"), ("first", "good", "N, H, W, 3.*transpose"),
-    ("grey", "good", "4, 32, 32"), ("named", "good", "arr_0.*images"), ("few", "good", "3 samples.*four"),
+    ("grey", "good", "4, 32, 32"), ("named", "good", "arr_0.*only images"),
+    ("few", "good", "3 samples.*four"),
     ("cut", "good", "cut.*truncated"), ("none", "good", "none.npz does not exist"),
-    ("good", "none", "--reference none.npz.*make-reference"),
+    ("good", "none", "none.npz does not exist.*make-reference"),
     ("good", "large", r"\(64, 64\).*\(32, 32\)"), ("good", "few", "more than 3 images"),
-    ("good", "statistics", "mu, sigma.*arr_0.*resize rule"), ("good", "cut", "cut.npz is truncated"),
-    ("short", None, "9 frames or more, these have 8"), ("wide", None, "make square ones"),
-    ("clips", "good", "--reference is for images"), ("mixed", "good", r"mixes the sizes.*8, 8.*8, 9")])
+    ("good", "statistics", "arr_0.*mu, sigma.*resize rule"), ("good", "cut", "cut.npz is truncated"),
+    ("short", None, "9 frames or more, not 8"), ("wide", None, "make square ones"),
+    ("clips", "good", r"images of \(32, 32\), not \(9, 32, 32\)"),
+    ("mixed", "good", r"mixes the sizes.*8, 8.*8, 9")])
 def test_wrong_samples_and_references_are_named(place, samples, reference, words):
     good = np.zeros((4, 32, 32, 3), np.uint8)
     shapes = {"first": (4, 3, 32, 32), "grey": (4, 32, 32), "few": (3, 32, 32, 3), "good": (4, 32, 32, 3),
@@ -479,6 +607,53 @@ def test_wrong_samples_and_references_are_named(place, samples, reference, words
     assert "\n" not in str(error.value) and not results()
 
 
+@pytest.mark.parametrize("metric, least", [("ssim", 7), ("lpips-alex", 32)])
+def test_an_image_that_is_too_small_is_named(files, place, metric, least):
+    for i, size in enumerate((40, least - 1, 40)):
+        Image.new("RGB", (40, size)).save(place / f"{i}.png")
+    with pytest.raises(runtime.UserError, match=f"1.png: --metrics {metric} needs {least} .*not {least - 1}"):
+        call("reconstruction", "--ckpt", files["images"], "--original-resolution", "--data-path", ".",
+             "--metrics", metric, *RANDOM)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n, cut", b"GIF89a, cut"])
+def test_a_broken_file_among_samples_is_named(place, content):
+    pathlib.Path("folder").mkdir()
+    for i in range(5):
+        Image.new("RGB", (16, 16)).save(f"folder/{i}.png")
+    pathlib.Path("folder/3.png").write_bytes(content)
+    with pytest.raises(runtime.UserError, match="folder/3.png is empty or no image"):
+        call("generation", "--samples", "folder", *RANDOM)
+
+
+@pytest.mark.parametrize("text", ['{"cfg_scale": 2', "[1, 2]", "\ud800"])
+def test_torn_and_foreign_records_are_named_or_passed_over(place, capsys, text):
+    write_samples("samples.npz", 4)
+    pathlib.Path("samples.json").write_text(text, errors="surrogatepass")
+    with pytest.raises(runtime.UserError, match="samples.json is damaged"):
+        call("generation", "--samples", "samples.npz", *RANDOM)
+    pathlib.Path("samples.json").write_text('{"checkpoint": "model.pt"}')            # of another program
+    call("generation", "--samples", "samples.npz", "--metrics", "fid", *RANDOM)
+    pathlib.Path("runs/evaluation/torn.json").write_text(text, errors="surrogatepass")
+    pathlib.Path("runs/evaluation/foreign.json").write_text('{"metrics": {}, "date": "2025"}')
+    call("table", 5)
+    assert "not yet" in capsys.readouterr().out
+    np.savez("foreign.npz", arr_0=np.zeros((4, 32, 32, 3), np.uint8), settings=np.array(3))
+    with pytest.raises(runtime.UserError, match="foreign.npz is truncated or no npz file"):
+        call("generation", "--samples", "samples.npz", "--reference", "foreign.npz", *RANDOM)
+
+
+def test_tables_prefer_complete_results(place, capsys):
+    common = {"command": "reconstruction", "n": 50_000, "protocol": "clean", "networks": {},
+              "checkpoint": {"preset": "in1k-256"}, "data": {"path": "data/imagenet", "size": 256}}
+    every = {"rfid": {"value": 1.234}, "psnr": {"value": 22.01}, "usage": {"value": 1.0}}
+    runtime.write_json("runs/evaluation/one.json", {**common, "date": "2025-01-01", "metrics": every})
+    some = {"usage": {"value": 0.9}}
+    runtime.write_json("runs/evaluation/two.json", {**common, "date": "2026-01-01", "metrics": some})
+    call("table", 4)
+    assert "1.234 / 22.01 / 100.00%" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("number, rows, commands, some", [
     (1, 5, 0, ["262144 codes, 256x256, 16x", "16384 codes, 256x256, 16x", "262144 codes, 128x128, 8x"]),
     (2, 3, 0, ["343.57M, 24, 2, 1024, 16", "1486.68M"]), (3, 2, 2, ["1.18", "8.6"]),
@@ -495,6 +670,24 @@ def test_tables_have_all_rows_and_commands_for_ours(place, capsys, number, rows,
     for line in lines:                                                 # it accepts what it prints
         script, *flags = shlex.split(line)[1:]
         assert script == "evaluate.py" and evaluate.get_args(flags).ckpt in checkpoints.PUBLISHED
+
+
+TABLES = json.loads((ROOT / "tables.json").read_text())
+
+
+@pytest.mark.parametrize("row", TABLES["1"]["rows"] + TABLES["2"]["rows"], ids=lambda row: row["preset"])
+def test_tables_1_and_2_say_what_presets_have(row):
+    kind, _, presets = next(entry for entry in checkpoints.FORMATS.values() if row["preset"] in entry[2])
+    config = presets[row["preset"]]
+    with torch.device("meta"):                                         # shapes without memory
+        model = kind(config)
+    if kind is ar_model.ARModel:
+        size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+        numbers = [config.inter_blocks, config.intra_blocks, config.width, config.heads]
+        assert row["own"] == f"{size:.2f}M, {', '.join(map(str, numbers))}"
+    else:
+        side = config.resolution
+        assert row["own"] == f"{model.quantizer.vocabulary} codes, {side}x{side}, {config.downsampling}x"
 
 
 @pytest.mark.parametrize("changes, shown", [

@@ -5,12 +5,14 @@ import prdc
 import pytest
 import pytorch_fid.inception
 import scipy.linalg
+import scipy.optimize
 import torch
 import torch.nn.functional as F
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 from torch_fidelity.metric_isc import isc_features_to_metric
+from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 import metrics
@@ -93,6 +95,13 @@ def test_usage_and_perplexity_of_known_distributions():
     groups = torch.tensor([[5, 5, 5, 5], [0, 3, 1, 0]])                    # the mean of both
     perplexity = (4 + perplexity) / 2
     assert metrics.codebook_usage(groups) == {"usage": 0.75, "perplexity": pytest.approx(perplexity)}
+
+
+def test_total_variation_is_0_of_the_same_frequencies_and_1_of_disjoint_codes():
+    counts = torch.tensor([3, 1, 0, 0])
+    assert metrics.total_variation(counts, 2 * counts) == 0
+    assert metrics.total_variation(counts, torch.tensor([0, 0, 7, 0])) == 1
+    assert metrics.total_variation(counts, torch.tensor([1, 1, 2, 0])) == pytest.approx(0.5)
 
 
 # Networks ---------------------------------------------------------------------------------------------------
@@ -244,8 +253,8 @@ def test_the_official_float32_distance_is_near_the_exact_one():
 @pytest.mark.parametrize("mean", [0, 20])                              # 20: rounding errors of a large mean
 def test_the_frechet_distance_of_a_set_to_itself_is_zero(count, mean):
     x = features_of(count, 64, 1) + mean
-    assert abs(frechet(x, x)) < 1e-10
-    assert abs(frechet(x, x.flip(0))) < 1e-10 * (1 + mean ** 2)
+    assert 0 <= frechet(x, x) < 1e-10                                  # and never prints as -0.000
+    assert 0 <= frechet(x, x.flip(0)) < 1e-10 * (1 + mean ** 2)
 
 
 def test_the_frechet_distance_refuses_other_features_and_damage():
@@ -254,6 +263,44 @@ def test_the_frechet_distance_refuses_other_features_and_damage():
         metrics.frechet_distance(*x, *y)
     with pytest.raises(ValueError, match="negative eigenvalues"):
         metrics.frechet_distance(x[0], -x[1], x[0], -x[1])
+
+
+@pytest.mark.parametrize("n1, n2", [(300, 300), (1300, 1100)])         # one whole set; subsets of 1,000
+def test_kid_is_torch_fidelitys(n1, n2):
+    real, fake = features_of(n1, 16, 1).double(), features_of(n2, 16, 2, shift=0.2).double()
+    size = min(1000, n1, n2)
+    theirs = kid_features_to_metric(fake, real, kid_subset_size=size, kid_subsets=5, verbose=False)
+    expected = theirs["kernel_inception_distance_mean"], theirs["kernel_inception_distance_std"]
+    assert metrics.kid(real, fake, subsets=5) == pytest.approx(expected, rel=1e-10, abs=1e-14)
+    assert expected[0] > 0.01 and (size < 1000 or expected[1] > 1e-5)
+
+
+def test_kid_is_about_0_for_sets_of_one_distribution_of_any_size():
+    means = [metrics.kid(features_of(n, 16, n), features_of(n, 16, n + 1))[0] for n in (50, 200, 1000)]
+    far = metrics.kid(features_of(200, 16, 1), features_of(200, 16, 2, shift=0.5))[0]
+    assert max(map(abs, means)) < 0.1 * far
+
+
+def test_mind_is_the_mean_of_optimal_transport_over_directions():
+    real, fake = features_of(80, 6, 1), features_of(80, 6, 2, shift=0.3)
+    generator = torch.Generator().manual_seed(2020)                    # torch-fidelity's, as for its KID
+    directions = torch.randn(1000, 6, generator=generator).double().numpy()
+    costs = []
+    for u in directions / np.linalg.norm(directions, axis=1, keepdims=True):
+        a, b = real.double().numpy() @ u, fake.double().numpy() @ u
+        rows, columns = scipy.optimize.linear_sum_assignment((a[:, None] - b) ** 2)      # without sorting
+        costs.append(((a[rows] - b[columns]) ** 2).mean())
+    assert metrics.mind(real, fake) == pytest.approx(3 * 6 * np.mean(costs), rel=1e-5)
+    assert metrics.mind(real, real.flip(0)) == pytest.approx(0, abs=1e-10)
+
+
+def test_mind_of_a_shift_is_three_times_its_square_and_larger_sets_are_cut():
+    x = features_of(500, 64, 1)
+    shift = torch.randn(64, generator=torch.Generator().manual_seed(3))
+    assert metrics.mind(x, x + shift) == pytest.approx(3 * float(shift.square().sum()), rel=0.1)
+    other = features_of(900, 64, 2)
+    chosen = torch.randperm(900, generator=torch.Generator().manual_seed(2020))[:500]
+    assert metrics.mind(other, x) == pytest.approx(metrics.mind(other[chosen], x), rel=0.05)
 
 
 def test_the_inception_score_is_torch_fidelitys():
@@ -287,8 +334,9 @@ def test_a_set_has_precision_and_recall_one_with_itself():
     assert metrics.precision_recall(real, real) == (1.0, 1.0)
     with pytest.raises(ValueError, match="more than 3 images"):
         metrics.precision_recall(real, real[:3])
-    with pytest.raises(ValueError, match="cannot be compared"):
-        metrics.precision_recall(real, real[:, :8])
+    for metric in (metrics.precision_recall, metrics.kid, metrics.mind, metrics.frechet_distance_official):
+        with pytest.raises(ValueError, match="cannot be compared"):
+            metric(real, real[:, :8])
 
 
 def test_float16_precision_and_recall_are_close_unless_it_overflows():
