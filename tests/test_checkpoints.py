@@ -8,8 +8,6 @@ import torch
 
 import ar_model
 import checkpoints
-import metrics
-import runtime
 import tokenizer
 import train_tokenizer
 import video

@@ -1,5 +1,4 @@
 """The fast sampler draws the plain one's tokens; the set of samples is the same however it is drawn."""
-import dataclasses
 import json
 import math
 import pathlib
@@ -12,7 +11,6 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 import ar_model
 import checkpoints
-import pictures
 import runtime
 import sample
 import tokenizer as tok

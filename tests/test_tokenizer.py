@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from PIL import Image
 
 import ar_model
-import checkpoints
 import pictures
 import runtime
 import tokenizer

@@ -1,5 +1,4 @@
 """Stage II: tokens are stored once and verified; the loop trains as published, and learns."""
-import dataclasses
 import json
 import math
 import pathlib
