@@ -207,6 +207,8 @@ class ARConfig:
                 raise ValueError(f"{name} must lie between 0 and 1")
         if min(self.bits, default=0) < 1 or min(self.grid, default=0) < 1 or self.num_classes < 0:
             raise ValueError(f"bits {self.bits}, grid {self.grid}, num_classes {self.num_classes}: too small")
+        if max(self.bits) > 24:
+            raise ValueError(f"bits {self.bits}: a sub-token has 24 bits at most; split the token further")
         if self.width % (2 * self.heads) or self.width // self.heads < 2 * len(self.grid):
             raise ValueError(f"width {self.width} does not suit {self.heads} heads on {len(self.grid)} axes; "
                              f"make it an even multiple of the heads, with 2 channels an axis or more")

@@ -65,7 +65,7 @@ METRICS = {
     "ssim": Metric("SSIM", metrics.ssim, "{:.4f}", "{pixels}, {mean}, 7 x 7 windows"),
     "lpips-vgg": Metric("LPIPS (VGG)", "lpips-vgg", "{:.4f}", "{floats}, mean over all"),
     "lpips-alex": Metric("LPIPS (Alex)", "lpips-alex", "{:.4f}", "{floats}, mean over all"),
-    "usage": Metric("codebook usage", None, "{:.2%}", "{tokens} tokens of {codes} codes"),
+    "usage": Metric("codebook usage", None, "{:.2%}", "{tokens} tokens of {codes}"),
     "perplexity": Metric("perplexity", None, "{:.1f}", "at most {codes}"),
     "bits_per_pixel": Metric("bits per pixel", None, "{:.4f}", "{bits:g} bits a token"),
     "rfid": Metric("rFID", "inception", "{:.3f}", "{floats}, {resize_rule} to 299, {n} images"),
@@ -386,7 +386,8 @@ def measure(model, samples, order, networks, record, args):
     """The measuring loop: every sample goes through the tokenizer once and is seen by every metric.
 
     Returns on rank 0 {metric: its value for each sample (N,), or of the set}, the samples' "pixels" (N,), the
-    "counts" of codes (V,), and "examples", {index: uint8 original and reconstruction}. A collective.
+    "counts" of codes as of `Quantizer.count`, and "examples", {index: uint8 original and reconstruction}. A
+    collective.
     """
     official = args.protocol == "official"
     judges = {key: METRICS[key].measure for key in OF_SAMPLES if key in args.metrics}
@@ -400,7 +401,7 @@ def measure(model, samples, order, networks, record, args):
         known = runtime.on_main(cache_path(key, args).exists)
     rows = [torch.empty(0, 1 + len(judges), dtype=torch.float64)]
     numbers = [torch.empty(0, dtype=torch.long)]
-    counts = torch.zeros(model.quantizer.vocabulary, dtype=torch.long, device=args.device)
+    counts = model.quantizer.count(torch.zeros(0, dtype=torch.long, device=args.device))
     examples = {}
     for originals, n, indices in batches_of(samples, order, args, "measuring"):
         x = pictures.to_float(originals.to(args.device))                 # (B, 3, [T,] H, W)
@@ -420,7 +421,7 @@ def measure(model, samples, order, networks, record, args):
             columns.append(each.double().view(len(x), -1).mean(1).cpu())
         rows.append(torch.stack(columns, 1)[:n])
         numbers.append(indices)
-        counts += ids[:n].flatten().bincount(minlength=len(counts))
+        counts += model.quantizer.count(ids[:n])
         if distance:
             pair = [(x + 1) / 2, (y + 1) / 2] if official and distance == "rfid" else [real, made]
             for stream, seen in list(zip(streams, pair))[known:]:
@@ -445,13 +446,16 @@ def summarise(found, record, args):
     """Report what `measure` has found, and paint originals above their reconstructions. Rank 0 only."""
     official = args.protocol == "official"
     counts = found["counts"]
-    bits = math.log2(len(counts))
+    groups, codes = counts.shape
+    tokens = int(counts[0].sum())
+    bits = groups * math.log2(codes)
     # The official script averages PSNR and SSIM over its batches, of four images or of one.
     batch = 4 if official and not record["data"]["frames"] and not args.original_resolution else 1
     pixels = "truncated uint8" if official else "rounded uint8"
     facts = {**record["data"], "n": len(found["pixels"]), "resize_rule": record["resize_rule"], "bits": bits,
-             "mean": f"mean over batches of {batch}" if batch > 1 else "mean over all", "codes": len(counts),
-             "tokens": int(counts.sum()), "pixels": pixels, "floats": "floats" if official else pixels}
+             "mean": f"mean over batches of {batch}" if batch > 1 else "mean over all", "tokens": tokens,
+             "codes": f"{codes} codes in each of {groups} groups" if groups > 1 else f"{codes} codes",
+             "pixels": pixels, "floats": "floats" if official else pixels}
     record["skipped"] = record["data"]["n"] - facts["n"]
     values = {key: found[key] for key in METRICS if key in found}
     for key in values.keys() & set(OF_SAMPLES):
@@ -459,7 +463,7 @@ def summarise(found, record, args):
         values[key] = float(torch.stack(means).mean())
     if "usage" in args.metrics:
         values.update(metrics.codebook_usage(counts))
-        values["bits_per_pixel"] = float(bits * counts.sum() / found["pixels"].sum())
+        values["bits_per_pixel"] = float(bits * tokens / found["pixels"].sum())
     path = report(record["checkpoint"]["path"], values, facts, record, args)
     pairs = [pair for _, pair in sorted(pair for part in found["examples"] for pair in part.items())]
     sides = [min(256, *[original.shape[axis] for original, _ in pairs]) for axis in (-2, -1)]

@@ -93,16 +93,17 @@ def ssim(reference, images):
 
 
 def codebook_usage(counts):
-    """How well the codes are used. counts (V,): how often each occurred. Returns two figures:
+    """How well the codes are used. counts (V,): how often each occurred; (G, V): those of each of G groups of
+    bits, whose figures are averaged. Returns two figures:
 
     usage: the fraction of the codebook that occurred at all. Sees dead codes, but a code used once counts as
     much as one used a million times. Trap: it grows with the number of images. 2^18 codes need all 50,000 of
     ImageNet val to reach 100 %.
     perplexity: 2^entropy of the code frequencies: the evenly used codebook of this size would carry as much.
     """
-    counts = counts.double()
-    p = counts[counts > 0] / counts.sum()
-    return {"usage": float((counts > 0).double().mean()), "perplexity": float(2 ** -(p * p.log2()).sum())}
+    p = counts.double() / counts.sum(-1, keepdim=True)
+    perplexity = (-torch.xlogy(p, p).sum(-1)).exp()
+    return {"usage": float((counts > 0).double().mean()), "perplexity": float(perplexity.mean())}
 
 
 # ---- 2. LPIPS ----------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ A convolutional encoder shrinks the image, lookup-free quantisation keeps only t
 output channels, and a convolutional decoder paints the image back from those signs. K signs are a code out
 of 2^K, so a vocabulary of 262,144 costs no codebook at all. In reading order:
 
-    1. quantisation    LFQ (eq. 1, 2), codes as ids and bits, the exact entropy term (eq. 3), VQ
+    1. quantisation    codes as ids and bits, the exact entropy term (eq. 3), LFQ (eq. 1, 2); its rivals
     2. layers          residual block, adaptive GroupNorm, down- and upsampler
     3. model           encoder, decoder, Tokenizer, presets
     4. command line    files through a trained tokenizer; without any, held-out generated samples
@@ -53,7 +53,7 @@ def bit_products(p, q):
     return joint
 
 
-def lfq_entropies(z, tau=0.01, eps=0.0, mean_over_ranks=None):
+def lfq_entropies(z, tau=0.01, eps=0.0, mean_over_ranks=None, widths=None):
     """Both terms of the entropy loss (eq. 3), exact over all 2^K codes, in nats.
 
     z: (N, K) encoder outputs of N tokens. Returns two scalars; the loss is the first minus the second:
@@ -67,6 +67,8 @@ def lfq_entropies(z, tau=0.01, eps=0.0, mean_over_ranks=None):
     mean_over_ranks: averages a tensor over all ranks, without gradient; None for one process.
     eps: added inside the logarithm of the codebook term, as the official code does with 1e-5. That reads
     11.19 instead of 12.48 nats for a uniform 2^18 codebook, so the default is the true entropy.
+    widths: the bits of each part of a code, K in all; None: one part. Parts are taken for independent, so
+    that `codebook` is the sum of their entropies: at least the exact one, and equal to it where they are.
     Half precision would be wrong by up to 100 % in the gradient (4 z / tau reaches hundreds, where bf16 steps
     by whole units), so everything here is fp32, whatever autocast says.
     """
@@ -75,10 +77,14 @@ def lfq_entropies(z, tau=0.01, eps=0.0, mean_over_ranks=None):
         p, q = torch.sigmoid(a), torch.sigmoid(-a)                           # (N, K); 1 - p would cancel
         per_token = (p * F.softplus(-a) + q * F.softplus(a)).sum(1).mean()   # K binary entropies a token
 
-        half = z.shape[1] // 2
-        low = bit_products(p[:, :half], q[:, :half])                         # (N, 2^(K//2))
-        high = bit_products(p[:, half:], q[:, half:])                        # (N, 2^(K - K//2))
-        mean = high.T @ low / len(z)                                     # all 2^K codes; flattened = token id
+        widths = widths or [z.shape[1]]
+        means = []
+        for p, q in zip(p.split(widths, dim=1), q.split(widths, dim=1)):     # a part of k bits
+            half = p.shape[1] // 2
+            low = bit_products(p[:, :half], q[:, :half])                     # (N, 2^(k//2))
+            high = bit_products(p[:, half:], q[:, half:])                    # (N, 2^(k - k//2))
+            means.append((high.T @ low / len(z)).flatten())                  # all its 2^k codes, by id
+        mean = torch.cat(means)                        # of all parts: their entropies are one sum, below
         if mean_over_ranks:
             # The value of the global mean with the gradient of the local one. DDP averages gradients, so R
             # ranks with batch b then have exactly the loss and the gradient of one rank with batch R * b.
@@ -89,64 +95,166 @@ def lfq_entropies(z, tau=0.01, eps=0.0, mean_over_ranks=None):
         return per_token, -(mean * log_mean).sum()
 
 
-class LFQ(nn.Module):
-    """Lookup-free quantisation (eq. 1): each channel of z becomes +1 where z > 0, else -1. No parameters."""
+class Quantizer(nn.Module):
+    """What all quantisers share. A token is a number below `group_vocabulary` for each of its groups (one but
+    for --groups), and its id, below `vocabulary`, is all of them in ONE int64, the first group lowest."""
+
+    def __init__(self, channels, group_vocabulary, groups=1):
+        super().__init__()
+        self.channels = channels                   # of z and q
+        self.groups = groups
+        self.group_vocabulary = group_vocabulary
+        self.vocabulary = group_vocabulary ** groups
+
+    def bound(self, z):
+        """The encoder's z (B, C, *S) to the z, of the same shape, that is quantised and that losses see."""
+        return z
+
+    def count(self, ids):
+        """How often each of the V codes of each of the G groups is in `ids` (any shape): (G, V) int64."""
+        V = self.group_vocabulary
+        group = torch.arange(self.groups, device=ids.device)[:, None]
+        codes = ids.flatten() // V ** group % V + V * group                # (G, N), for one bincount of all
+        return codes.flatten().bincount(minlength=V * self.groups).view(-1, V)
+
+    def losses(self, z, q, tau, eps, mean_over_ranks, entropy="exact"):
+        """Two dicts of scalars: terms to minimise, and what to report."""
+        return {}, {}
+
+
+# --entropy: how many bits at most its codebook term takes together. No group has more than 24.
+JOINT_BITS = {"exact": 24, "groups": 9, "bits": 1}
+
+
+class LFQ(Quantizer):
+    """Lookup-free quantisation (eq. 1): each channel of z becomes +1 where z > 0, else -1. No parameters.
+
+    With groups (WeTok, Zhuang et al., 2025) each K / G bits are a codebook of their own in the entropy term.
+    It costs no more than a code of K / G bits, so K can be larger.
+    """
+    amplitude = 1.0                                # of the codes
 
     def __init__(self, config):
-        super().__init__()
-        self.channels = config.bits                # of z and q: one a bit
-        self.vocabulary = 2 ** config.bits
+        super().__init__(config.bits, 2 ** (config.bits // config.groups), config.groups)
 
     def forward(self, z):
-        """z (B, K, *S) to q (B, K, *S) in {-1, +1} without gradient, and ids (B, *S) int64."""
+        """z (B, K, *S) to q (B, K, *S) in {-1, +1} * amplitude without gradient, and ids (B, *S) int64."""
         positive = z > 0
-        return torch.where(positive, 1.0, -1.0), bits_to_ids(positive.movedim(1, -1))
+        q = torch.where(positive, self.amplitude, -self.amplitude)
+        return q, bits_to_ids(positive.movedim(1, -1))
 
     def codes(self, ids):
-        """ids (B, *S) to q (B, K, *S) in {-1.0, +1.0}."""
-        return (ids_to_bits(ids, self.channels).movedim(-1, 1) * 2.0 - 1.0).contiguous()
+        """ids (B, *S) to q (B, K, *S) in {-1.0, +1.0} * amplitude."""
+        return ((ids_to_bits(ids, self.channels).movedim(-1, 1) * 2.0 - 1.0) * self.amplitude).contiguous()
 
-    def losses(self, z, q, tau, eps, mean_over_ranks):
-        """Two dicts of scalars: terms to minimise, and what to report, both entropies in bits (at most K)."""
-        per_token, codebook = lfq_entropies(z.movedim(1, -1).flatten(0, -2), tau, eps, mean_over_ranks)
+    def losses(self, z, q, tau, eps, mean_over_ranks, entropy="exact"):
+        """As of `Quantizer`; both entropies are of whole tokens, reported in bits (at most K)."""
+        bits = self.channels // self.groups
+        joint = min(bits, JOINT_BITS[entropy])
+        widths = [min(joint, bits - first) for first in range(0, bits, joint)] * self.groups
+        per_token, codebook = lfq_entropies(z.movedim(1, -1).flatten(0, -2), tau / self.amplitude, eps,
+                                            mean_over_ranks, widths)
         terms = {"commitment": (z - q.detach()).square().mean(), "entropy": per_token - codebook}
         return terms, {"token_bits": per_token.detach() / math.log(2),
                        "codebook_bits": codebook.detach() / math.log(2)}
 
 
-class VQ(nn.Module):
+class BSQ(LFQ):
+    """Binary spherical quantisation (Zhao et al., 2024): LFQ on the unit sphere, z and codes of length 1.
+
+    f(z) = softmax over codes c in {-1, 1}^K / sqrt(K) of -|z - c|^2 / tau. In |z|^2 + |c|^2 - 2 <z, c>, the
+    first two are the same for all codes, which leaves 2 <z, c> / tau, a sum over bits as in LFQ. Bit k makes
+    a difference of 4 z_k / (sqrt(K) tau) in it, its log-odds: those of `lfq_entropies` at the temperature
+    sqrt(K) tau, which is thus as exact here. With groups, a token still has length 1 as a whole.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.amplitude = config.bits ** -0.5
+
+    def bound(self, z):
+        """z (B, K, *S) to length 1. Gradients come back through the division: none is along z."""
+        return F.normalize(z, dim=1)
+
+
+class FSQ(Quantizer):
+    """Finite scalar quantisation (Mentzer et al., 2023): tanh, then each channel goes to the nearest level.
+
+    Levels are evenly spaced from -1 to 1 (the paper shifts an even number of them, so that one is 0). Few
+    channels of few levels get used by themselves, so there is no loss.
+    """
+
+    def __init__(self, config):
+        super().__init__(len(config.levels), math.prod(config.levels))
+        levels = torch.tensor(config.levels)
+        self.register_buffer("levels", levels)                             # (C,) L_k
+        self.register_buffer("places", levels.cumprod(0) // levels)        # (C,) value of a digit in the id
+
+    def bound(self, z):
+        """z (B, C, *S) to -1 .. 1."""
+        return z.tanh()
+
+    def forward(self, z):
+        """z (B, C, *S) in -1 .. 1 to the nearest levels q (B, C, *S) without gradient, and ids (B, *S)."""
+        z = z.detach().movedim(1, -1).nan_to_num()                         # NaN as an integer is no id
+        digits = ((z + 1) / 2 * (self.levels - 1)).round().long()          # (B, *S, C) in 0 .. L_k - 1
+        ids = (digits * self.places).sum(-1)
+        return self.codes(ids), ids
+
+    def codes(self, ids):
+        """ids (B, *S) to levels (B, C, *S) in -1 .. 1."""
+        digits = ids.unsqueeze(-1) // self.places % self.levels
+        return (digits / (self.levels - 1) * 2 - 1).movedim(-1, 1).contiguous()
+
+
+class VQ(Quantizer):
     """The classical alternative (table 3, "LFQ" off): each vector takes the nearest entry of a codebook.
 
     Entries that no vector chooses get no gradient and stay dead: why large codebooks need LFQ.
     """
 
     def __init__(self, config):
-        super().__init__()
-        self.channels = config.codebook_channels
-        self.vocabulary = config.codebook_size
+        super().__init__(config.codebook_channels, config.codebook_size)
         self.codebook = nn.Embedding(self.vocabulary, self.channels)
         nn.init.uniform_(self.codebook.weight, -1 / self.vocabulary, 1 / self.vocabulary)    # VQ-VAE's start
 
+    def entries(self):
+        """The codebook (V, C)."""
+        return self.codebook.weight
+
     def forward(self, z):
         """z (B, C, *S) to the nearest entries q (B, C, *S), with gradient to the codebook; ids (B, *S)."""
-        with torch.no_grad():
-            table = self.codebook.weight.float()
+        with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
+            table = self.entries().float()
             # |z - e|^2 = |z|^2 - 2 <z, e> + |e|^2, and |z|^2 is the same for every entry.
             ids = (table.square().sum(1) - 2 * z.movedim(1, -1).float() @ table.T).argmin(-1)
         return self.codes(ids), ids
 
     def codes(self, ids):
         """ids (B, *S) to codebook entries (B, C, *S)."""
-        return self.codebook(ids).movedim(-1, 1).contiguous()
+        return F.embedding(ids, self.entries()).movedim(-1, 1).contiguous()
 
-    def losses(self, z, q, tau, eps, mean_over_ranks):
-        """As of `LFQ`. The entries move to the vectors that chose them; nothing else trains the codebook."""
+    def losses(self, z, q, tau, eps, mean_over_ranks, entropy="exact"):
+        """As of `Quantizer`. Entries move to vectors that chose them; nothing else trains the codebook."""
         terms = {"commitment": (z - q.detach()).square().mean(), "codebook": (q - z.detach()).square().mean()}
         return terms, {}
 
 
-# A new quantiser is a class like these two and an entry here. Its terms are weighed by --NAME-weight, or 1.
-QUANTIZERS = {"lfq": LFQ, "vq": VQ}
+class SimVQ(VQ):
+    """VQ of frozen noise times ONE learned matrix (Zhu et al., 2024): a chosen entry moves all others too."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        nn.init.normal_(self.codebook.weight, std=self.channels ** -0.5).requires_grad_(False)
+        self.linear = nn.Linear(self.channels, self.channels, bias=False)
+
+    def entries(self):
+        """The codebook (V, C), with gradient to the matrix."""
+        return self.linear(self.codebook.weight)
+
+
+# A new quantiser is a class like these and an entry here. Its terms are weighed by --NAME-weight, or 1.
+QUANTIZERS = {"lfq": LFQ, "bsq": BSQ, "fsq": FSQ, "vq": VQ, "simvq": SimVQ}
 
 # ---- 2. Layers. `conv` is nn.Conv2d here; video.py builds the same layers from causal 3D convolutions. -----
 
@@ -265,9 +373,11 @@ class TokenizerConfig:
     blocks: int = flag(4, "residual blocks a level (deeper model)")
     mid_blocks: int = 4                            # residual blocks at the latent grid's resolution
     patch: int = flag(1, "fold patch x patch pixels into channels first: cheap on a CPU")
-    quantizer: str = flag("lfq", "lookup-free, or a learned codebook", choices=QUANTIZERS)
-    bits: int = flag(18, "bits K of an LFQ code, so 2^K codes")
-    codebook_size: int = flag(1024, "entries of the VQ codebook")
+    quantizer: str = flag("lfq", "of signs, levels (fsq) or codebooks (vq, simvq)", choices=QUANTIZERS)
+    bits: int = flag(18, "bits K of a code of lfq or bsq, so 2^K codes")
+    groups: int = flag(1, "of K / G bits, each with an entropy term of its own: then K is up to 32")
+    levels: tuple = flag((8, 5, 5, 5), "levels of each channel of fsq; their product is the vocabulary")
+    codebook_size: int = flag(1024, "entries of the codebook of vq or simvq")
     codebook_channels: int = 64                    # length of such an entry
     adaptive_norm: bool = flag(True, "adaptive GroupNorm in the decoder")
     upsampler: str = flag("depth-to-space", "a conv and depth-to-space, or nearest neighbours and a conv",
@@ -282,7 +392,12 @@ class TokenizerConfig:
               f"channels {self.channels}: GroupNorm has 32 groups; use a multiple of 32")
         check(self.channel_multipliers and min(self.channel_multipliers) >= 1,
               f"channel-multipliers {self.channel_multipliers}: give positive integers, such as 1 2 2 4")
-        check(1 <= self.bits <= 24, f"bits {self.bits}: a code has 1 to 24 bits")
+        check(self.groups >= 1 and self.bits % self.groups == 0,
+              f"groups {self.groups} do not divide bits {self.bits}: use a divisor")
+        check(1 <= self.bits <= min(24 * self.groups, 32), f"bits {self.bits}, groups {self.groups}: a code "
+                                                           f"has 1 to 32 bits, and a group 24 at most")
+        check(min(self.levels, default=0) >= 2 and math.prod(self.levels) <= 2 ** 24,
+              f"levels {self.levels}: give 2 or more for each channel, with a product of 2^24 at most")
         check(1 <= self.blocks <= 1000 and 0 <= self.mid_blocks <= 1000 and self.patch >= 1,
               "blocks and mid-blocks must lie between 1 (or 0) and 1000, and patch be 1 or more")
         check(self.codebook_size >= 2 and self.codebook_channels >= 1, "a codebook has 2 entries or more")
@@ -435,31 +550,38 @@ class Tokenizer(nn.Module):
         """Everything that training needs of a batch.
 
         images (B, 3, H, W) in [-1, 1]. Returns reconstruction (B, 3, H, W) and z (B, K, h, w), before
-        quantisation, both in fp32; q of z's shape, after it; ids (B, h, w). The decoder sees q, while its
-        gradient reaches z as if quantisation had been the identity (straight-through).
+        quantisation but bounded for it, both in fp32; q of z's shape, after it; ids (B, h, w). The decoder
+        sees q, while its gradient reaches z as if quantisation had been the identity (straight-through).
         """
         self.check_images(images)
-        z = self.encoder(images).float()                                  # (B, K, h, w)
+        z = self.quantizer.bound(self.encoder(images).float())            # (B, K, h, w)
         q, ids = self.quantizer(z)                                        # (B, K, h, w), (B, h, w)
         reconstruction = self.decoder(q.detach() + (z - z.detach()))      # exactly q, with the gradient of z
         return reconstruction.float(), z, q, ids
 
     @torch.no_grad()
     def encode(self, images):
-        """Images (B, 3, H, W) in [-1, 1] to token ids (B, h, w), int64 in 0 .. vocabulary - 1."""
+        """Float images (B, 3, H, W) in [-1, 1] to token ids (B, h, w), int64 in 0 .. vocabulary - 1."""
         self.check_images(images)
-        return self.quantizer(self.encoder(images).float())[1]
+        if not images.is_floating_point() or (images.abs() > 2).any():
+            raise ValueError(f"the tokenizer takes floats in [-1, 1], not {images.dtype} in "
+                             f"{images.min().item():g} .. {images.max().item():g}; see pictures.to_float")
+        z = self.encoder(images).float()
+        if not z.isfinite().all():                 # NaN has a sign, so the ids would look like any others
+            raise ValueError("the encoder's output is not finite, nor perhaps its weights; use bf16 or fp32")
+        return self.quantizer(self.quantizer.bound(z))[1]
 
     @torch.no_grad()
     def decode(self, ids):
-        """Token ids (B, h, w) to images (B, 3, H, W), in about [-1, 1], not clamped."""
-        if ids.dim() != 1 + len(self.config.folds) or math.prod(ids.shape[1:]) < 2:
-            raise ValueError(f"token ids must be (B, {self.grid_axes}) with two tokens or more, not "
-                             f"{list(ids.shape)}")
+        """Token ids (B, h, w) of any integer dtype to images (B, 3, H, W), in about [-1, 1], not clamped."""
+        if ids.is_floating_point() or ids.dim() != 1 + len(self.config.folds) or math.prod(ids.shape[1:]) < 2:
+            raise ValueError(f"token ids must be integers (B, {self.grid_axes}) with two tokens or more, not "
+                             f"{ids.dtype} {list(ids.shape)}")
+        ids = ids.long()                           # of uint32, torch knows no minimum
         if int(ids.min()) < 0 or int(ids.max()) >= self.quantizer.vocabulary:
             raise ValueError(f"token ids must lie in 0 .. {self.quantizer.vocabulary - 1}, but reach from "
                              f"{int(ids.min())} to {int(ids.max())}; they belong to another tokenizer")
-        return self.decoder(self.quantizer.codes(ids))
+        return self.decoder(self.quantizer.codes(ids).to(next(self.decoder.parameters()).dtype))
 
 
 # ---- 4. The command line. What it imports of ours stands inside its functions: the model needs only torch. -
@@ -597,8 +719,8 @@ def get_args(argv=None):
     parser.add_argument("--ckpt", help="a file or a published name; not given: the newest of runs/tokenizer")
     parser.add_argument("--output", help="folder, or for encode the npz (runs/reconstructions, runs/ids.npz)")
     parser.add_argument("--tile", type=runtime.bounded(int, 64), help="cut images into tiles of so many "
-                        "pixels that overlap, for less memory; GroupNorm then sees the mean of a tile, not that "
-                        "of the image, so tiles can differ in tone")
+                        "pixels that overlap, for less memory; GroupNorm then sees the mean of a tile, not "
+                        "of the image, so that tiles can differ in tone")
     parser.add_argument("--raw-weights", action="store_true", help="the raw weights, not their EMA")
     parser.add_argument("--trust-checkpoint", action="store_true", help="unpickle foreign classes in --ckpt")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")

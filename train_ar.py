@@ -36,7 +36,7 @@ import sample
 
 # ---- 1. Tokens: the data set, encoded once -----------------------------------------------------------------
 
-MISSING = 2 ** 32 - 1                 # stands where codes are not there yet, or where an image is unreadable
+MISSING = -1                          # stands where codes are not there yet, or where an image is unreadable
 CROPS_AT_ONCE = {"image": 64, "clip": 16}                  # what the tokenizer encodes in one batch
 
 
@@ -44,7 +44,7 @@ class Tokens(data.Samples):
     """Stored codes in the form of a data set (see data.py): an item is (codes (N,) int64, label, index).
 
     So the loaders of images serve tokens too: the same order, shares of ranks, position after resuming. Row i
-    of `codes`, uint32 (rows, n, N), belongs to item indices[i] of `dataset`. Of ten crops, any one is given.
+    of `codes`, int64 (rows, n, N), belongs to item indices[i] of `dataset`. Of ten crops, any one is given.
     """
 
     def __init__(self, codes, dataset, indices, missing):
@@ -82,7 +82,7 @@ def encode(tokenizer, x, precision):
 def stored_tokens(path, dataset, made_with, tokenizer, args, limit=None):
     """`Tokens` of `dataset`, at most `limit` of them, encoded first unless that is done. A collective.
 
-    path: of one memory map of all codes, uint32 (rows, n, N). The JSON file beside it says what they are and,
+    path: of one memory map of all codes, int64 (rows, n, N). The JSON file beside it says what they are and,
     when all is done, which rows are missing. Raises `UserError` that names both sides if it holds others.
     """
     indices = data.evenly_spaced(limit, len(dataset))
@@ -96,7 +96,7 @@ def stored_tokens(path, dataset, made_with, tokenizer, args, limit=None):
         # Made whole, full of MISSING, and its header last: a kill leaves what can be continued, or no header.
         with runtime.atomic(path) as temporary, open(temporary, "wb") as file:
             for _ in indices:
-                file.write(b"\xff" * (4 * shape[1] * shape[2]))
+                file.write(b"\xff" * (8 * shape[1] * shape[2]))
         runtime.write_json(header, {**wanted, "missing": None})
     runtime.barrier()
     with checkpoints.guard(f"{header}, or {path}, which it describes,"):
@@ -104,7 +104,7 @@ def stored_tokens(path, dataset, made_with, tokenizer, args, limit=None):
         runtime.check_same(stored, wanted, f"{path} holds tokens by {stored['origin']}, not by "
                            f"{wanted['origin']}; delete it and {header} to have them made anew, or choose "
                            f"another --tokens: what they are", wanted.keys() - {"origin"})
-        codes = np.memmap(path, "<u4", "r+" if stored["missing"] is None else "r", shape=shape)
+        codes = np.memmap(path, "<i8", "r+" if stored["missing"] is None else "r", shape=shape)
     if stored["missing"] is None:
         runtime.print_main(f"encoding {len(indices):,} {dataset.kind}s of {dataset.name} to {path}")
         fill(codes, dataset, indices, tokenizer, args)
@@ -239,7 +239,8 @@ def prepare(args):
     vocabulary = tokenizer.quantizer.vocabulary
     runtime.require(2 ** sum(args.split) == vocabulary, f"--split {' + '.join(map(str, args.split))} are "
                     f"{sum(args.split)} bits, but {vocabulary} codes of --tokenizer {args.tokenizer} have "
-                    f"{math.log2(vocabulary):.4g}; split these (if no integer: use another --codebook-size)")
+                    f"{math.log2(vocabulary):.4g}; split these (if no integer: use other --levels or "
+                    f"--codebook-size)")
     grid = tokenizer.config.latent_grid(*dataset.axes)
     config = runtime.config_from_args(ar_model.PRESETS[args.preset], args, bits=args.split, grid=grid,
                                       num_classes=0 if args.unconditional else len(dataset.classes))

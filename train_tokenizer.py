@@ -224,7 +224,12 @@ def get_args(argv=None):
     group.add_argument("--discriminator", choices=DISCRIMINATORS, help="PatchGAN, or the anti-aliased one")
     group.add_argument("--lecam-weight", type=weight, help="LeCAM regularisation of the discriminator")
     group.add_argument("--entropy-weight", type=weight, help="entropy term, eq. 3")
-    group.add_argument("--tau", type=runtime.bounded(float, 1e-6), help="temperature of eq. 3's softmax")
+    group.add_argument("--entropy", choices=tokenizer.JOINT_BITS, default="exact",
+                       help="of the codebook: over all bits of a group, or of 9 bits or single bits as if "
+                            "these were independent")
+    group.add_argument("--tau", type=runtime.bounded(float, 1e-6),
+                       help="temperature of eq. 3's softmax; bsq has smaller z and codes, and needs about a "
+                            "K-th of lfq's")
     group.add_argument("--entropy-eps", type=weight, default=0.0,
                        help="eps inside the codebook entropy's logarithm (official code: 1e-5)")
     group.add_argument("--entropy-anneal-steps", type=count0, default=0,
@@ -385,7 +390,7 @@ def main(args):
     loader = data.train_loader(dataset, args.global_batch_size, args.global_seed, step, args.accumulation,
                                args.num_workers)
     lock = runtime.lock(args.results_dir)                                # held until `main` ends
-    usage = torch.zeros(model.quantizer.vocabulary, dtype=torch.long, device=device)     # of each code
+    usage = model.quantizer.count(torch.zeros(0, dtype=torch.long, device=device))       # of each code
     logger = runtime.Logger(args.results_dir, length, step)
     meters = runtime.Meters()                                            # means since the last log line
     in_a_row = 0                                                         # steps skipped just now
@@ -412,7 +417,7 @@ def main(args):
                 # Entropy and commitment are the quantiser's own affair. With the mean over ranks, what counts
                 # is how the global batch uses the codebook, not how each rank's share does.
                 of_codes, report = model.quantizer.losses(z, q, args.tau, args.entropy_eps,
-                                                          runtime.all_reduce_mean)
+                                                          runtime.all_reduce_mean, args.entropy)
                 terms.update(of_codes)
                 if gan:
                     terms["gan"] = non_saturating_loss(discriminator(x_hat))    # pass for real
@@ -421,7 +426,7 @@ def main(args):
                 scaler.scale(loss / args.accumulation).backward()
             logs.append({**{f"loss/{name}": term for name, term in terms.items()}, **report})
             pairs.append((x, x_hat.detach()))                            # D must not teach the decoder
-            usage += torch.bincount(ids.flatten(), minlength=len(usage))  # which codes are alive?
+            usage += model.quantizer.count(ids)                          # which codes are alive?
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)  # inf: measure it
         logs.append({"grad_norm/generator": norm})
@@ -548,19 +553,22 @@ def preview(model, held_out, step, args):
 
 
 def usage_report(usage, quantizer):
-    """How evenly the codes are used, of their counts (vocabulary,) on this rank; sets the counts to 0.
+    """How evenly the codes are used, of `Quantizer.count`s on this rank; sets the counts to 0.
 
     usage: the fraction of all codes that occurred since the last report; perplexity: the number of equally
-    used codes of the same entropy; bit_balance: for each bit, the fraction of tokens that have it set. A bit
-    that is (almost) always or never set is dead: it halves the codebook. A collective.
+    used codes of the same entropy (both are means over groups); bit_balance: for each bit, the fraction of
+    tokens that have it set. A bit that is (almost) always or never set is dead: it halves the codebook. A
+    collective.
     """
     counts = runtime.all_reduce_sum(usage)
     usage.zero_()
     report = metrics.codebook_usage(counts)
     if isinstance(quantizer, tokenizer.LFQ):
-        ids = counts.nonzero().squeeze(1)
-        bits = tokenizer.ids_to_bits(ids, quantizer.channels).double()                   # (codes seen, K)
-        balance = (bits * counts[ids, None]).sum(0) / counts.sum()
+        group, ids = counts.nonzero().T                                                  # of the codes seen
+        bits = tokenizer.ids_to_bits(ids, quantizer.channels // quantizer.groups)        # (codes seen, K / G)
+        on = bits.new_zeros(len(counts), bits.shape[1])
+        on.index_add_(0, group, bits * counts[group, ids, None])                         # (G, K / G) tokens
+        balance = (on.double() / counts.sum(1, keepdim=True)).flatten()                  # (K,)
         report["bit_balance"] = [round(fraction, 4) for fraction in balance.tolist()]
         dead = [k for k, fraction in enumerate(report["bit_balance"]) if not 0.01 <= fraction <= 0.99]
         report["dead_bits"] = len(dead)

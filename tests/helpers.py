@@ -231,7 +231,7 @@ def call(script, *flags):
 
 
 def error_line(script, *flags):
-    """What a script says of a user's mistake, which must be one line (but for downloads), with exit status 2."""
+    """What a script says of a user's mistake: one line beside its downloads, and exit status 2."""
     said = io.StringIO()
     with pytest.raises(SystemExit) as caught, contextlib.redirect_stderr(said):
         runtime.run_script(script.main, lambda: script.get_args([str(flag) for flag in flags]))

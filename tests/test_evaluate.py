@@ -198,6 +198,7 @@ def test_one_two_and_three_ranks_measure_the_same(files, place):
                                    for name, value in values(expected).items()}
 
 
+@pytest.mark.slow
 def test_originals_statistics_are_reused_and_give_the_same_rfid(files, place, monkeypatch):
     seen = []
     forward = Quick.forward
@@ -257,6 +258,7 @@ def test_original_resolution_pads_with_grey_and_crops_back(protocol, place):
 # What is measured: defaults, files, drawing
 # ------------------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_without_flags_it_judges_what_training_left(files, monkeypatch, capsys):
     monkeypatch.chdir(files["images"].parents[2])
     evaluate.main(evaluate.get_args([]))
@@ -330,6 +332,7 @@ def test_a_broken_sample_is_left_out_and_counted(files, place, capfd):
         call("reconstruction", "--ckpt", files["clips"], "--data-path", "clips", "--metrics", "psnr")
 
 
+@pytest.mark.slow
 def test_samples_are_at_distance_0_from_themselves(place, capsys):
     write_samples("same.npz", 6)
     call("generation", "--samples", "same.npz", "--reference", "same.npz", *RANDOM)
@@ -416,6 +419,7 @@ def test_without_flags_generation_takes_the_newest_npz_else_draws(files, place, 
     assert drawn["sampling"]["checkpoint"]["path"].endswith(files["ar"].name)
 
 
+@pytest.mark.slow
 def test_a_folder_and_an_npz_give_the_same_numbers(place):
     pixels = write_samples("samples.npz", 4)
     np.savez_compressed("packed.npz", arr_0=pixels)

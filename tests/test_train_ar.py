@@ -69,7 +69,7 @@ def train(directory, *flags):
 def tokens_in(folder, name="tokens"):
     """(codes (rows, n, N), header) of a tokens file, read without the code under test."""
     header = json.loads((folder / f"{name}.json").read_text())
-    return np.fromfile(folder / f"{name}.bin", "<u4").reshape(header["shape"]), header
+    return np.fromfile(folder / f"{name}.bin", "<i8").reshape(header["shape"]), header
 
 
 def codes_of(path, x):
@@ -158,6 +158,22 @@ def test_broken_images_stay_missing_and_are_skipped(tmp_path):
     with pytest.raises(runtime.UserError, match="broken, more than 1 %"):
         train(tmp_path / "other", *flags)
     assert tokens_in(tmp_path / "other")[1]["missing"] is None           # not complete
+
+
+def test_tokens_of_32_bits_are_stored_and_the_largest_is_not_missing(tmp_path, stage1):
+    path = save_tokenizer(tmp_path / "a.pt", stage1[1], bits=32, groups=4)
+    stored = torch.load(path)
+    stored["model"]["encoder.conv_out.bias"].fill_(1e3)                  # every bit on
+    torch.save(stored, path)
+    flags = ["--tokenizer", path, "--length", 2, "--tokens", tmp_path / "tokens.bin"]
+    train(tmp_path / "run", *flags, "--split", 8, 8, 8, 8)
+    codes, header = tokens_in(tmp_path)
+    assert (codes == 2 ** 32 - 1).all() and header["missing"] == []
+    log = logged(tmp_path / "run")
+    assert log[1]["bits"] == pytest.approx(32) and math.isfinite(log[2]["val_loss"])
+    assert (tmp_path / "run" / "samples-00000002.png").exists()          # drawn ids fit the tokenizer
+    with pytest.raises(ValueError, match="24 bits at most"):
+        train(tmp_path / "other", *flags, "--split", 25, 7)
 
 
 def test_other_tokens_and_runs_are_refused_with_both_names(tmp_path, stage1):

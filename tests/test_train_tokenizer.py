@@ -176,11 +176,24 @@ def test_a_frozen_encoder_leaves_every_code_as_it_was(tmp_path):
     ["--activation-checkpointing", "--upsampler", "nearest", "--downsampler", "average"],
     ["--quantizer", "vq", "--codebook-size", 33, "--no-adaptive-norm", "--max-grad-norm", 1],
     ["--discriminator", "patchgan", "--image-size", 32, "--global-batch-size", 2],
-    ["--gan-start", 2, "--accumulation", 2]])
+    ["--gan-start", 2, "--accumulation", 2], ["--quantizer", "bsq", "--entropy", "bits"],
+    ["--quantizer", "fsq"], ["--quantizer", "simvq", "--codebook-size", 33],
+    ["--bits", 32, "--groups", 4, "--entropy", "groups"]])
 def test_every_training_flag_runs(tmp_path, flags):
     train(tmp_path, *EVERYTHING, "--length", 3, "--checkpoint-every", 3, *flags)
     assert all(math.isfinite(v) for v in logged(tmp_path)[3].values() if isinstance(v, float))
     assert (tmp_path / "reconstructions-00000003.png").exists()
+
+
+def test_usage_and_dead_bits_are_those_of_each_group(capsys):
+    lfq = tokenizer.LFQ(tokenizer.TokenizerConfig(bits=32, groups=4))
+    ids = torch.arange(256) | torch.arange(256) // 128 << 8 | 1 << 31      # all codes, two, one and one
+    usage = lfq.count(ids)
+    report = stage1.usage_report(usage, lfq)
+    assert report["usage"] == (256 + 2 + 1 + 1) / 1024 and not usage.any()
+    assert report["perplexity"] == pytest.approx((256 + 2 + 1 + 1) / 4)
+    assert report["bit_balance"] == [0.5] * 9 + [0] * 22 + [1] and report["dead_bits"] == 23
+    assert f"bits {list(range(9, 32))} are dead" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -254,6 +267,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
     (["--gan-weight", 1, "--image-size", 16], "--discriminator blurpool"),
     (["--gan-weight", 1, "--discriminator", "patchgan-3d"], "patchgan-3d"),
     (["--init-from", "/no/such.pt"], "/no/such.pt"), (["--split-list", "x.txt"], "--val-split-list"),
+    (["--bits", 10, "--groups", 4], "groups 4 do not divide bits 10"), (["--levels"], "levels"),
     (["--preset", "toy-video", "--frames", 6], "frames 6"), (["--nonsense"], "--nonsense")])
 def test_mistakes_name_the_flag(tmp_path, flags, message):
     assert message in error_line(stage1, "--results-dir", tmp_path / "run", *flags)
