@@ -296,6 +296,7 @@ def write_clips(folder, counts):
     return folder
 
 
+@pytest.mark.slow
 def test_official_clips_are_10000_of_the_training_split(files, place, monkeypatch):
     write_clips(place / "clips", {"train": 5, "test": 3})
     for protocol in ("clean", "official"):

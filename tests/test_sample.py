@@ -322,6 +322,7 @@ def test_defaults_classes_and_files(tmp_path, saved, monkeypatch):
             call(sample, "--ckpt", ckpt, *flags, "--output", "b.png")
 
 
+@pytest.mark.slow
 def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path, saved):
     ckpt, own, published = saved
     other = save(tmp_path / "other", seed=1, bits=(3, 4))
