@@ -99,9 +99,9 @@ class ArgumentParser(argparse.ArgumentParser):
         """One line without the usage, a hint for a flag under its name in other projects, exit status 2."""
         if message.startswith("unrecognized arguments: --"):
             word = message.split()[2].split("=")[0].lower().replace("_", "-")
-            close = difflib.get_close_matches(SYNONYMS.get(word, word), self._option_string_actions)
+            close = difflib.get_close_matches(SYNONYMS.get(word, word), self._option_string_actions, 1)
             if close:
-                message += f" (did you mean {' or '.join(close)}?)"
+                message += f" (did you mean {close[0]}?)"
         self.exit(2, f"error: {message} (see --help)\n")
 
 
