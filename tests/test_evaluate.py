@@ -363,7 +363,7 @@ def test_official_clips_are_10000_of_the_training_split(files, place, monkeypatc
              "--protocol", protocol)
     clean, official = results()
     assert (clean["n"], clean["data"]["crop"]) == (3, "center")
-    assert (official["n"], official["data"]["crop"]) == (10, "random")                 # each of five clips twice
+    assert (official["n"], official["data"]["crop"]) == (10, "random")                 # five clips twice
     assert official["data"]["split"] == "train" and values(clean) != values(official)
     args = evaluate.get_args(["reconstruction", "--protocol", "official", "--data-path", "generated"])
     monkeypatch.setattr(data, "fingerprint", lambda *more: "")
