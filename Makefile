@@ -9,8 +9,8 @@ VENV := .venv
 # Threads that wait spin for some 20 microseconds, then sleep. Without a limit, spinning can cost a factor of ten on
 # a busy or virtual machine; without any, waking up costs a factor of two on an idle one.
 RUN := GOMP_SPINCOUNT=10000 $(VENV)/bin/python
-# Tests are many small runs: two at a time, one thread each.
-PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2
+# Tests are many small runs: two at a time, one thread each; who has none left takes some of the other's.
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
 .PHONY: demo demo-video test test-fast bench clean
 
@@ -23,7 +23,7 @@ demo: $(VENV)/installed
 
 demo-video: $(VENV)/installed
 	$(RUN) train_tokenizer.py --channel-multipliers 1 1 2 --results-dir runs/video_start --resume
-	$(RUN) train_tokenizer.py --preset toy-video --inflate-from runs/video_start/step-00001200.pt --resume
+	$(RUN) train_tokenizer.py --preset toy-video --init-from runs/video_start/step-00001200.pt --resume
 	$(RUN) evaluate.py reconstruction --ckpt runs/video/step-00000900.pt
 	$(RUN) train_ar.py --tokenizer runs/video/step-00000900.pt --results-dir runs/video_ar --resume
 	$(RUN) sample.py --ckpt runs/video_ar/step-00001500.pt --num-images 4

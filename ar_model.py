@@ -200,11 +200,15 @@ class ARConfig:
         for name in ("width", "heads", "inter_blocks", "ffn_multiple"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} of an AR model must be 1 or more")
+        if max(self.inter_blocks, self.intra_blocks) > 1000:
+            raise ValueError("an AR model has 1000 blocks at most")
         for name in ("token_dropout", "attention_dropout", "ffn_dropout", "label_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie between 0 and 1")
         if min(self.bits, default=0) < 1 or min(self.grid, default=0) < 1 or self.num_classes < 0:
             raise ValueError(f"bits {self.bits}, grid {self.grid}, num_classes {self.num_classes}: too small")
+        if max(self.bits) > 24:
+            raise ValueError(f"bits {self.bits}: a sub-token has 24 bits at most; split the token further")
         if self.width % (2 * self.heads) or self.width // self.heads < 2 * len(self.grid):
             raise ValueError(f"width {self.width} does not suit {self.heads} heads on {len(self.grid)} axes; "
                              f"make it an even multiple of the heads, with 2 channels an axis or more")
@@ -349,6 +353,16 @@ def sampling_settings(count, **values):
     return [Settings(*row) for row in zip(*columns)]
 
 
+def guidance_strength(tokens, schedule, power):
+    """How much of the guidance each token gets, float32 (N,) in 0 .. 1, or None for all of it ("constant").
+
+    "linear" rises from 0 at the first token, where guidance narrows what the image can become, to 1 at the
+    last; "power" as (1 - cos(pi (t / N)^power)) / 2 (RAR, Yu et al. 2024). The scale is 1 + (s - 1) strength.
+    """
+    t = torch.arange(tokens) / max(1, tokens - 1)
+    return {"constant": None, "linear": t, "power": (1 - torch.cos(math.pi * t ** power)) / 2}[schedule]
+
+
 def guide(logits, scale):
     """Classifier-free guidance: logits (2B, V), conditional ones first, to uncond + s (cond - uncond) (B, V),
     which is what `lerp` means; at s = 1 it returns the conditional logits to the last bit."""
@@ -390,10 +404,12 @@ def draw(p, noise):
     return (sums <= noise.unsqueeze(-1) * sums[:, -1:]).sum(-1)
 
 
-def draw_subtoken(logits, noise, setting):
-    """Sub-tokens (B,) from logits (B, V), or from (2B, V) under guidance, at noise (B,) with a `Settings`."""
+def draw_subtoken(logits, noise, setting, strength=None):
+    """Sub-tokens (B,) from logits (B, V), or from (2B, V) under guidance, at noise (B,) with a `Settings`.
+    strength: of the guidance, a scalar tensor (None: 1)."""
     if len(logits) == 2 * len(noise):
-        logits = guide(logits, setting.cfg_scale)                                         # (B, V)
+        scale = setting.cfg_scale if strength is None else 1 + (setting.cfg_scale - 1) * strength
+        logits = guide(logits, scale)                                                     # (B, V)
     return draw(probabilities(logits, setting.temperature, setting.top_k, setting.top_p), noise)
 
 

@@ -2,6 +2,7 @@
 
     model, info = checkpoints.load_tokenizer("in1k-256")     # of images or clips: a file, or a published name
     model, tokenizer, info = checkpoints.load_ar("AR-B")
+    python checkpoints.py runs/ar/step-00001500.pt toy.pt    # weights alone, in half precision, to pass on
 
 Safe: nothing that is stored in a file is ever run. Strict: a name too many or too few, or another shape, is
 an error that lists them. A published name is downloaded once (see `runtime.fetch`). Our files
@@ -148,8 +149,35 @@ def load_state(part, state, source):
                             f"is {list(values[name].shape)}, expected {list(parameter.shape)}")
 
 
+def load_partly(model, state, may_differ, source):
+    """Load `state` into `model` strictly, except that modules whose names begin with one of the tuple
+    `may_differ` keep their own start where any of their shapes differ. Says which, and that it was done."""
+    own = model.state_dict()
+
+    def module(name):
+        return name.rpartition(".")[0]
+
+    anew = {module(name) for name in own.keys() | state.keys() if name.startswith(may_differ)
+            and (name not in own or name not in state or own[name].shape != state[name].shape)}
+    state = {name: tensor for name, tensor in state.items() if module(name) not in anew}
+    state.update({name: tensor for name, tensor in own.items() if module(name) in anew})
+    load_state(model, state, source)
+    runtime.print_main(f"start    {source}; anew: {listed(anew) or 'nothing'}")
+
+
+def discriminator_in(path):
+    """The weights of the discriminator in a file, ours or published: {name: tensor}, empty for none."""
+    path = find(path)
+    stored = read(path)
+    with guard(path):
+        published = stored.get("state_dict", {})
+        prefix = "loss.discriminator."
+        return stored.get("discriminator", {name.removeprefix(prefix): tensor for name, tensor
+                                            in published.items() if name.startswith(prefix)})
+
+
 def resume(args, parts, flags, **records):
-    """The checkpoint that --resume continues, restored into `parts`, or None for a new run.
+    """The checkpoint that --resume continues, restored into `parts`; an empty dict for a new run.
 
     parts: {name: network, optimizer or scaler}; the random generators are restored too. Raises `UserError`
     unless the file holds just these, and the `flags` and `records` ({name: dict}) of its run are those of
@@ -162,12 +190,12 @@ def resume(args, parts, flags, **records):
             require(not damaged, f"checkpoint {path} is damaged, in {damaged}; use an earlier one")
             break
         except UserError as error:
-            problem = error
+            problem = str(error)
             runtime.print_main(f"{error}; trying the one before")
     else:
         if args.resume:
-            raise problem
-        return None
+            raise UserError(problem)
+        return {}
     with guard(path):
         mark = format_of(parts["model"])
         require(saved.get("format") == mark, f"--resume {path}: not a training checkpoint of this script "
@@ -386,3 +414,39 @@ def load_network(name, weights_dir=None, random=False, eps=1e-3):
         state = {**{key: tensor for key, tensor in own.items() if key.endswith("_tracked")}, **read(paths[0])}
     load_state(network, state, f"{name} of {paths[-1].parent}")
     return network.eval().requires_grad_(False), " ".join(sha for _, sha in NETWORK_FILES[name])
+
+
+# ---- 4. Weights to pass on ---------------------------------------------------------------------------------
+
+def get_args(argv=None):
+    """Parse the command line."""
+    parser = runtime.ArgumentParser("Keep of one of our checkpoints what drawing or encoding needs: the "
+                                    "weights (EMA ones where there are any), in half precision.")
+    parser.add_argument("checkpoint", help="of train_tokenizer.py or train_ar.py")
+    parser.add_argument("output", help="file to write, some ten times smaller")
+    return parser.parse_args(argv)
+
+
+def main(args):
+    """Write the smaller file."""
+    stored = read(args.checkpoint)
+    with guard(args.checkpoint):
+        kept = {name: stored[name] for name in ("format", "preset", "step", "config", "classes", "tokenizer")
+                if name in stored}
+        kept["args"] = {name: stored["args"].get(name) for name in TRAINED_ON}
+        kept["ema"] = {}
+        kept["model"] = {name: tensor.half() for name, tensor in (stored["ema"] or stored["model"]).items()}
+        if "first_stage" in stored:
+            inner = stored["first_stage"]
+            half = {name: tensor.half() for name, tensor in inner["model"].items()}
+            kept["first_stage"] = {**inner, "model": half}
+            inner = {**kept["first_stage"], "ema": {}}
+            decoder, _ = load_own(args.output, inner, False, TOKENIZERS)
+            kept["tokenizer"] = {**stored["tokenizer"], "sha256": weights_hash(decoder)}
+        with runtime.atomic(args.output) as temporary:
+            torch.save(kept, temporary)
+    print(f"wrote {args.output}, {pathlib.Path(args.output).stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    runtime.run_script(main, get_args)

@@ -12,6 +12,7 @@ Axis letters: B samples, 3 colours, H and W as stored, S the side after cropping
 
     python data.py                                                     # the generated set, 10 classes
     python data.py --data-path imagenet --split val --image-size 256   # train/ and val/ with class subfolders
+    python data.py --data-path torchvision:CIFAR10                     # downloaded on first use
     python data.py --data-path 'shards-{000..127}.tar' --check-all     # read all, list the broken images
     python data.py --data-path ucf101 --frames 17 --image-size 128     # clips; without a path, generated ones
 
@@ -19,8 +20,10 @@ Each prints a summary and writes a labelled grid of what the networks would see 
 """
 import copy
 import dataclasses
+import difflib
 import functools
 import hashlib
+import inspect
 import io
 import itertools
 import json
@@ -33,8 +36,9 @@ import time
 
 import numpy as np
 import torch
+import torchvision
 import torchvision.transforms.functional as TF
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.datasets.folder import make_dataset
 from tqdm import tqdm
@@ -73,6 +77,9 @@ class View:
     def __post_init__(self):
         require(self.resize is None or self.resize >= self.image_size, f"--resize {self.resize} is smaller "
                 f"than --image-size {self.image_size}: the crop would not fit")
+        side = self.resize or self.image_size
+        require(side ** 2 * (self.frames or 1) <= MAX_PIXELS, f"--image-size, --resize or --frames: "
+                f"{self.frames or 1} images of {side} pixels a side would not fit into memory")
 
 
 def view_pixels(image, view, rng=None):
@@ -100,15 +107,23 @@ def view_pixels(image, view, rng=None):
     return image.flip(-1) if view.flip and rng.random() < 0.5 else image
 
 
-def decode(file):
-    """The RGB PIL image in `file`, a path or a binary file. Raises what PIL raises where it cannot be read.
+def decode(file, upright=False):
+    """The RGB PIL image in `file`, a path or a binary file. Raises anything where it cannot be read.
 
-    Transparency is dropped, not composited, and EXIF rotation is ignored, as for the published models.
+    Transparency is dropped, not composited. EXIF rotation is ignored, as for the published models, unless
+    `upright` says to apply it.
     """
+    if isinstance(file, (str, os.PathLike)) and not os.path.isfile(file):
+        raise ValueError("no regular file, or none at all")               # a named pipe would hang for ever
     with Image.open(file) as image:
-        if image.mode[0] in "IF":                         # of 16 or 32 bits: PIL would clip them to white
-            raise ValueError(f"pixels of type {image.mode}; convert them to 8 bits")
-        return image.convert("RGB")
+        return as_rgb(ImageOps.exif_transpose(image) if upright else image)
+
+
+def as_rgb(image):
+    """A PIL image in RGB. Raises ValueError for 16 or 32 bits, which PIL would clip to white."""
+    if image.mode[0] in "IF":
+        raise ValueError(f"pixels of type {image.mode}; convert them to 8 bits")
+    return image.convert("RGB")
 
 
 def video_frames(path):
@@ -127,11 +142,29 @@ def video_frames(path):
         if not container.streams.video:
             raise ValueError("there is no video in it")
         stream = container.streams.video[0]
+        packets = 0
+        expected = 0
         count = 0
-        for count, frame in enumerate(container.decode(stream), 1):
-            yield frame.to_image
-        if count < 0.9 * stream.frames:                   # encoders miscount by one or two; 0 is "unknown"
-            raise ValueError(f"truncated: {count} of {stream.frames} frames")
+        started = False
+        for packet in container.demux(stream):
+            packets += packet.size > 0
+            started = started or packet.is_keyframe
+            if not started:                               # a frame without one to build on would be grey
+                tell_once(f"{path}: frames before the first key frame are left out")
+                continue
+            expected += packet.size > 0 and not packet.is_discard      # which an editor cut off: unseen
+            for frame in packet.decode():
+                count += 1
+                yield frame.to_image
+        # Encoders miscount by one or two; 0 is "unknown".
+        if packets < 0.9 * stream.frames or count < 0.9 * expected:
+            raise ValueError(f"truncated: {count} of {max(expected, stream.frames)} frames")
+
+
+@functools.cache
+def tell_once(text):
+    """Print a warning the first time that it is given."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def frame_rate(path):
@@ -222,19 +255,29 @@ class Samples(Dataset):
 class Folder(Samples):
     """A folder with a subfolder for each class (files at any depth below it), or a flat one without labels.
 
-    Images, or videos where the view has frames. Class names are the sorted names of the subfolders, or
-    `classes` where other folders share them. Whatever is hidden is ignored (macOS leaves a "._name.jpg"
-    beside "name.jpg"). split_list: an official UCF-101 list of the files to use. Raises `UserError` where
-    there is nothing, or both readings are possible.
+    Images, or videos where the view has frames. Class names are the sorted names of the subfolders that hold
+    any, or `classes`, those of the training split. Whatever is hidden is ignored (macOS leaves a "._name.jpg"
+    beside "name.jpg"), and what links lead to a second time. split_list: an official UCF-101 list of the
+    files to use. Raises `UserError` where there is nothing, or both readings are possible.
     """
 
     def __init__(self, folder, view, classes=None, split_list=None):
         folder = str(pathlib.Path(folder))
         kind = "videos" if view.frames else "images"
         suffixes = VIDEO_SUFFIXES if view.frames else IMAGE_SUFFIXES
-        classes = classes or subfolder_names(folder)
+        own = class_names(folder, suffixes)
+        strange = [name for name in own if classes and name not in classes]
+        require(not strange, f"--data-path: {folder} has class folders that train/ lacks, which decides on "
+                             f"labels: {', '.join(strange[:5])}; rename or remove them")
+        classes = classes or own
+        if split_list:
+            classes = official_order(classes, split_list)
         number = {name: i for i, name in enumerate(classes)}
         found = make_dataset(folder, number, suffixes, allow_empty=True) if classes else []
+        first = {}                                        # links may lead back: each real folder once
+        for place in dict.fromkeys(os.path.dirname(path) for path, _ in found):
+            first.setdefault(os.path.realpath(place), place)
+        found = [item for item in found if os.path.dirname(item[0]) in first.values()]
         flat = sorted((item.path, 0) for item in os.scandir(folder) if item.name.lower().endswith(suffixes))
         found, flat = [[item for item in each if "/." not in item[0][len(folder):]] for each in (found, flat)]
         hint = ""
@@ -244,11 +287,8 @@ class Folder(Samples):
         require(not (found and flat), f"--data-path {folder} holds {kind} in class subfolders and "
                 f"{len(flat)} beside them, such as {flat[:1]}; move all into subfolders, or none")
         if split_list:
-            require(os.path.isfile(split_list), f"--split-list {split_list} does not exist; check the path")
-            # Lines "Class/v_Class_g01_c01.avi", some with a number, which is that of the sorted class name.
-            lines = pathlib.Path(split_list).read_text().split("\n")
-            names = [re.sub(r"\s+\d+$", "", line.strip()) for line in lines]
-            listed = {os.path.join(folder, name) for name in names if name}
+            names = re.findall(r"^(\S+\.\w+)", pathlib.Path(split_list).read_text(), re.MULTILINE)
+            listed = {os.path.join(folder, name) for name in names}
             require(listed, f"--split-list {split_list} names no clips")
             missing = sorted(listed - dict(found).keys())
             require(not missing, f"--data-path {folder} lacks {len(missing)} of the {len(listed)} clips of "
@@ -292,6 +332,36 @@ def subfolder_names(folder):
     return sorted(item.name for item in os.scandir(folder) if item.is_dir() and not item.name.startswith("."))
 
 
+def class_names(folder, suffixes):
+    """Sorted names of the subfolders of `folder` that hold files of these suffixes; says which hold none."""
+    names = subfolder_names(folder)
+    empty = []
+    for name in names:
+        path = os.path.join(folder, name)
+        require(os.access(path, os.R_OK | os.X_OK), f"--data-path: {path} may not be read; let it be")
+        if not any(file.lower().endswith(suffixes) for _, _, files in os.walk(path, followlinks=True)
+                   for file in files):
+            empty.append(name)
+    if empty:
+        runtime.print_main(f"{folder}: {len(empty)} subfolders hold no file that can be read "
+                           f"({' '.join(suffixes)}), so they are no classes: {', '.join(empty[:5])}")
+    return [name for name in names if name not in empty]
+
+
+def official_order(classes, split_list):
+    """UCF-101's classes by number: of classInd.txt beside `split_list`, or of its lines "Class/clip.avi 7".
+
+    Without numbers, by name, which is another order for four of them (HammerThrow, Hammering, ..).
+    """
+    require(os.path.isfile(split_list), f"--split-list {split_list} does not exist; check the path")
+    index = pathlib.Path(split_list).with_name("classInd.txt")
+    lines = re.findall(r"^(\S+)/\S+ +(\d+)", pathlib.Path(split_list).read_text(), re.MULTILINE)
+    if index.exists():
+        lines = [(name, i) for i, name in re.findall(r"^(\d+) +(\S+)", index.read_text(), re.MULTILINE)]
+    number = dict(lines)
+    return sorted(classes, key=lambda name: (int(number.get(name, sys.maxsize)), name))
+
+
 class TarShards(Samples):
     """Images in plain tar files, each with an optional class number in a text member `.cls` of the same name.
 
@@ -314,6 +384,9 @@ class TarShards(Samples):
         require(len(unlabelled) in (0, len(self.labels)), f"--data-path {pattern}: {len(unlabelled)} of "
                 f"{len(self.labels)} images have no .cls member, such as {unlabelled[:1]}; label all or none")
         names = [] if unlabelled else [str(i) for i in range(max(self.labels) + 1)]
+        empty = [name for i, name in enumerate(names) if i not in set(self.labels)]
+        if empty:
+            runtime.print_main(f"{pattern}: no image has the class {', '.join(empty[:10])}")
         if unlabelled:
             self.labels = [0] * len(self.labels)
         super().__init__(pattern, names, len(self.labels), view)
@@ -349,8 +422,13 @@ def index_shard(shard):
                         f"again, or unpack it if it is compressed") from None
     with open(shard, "rb") as file:                       # tarfile takes a cut between members for the end
         file.seek(end)
-        require(file.read(512) == bytes(512), f"shard {shard} is truncated or damaged after {len(images)} "
+        rest = file.read(1 << 20)
+        require(rest[:512] == bytes(512), f"shard {shard} is truncated or damaged after {len(images)} "
                 f"images; copy or download it again")
+        require(not any(rest), f"shard {shard} goes on after its end, as if joined by cat; join archives "
+                               f"with tar --concatenate")
+    orphans = sorted(classes.keys() - {stem for stem, *_ in images})
+    require(not orphans, f"shard {shard}: {' '.join(orphans[:1])}.cls has no image of just this name")
     return [(shard, *image, classes.get(stem)) for stem, *image in images]
 
 
@@ -361,6 +439,7 @@ def expand_braces(pattern):
         require("{" not in pattern and "}" not in pattern, f"--data-path {pattern}: a range is {{000..127}}")
         return [pattern]
     numbers = range(int(found[1]), int(found[2]) + 1)
+    require(len(numbers) <= 100_000, f"--data-path {pattern}: more than 100,000 shards; check the range")
     require(numbers, f"--data-path {pattern}: the range {found[0]} is empty")
     return [shard for number in numbers for shard in expand_braces(
         pattern[:found.start()] + str(number).zfill(len(found[1])) + pattern[found.end():])]
@@ -398,6 +477,54 @@ class Generated(Samples):
         return samples
 
 
+class Torchvision(Samples):
+    """An image data set of torchvision by its name, such as CIFAR10, with its own splits and class names.
+
+    It is downloaded on first use to `runtime.cache_dir()`. Grey images become RGB. Raises `UserError` for an
+    unknown name, and without a connection.
+    """
+
+    def __init__(self, name, split, view):
+        kind = getattr(torchvision.datasets, name, None)
+        close = difflib.get_close_matches(name, torchvision.datasets.__all__)
+        require(isinstance(kind, type) and not view.frames, f"--data-path torchvision:{name} is no set of "
+                f"images of torchvision; close names: {', '.join(close) or 'none'}")
+        takes = inspect.signature(kind).parameters
+        options = {"root": os.path.join(runtime.cache_dir(), "torchvision")} if "root" in takes else {}
+        unknown = [key for key, value in takes.items() if value.default is value.empty and key != "root"]
+        require(not unknown, f"--data-path torchvision:{name} needs more than a folder "
+                             f"({', '.join(unknown)}); unpack it, and give the folder")
+        choices = {"train": ("train", "trainval"), "val": ("val", "valid", "test"), "test": ("test", "val")}
+        attempts = [{}]
+        if "train" in takes:
+            attempts = [{"train": split == "train"}]
+        elif "split" in takes:
+            attempts = [{"split": choice} for choice in choices[split]]
+        self.source = runtime.main_first(lambda: self.open(kind, options, attempts, "download" in takes))
+        source = self.source
+        attributes = [key for key in ("targets", "labels", "_labels") if hasattr(source, key)]
+        labels = getattr(source, attributes[0]) if attributes else (item[1] for item in source)
+        self.labels = [int(label) for label in labels]
+        names = getattr(source, "classes", None) or [str(i) for i in range(max(self.labels) + 1)]
+        self.paths = [f"torchvision:{name}[{i}]" for i in range(len(source))]
+        super().__init__(f"torchvision:{name}", [str(each) for each in names], len(source), view)
+
+    def open(self, kind, options, attempts, download):
+        """The data set with the first options that it takes, downloaded unless it is there."""
+        error = None
+        for attempt in attempts:
+            try:
+                return kind(**options, **attempt, **({"download": True} if download else {}))
+            except (ValueError, OSError, RuntimeError) as problem:
+                error = error or problem
+        raise UserError(f"--data-path torchvision:{kind.__name__} cannot be opened or downloaded "
+                        f"({' '.join(str(error).split())[:200]}); put its files into {options['root']}")
+
+    def read(self, index, rng):
+        """What the view shows of the image."""
+        return view_pixels(as_rgb(self.source[index][0]), self.view, rng)
+
+
 def build_dataset(data_path, split, view, split_list=None, length=None):
     """The data set behind `--data-path`, of images or clips as `view` says.
 
@@ -405,6 +532,7 @@ def build_dataset(data_path, split, view, split_list=None, length=None):
       20,000 images or 10,000 clips to train on, 1,000 otherwise).
     * a folder: if it has subfolders train/ and val/ (or test/), `split` picks one; else it is used as it is.
       With `split_list`, the path of an official UCF-101 list such as trainlist01.txt, the folder of classes.
+    * "torchvision:CIFAR10" and the like: a data set of torchvision, with its own splits.
     * 'shards-{000..127}.tar': tar files; `split` has no meaning, give each split its own pattern.
 
     Raises `UserError` for a path that is missing, empty or ambiguous.
@@ -414,9 +542,12 @@ def build_dataset(data_path, split, view, split_list=None, length=None):
             "--split-list is for a folder of videos; leave it out, or give the folder with --data-path")
     if path == "generated" or (path == "generated-plain" and not view.frames):
         return Generated(split, view, path == "generated-plain", length)
+    if path.startswith("torchvision:"):
+        return Torchvision(path.partition(":")[2], split, view)
     require(length is None, f"--data-path {path}: only the generated sets can be given a number of samples")
     if os.path.isdir(path):
-        folder, classes = (path, None) if split_list else choose_split(pathlib.Path(path), split)
+        suffixes = VIDEO_SUFFIXES if view.frames else IMAGE_SUFFIXES
+        folder, classes = (path, None) if split_list else choose_split(pathlib.Path(path), split, suffixes)
         return Folder(folder, view, classes, split_list)
     require(not view.frames, f"--data-path {path} is no folder of videos; check the path")
     if path.endswith(".tar") or "{" in path:
@@ -426,13 +557,16 @@ def build_dataset(data_path, split, view, split_list=None, length=None):
                     f"'shards-{{000..127}}.tar'")
 
 
-def choose_split(folder, split):
+def choose_split(folder, split, suffixes):
     """(the folder that holds `split`, its class names or None for "as found there").
 
-    The splits of a folder share the class names of all of them, so that a label means the same in each.
+    All splits have the class names of train/, so that a label means the same in each.
     """
     folders = subfolder_names(folder)
     present = [name for name in SPLITS if name in folders]
+    likely = [name for name in folders if re.match("train|val|test|eval", name, re.IGNORECASE)]
+    require(present or len(likely) < 2 or likely != folders, f"--data-path {folder} has "
+            f"{', '.join(likely[:4])}: if these are no classes, call them train, val and test, or give one")
     if not present:
         return folder, None
     advice = f"give the folder to read, such as {folder / present[0]}"
@@ -443,7 +577,7 @@ def choose_split(folder, split):
     chosen = [name for name in wanted if name in present]
     require(chosen, f"--data-path {folder} has {' and '.join(present)} but no {' or '.join(wanted)} folder; "
             f"add one, or {advice}")
-    return folder / chosen[0], sorted({name for part in present for name in subfolder_names(folder / part)})
+    return folder / chosen[0], class_names(folder / "train", suffixes) if "train" in present else None
 
 
 def evenly_spaced(count, length):
@@ -543,7 +677,8 @@ def collate(items):
 
 def leave_process_group(worker):
     """Ctrl-C goes to a whole process group; a worker that it killed would stop the trainer from saving."""
-    os.setpgrp()
+    if hasattr(os, "setpgrp"):                            # not on Windows
+        os.setpgrp()
 
 
 # ---- 4. Looking at a data set ------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ METRICS = {
     "ssim": Metric("SSIM", metrics.ssim, "{:.4f}", "{pixels}, {mean}, 7 x 7 windows"),
     "lpips-vgg": Metric("LPIPS (VGG)", "lpips-vgg", "{:.4f}", "{floats}, mean over all"),
     "lpips-alex": Metric("LPIPS (Alex)", "lpips-alex", "{:.4f}", "{floats}, mean over all"),
-    "usage": Metric("codebook usage", None, "{:.2%}", "of {codes} codes, {tokens} tokens, {over}"),
+    "usage": Metric("codebook usage", None, "{:.2%}", "{tokens} tokens of {codes}, {over}"),
     "perplexity": Metric("perplexity", None, "{:.1f}", "at most {codes}"),
     "bits_per_pixel": Metric("bits per pixel", None, "{:.4f}", "{bits:g} bits a token"),
     "rfid": Metric("rFID", "inception", "{:.3f}", "{floats}, {resize_rule} to 299, {n} images"),
@@ -143,11 +143,6 @@ def report(path, values, facts, record):
 def short_hash(value):
     """Eight hexadecimal digits that stand for a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
-
-
-def code_counts(ids, V):
-    """How often each of V codes occurs in ids (any shape): (V,)."""
-    return torch.bincount(ids.flatten(), minlength=V)
 
 
 # ---- 2. Sets of samples, and their statistics --------------------------------------------------------------
@@ -434,14 +429,15 @@ def measure(model, samples, order, networks, record, args):
     """The measuring loop: every sample goes through the tokenizer once and is seen by every metric.
 
     Returns on rank 0 {metric: its value for each sample (N,), or of the set}, the samples' "pixels" (N,), the
-    "counts" of codes (V,), and "examples", {index: uint8 original and reconstruction}. A collective."""
+    "counts" of codes as of `Quantizer.count`, and "examples", {index: uint8 original and reconstruction}. A
+    collective."""
     official = args.protocol == "official"
     judges = {key: networks.get(METRICS[key].measure, METRICS[key].measure)
               for key in OF_SAMPLES if key in args.metrics}
     streams, references, key = open_streams(samples, networks, record, args)
     rows = [torch.empty(0, 1 + len(judges), dtype=torch.float64)]
     numbers = [torch.empty(0, dtype=torch.long)]
-    counts = torch.zeros(model.quantizer.vocabulary, dtype=torch.long, device=args.device)
+    counts = model.quantizer.count(torch.zeros(0, dtype=torch.long, device=args.device))
     examples = {}
     for originals, n, indices in batches_of(samples, order, args, "measuring"):
         if args.original_resolution:
@@ -461,7 +457,7 @@ def measure(model, samples, order, networks, record, args):
             columns.append(each.double().view(len(x), -1).mean(1).cpu())
         rows.append(torch.stack(columns, 1)[:n])
         numbers.append(indices)
-        counts += code_counts(ids[:n], len(counts))
+        counts += model.quantizer.count(ids[:n])
         seen = {"real": real, "rfid": made, "rfvd": made, "rfid-reference": made}
         if official and "rfid" in streams:
             seen.update(real=(x + 1) / 2, rfid=(y + 1) / 2)
@@ -489,22 +485,24 @@ def summarise(found, output, record, args):
     about = record["data"]
     counts = found["counts"]
     n = len(found["pixels"])
-    bits = math.log2(len(counts))
+    groups, codes = counts.shape
+    tokens = int(counts[0].sum())
+    bits = groups * math.log2(codes)
     # The official script averages PSNR and SSIM over its batches, of four images or of one.
     batch = 4 if official and not about["frames"] and not args.original_resolution else 1
     pixels = "truncated uint8" if official else "rounded uint8"
-    facts = {**about, "n": n, "resize_rule": record["resize_rule"], "bits": bits, "codes": len(counts),
+    facts = {**about, "n": n, "resize_rule": record["resize_rule"], "bits": bits, "tokens": tokens,
              "mean": f"mean over batches of {batch}" if batch > 1 else "mean over all", "pixels": pixels,
-             "floats": "floats" if official else pixels, "tokens": int(counts.sum()),
-             "over": f"{n} {'clip' if about['frames'] else 'image'}s of {about['name']}, {record['part']}",
-             "reference": args.reference}
+             "codes": f"{codes} codes in each of {groups} groups" if groups > 1 else f"{codes} codes",
+             "floats": "floats" if official else pixels, "reference": args.reference,
+             "over": f"{n} {'clip' if about['frames'] else 'image'}s of {about['name']}, {record['part']}"}
     values = {key: found[key] for key in METRICS if key in found}
     for key in values.keys() & set(OF_SAMPLES):
         means = [part.mean() for part in values[key].split(batch if callable(METRICS[key].measure) else 1)]
         values[key] = float(torch.stack(means).mean())
     if "usage" in args.metrics:
         values.update(metrics.codebook_usage(counts))
-        values["bits_per_pixel"] = float(bits * counts.sum() / found["pixels"].sum())
+        values["bits_per_pixel"] = float(bits * tokens / found["pixels"].sum())
     report(output, values, facts, record)
     pairs = [pair for _, pair in sorted(pair for part in found["examples"] for pair in part.items())]
     sides = [min(256, *[original.shape[axis] for original, _ in pairs]) for axis in (-2, -1)]
@@ -644,13 +642,13 @@ def token_distances(samples, real, record, facts, args):
     counts = []
     spread = data.evenly_spaced(each, len(samples))
     for some, order in ((samples, spread), (real, chosen[:each]), (real, chosen[each:])):
-        counts.append(torch.zeros(tokenizer.quantizer.vocabulary, dtype=torch.long, device=args.device))
+        counts.append(tokenizer.quantizer.count(torch.zeros(0, dtype=torch.long, device=args.device)))
         for x, n, _ in batches_of(some, order, args, "tokens"):
             x = pictures.to_float(x[:n].to(args.device))
             for part in x.split(4 if x.dim() == 5 else n):               # clips are large
-                counts[-1] += code_counts(tokenizer.encode(part), len(counts[-1]))
+                counts[-1] += tokenizer.quantizer.count(tokenizer.encode(part))
     made, first, second = map(runtime.all_reduce_sum, counts)
-    facts.update(each=each, tokens=int(made.sum()))
+    facts.update(each=each, tokens=int(made[0].sum()))
     return {"tokens": metrics.total_variation(made, first),
             "tokens-real": metrics.total_variation(second, first)}
 

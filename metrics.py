@@ -40,8 +40,7 @@ def psnr(reference, images):
     Misses: structure. A blurred lawn beats a crisp one whose blades are shifted by a pixel, so a tokenizer
     trained without a GAN wins here and looks worse.
     Trap: average the dB of images, not their errors, or a few hard images decide. An image that comes back
-    exactly has infinite PSNR, and so has the mean: a hint of comparing a file with itself.
-    """
+    exactly has infinite PSNR, and so has the mean: a hint of comparing a file with itself."""
     check_pair(reference, images)
     error = (reference.int() - images.int()).square().double()           # exact
     return 10 * (255 ** 2 / error.mean((1, 2, 3))).log10()
@@ -87,25 +86,26 @@ def ssim(reference, images):
 
 
 def codebook_usage(counts):
-    """How well the codes are used. counts (V,): how often each occurred. Returns two figures:
+    """How well codes are used. counts ([G,] V): how often each occurred; figures of G groups are averaged.
 
     usage: the fraction of the codebook that occurred at all. Sees dead codes, but a code used once counts as
     much as one used a million times. Trap: it grows with the number of images. 2^18 codes need all 50,000 of
     ImageNet val to reach 100 %.
     perplexity: 2^entropy of the frequencies: an evenly used codebook of this size would carry as much."""
-    counts = counts.double()
-    p = counts[counts > 0] / counts.sum()
-    return {"usage": float((counts > 0).double().mean()), "perplexity": float(2 ** -(p * p.log2()).sum())}
+    p = counts.double() / counts.sum(-1, keepdim=True)
+    perplexity = (-torch.xlogy(p, p).sum(-1)).exp()
+    return {"usage": float((counts > 0).double().mean()), "perplexity": float(perplexity.mean())}
 
 
 def total_variation(counts, others):
-    """Half the sum of |p - q| over the codes of two bags of tokens, given as counts (V,): in 0 .. 1.
+    """Half the sum of |p - q| over the codes of two bags of tokens, given as counts ([G,] V): in 0 .. 1.
 
     Sees: codes, and so colours and textures, that one bag has more often; 1 says that it shares none. Misses:
     where in an image they stand, and which go together: tokens of real images, shuffled, have distance 0.
     Trap: two finite bags of one distribution are at a distance, too, a large one where codes are many and
     tokens few. The distance of two equal sets of real images tells how large; read it beside this one."""
-    return float((counts.double() / counts.sum() - others / others.sum()).abs().sum() / 2)
+    p, q = [each.double() / each.sum(-1, keepdim=True) for each in (counts, others)]
+    return float((p - q).abs().sum(-1).mean() / 2)
 
 
 # ---- 2. LPIPS ----------------------------------------------------------------------------------------------
@@ -340,8 +340,8 @@ def randomise(network, seed=0):
 # ---- 4. Sets: what a set of images as a whole can tell -----------------------------------------------------
 
 class Moments:
-    """Mean and covariance of a stream of feature vectors (.., D): n, sum of f, sum of f f^T, which merge over
-    ranks. In float64, as a covariance is a small difference of large numbers."""
+    """Mean and covariance of a stream of features (.., D): n, sum of f, sum of f f^T, which merge over ranks.
+    In float64, as a covariance is a small difference of large numbers."""
 
     def __init__(self, dim, device="cpu"):
         self.n = 0

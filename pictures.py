@@ -4,6 +4,7 @@ Samples are uint8, images (N, 3, H, W) or clips (N, 3, T, H, W); what is drawn o
 
     python pictures.py runs/tokenizer --values loss/l1 codebook_bits     # learning curves: runs/curves.png
 """
+import contextlib
 import fractions
 import json
 import pathlib
@@ -59,6 +60,7 @@ def image_grid(images, columns, labels=None, scale=1):
     draw = ImageDraw.Draw(canvas)
     font = ImageFont.load_default(size=11)
     for i, text in enumerate(labels or ()):
+        text = " ".join(text.split())              # a class may be called by anything, even lines
         while len(text) > 1 and draw.textlength(text, font=font) > width:
             text = text[:-1]
         x = 2 + i % columns * (width + 2) + width / 2
@@ -144,15 +146,16 @@ def write_video(path, frames, fps=25):
 
 
 def read_metrics(results_dir):
-    """metrics.jsonl of a run as {name: {step: value}}, numbers only."""
+    """metrics.jsonl of a run as {name: {step: value}}, numbers only; torn or foreign lines are left out."""
     path = pathlib.Path(results_dir) / "metrics.jsonl"
     require(path.exists(), f"{path} does not exist; name the --results-dir of a training run")
     curves = {}
     for line in path.read_text().splitlines():
-        values = json.loads(line)
-        for name, value in values.items():
-            if isinstance(value, (int, float)):
-                curves.setdefault(name, {})[values["step"]] = value
+        with contextlib.suppress(ValueError, AttributeError, KeyError):
+            values = json.loads(line)
+            for name, value in values.items():
+                if isinstance(value, (int, float)):
+                    curves.setdefault(name, {})[values["step"]] = value
     return curves
 
 
@@ -160,7 +163,7 @@ def get_args(argv=None):
     """Parse the command line."""
     parser = runtime.ArgumentParser("Draw the learning curves of one or more training runs.")
     parser.add_argument("runs", nargs="+", help="--results-dir of each run")
-    parser.add_argument("--values", nargs="+", default=["loss/l1"], help="names logged, a panel each")
+    parser.add_argument("--values", nargs="+", help="names logged, a panel each (the first loss)")
     parser.add_argument("--output", default="runs/curves.png", help="PNG to write")
     return parser.parse_args(argv)
 
@@ -175,6 +178,8 @@ def main(args):
     from matplotlib import pyplot
     runs = {pathlib.Path(path).name: read_metrics(path) for path in args.runs}
     known = sorted({name for curves in runs.values() for name in curves})
+    require(known, f"{' '.join(args.runs)}: nothing is logged there yet")
+    args.values = args.values or [next((name for name in known if name.startswith("loss")), known[0])]
     unknown = [name for name in args.values if name not in known]
     require(not unknown, f"--values {' '.join(unknown)}: not logged; choose of {' '.join(known)}")
     figure, panels = pyplot.subplots(1, len(args.values), figsize=(4.2 * len(args.values), 3), squeeze=False)

@@ -99,9 +99,9 @@ class ArgumentParser(argparse.ArgumentParser):
         """One line without the usage, a hint for a flag under its name in other projects, exit status 2."""
         if message.startswith("unrecognized arguments: --"):
             word = message.split()[2].split("=")[0].lower().replace("_", "-")
-            known = [flag for flag in self._option_string_actions if flag != word]
-            close = difflib.get_close_matches(SYNONYMS.get(word, word), known, 3)
-            message += f" (did you mean {' or '.join(close)}?)" if close else ""
+            close = difflib.get_close_matches(SYNONYMS.get(word, word), self._option_string_actions)
+            if close:
+                message += f" (did you mean {' or '.join(close)}?)"
         self.exit(2, f"error: {message} (see --help)\n")
 
 
@@ -157,9 +157,9 @@ def add_config_flags(group, config):
         if isinstance(default, bool):
             options["action"] = argparse.BooleanOptionalAction
         elif isinstance(default, tuple):
-            options.update(type=int, nargs="*")
+            options.update(type=bounded(int, 0, 2 ** 20), nargs="*")
         else:
-            options["type"] = type(default)
+            options["type"] = bounded(int, 0, 2 ** 20) if isinstance(default, int) else type(default)
         group.add_argument(name, help=options.pop("help"), **options)
 
 
@@ -432,27 +432,39 @@ def sha256_of(path):
     return digest.hexdigest()
 
 
-def fetch(url, weights_dir=None, sha256=None):
-    """Path of the file behind `url` in `weights_dir`, downloaded on first use, with a progress bar.
+def cache_dir():
+    """Where downloads are kept: $OPEN_MAGVIT2_WEIGHTS, or ~/.cache/open-magvit2."""
+    return os.environ.get("OPEN_MAGVIT2_WEIGHTS") or os.path.expanduser("~/.cache/open-magvit2")
 
-    weights_dir: not given, $OPEN_MAGVIT2_WEIGHTS, and if that is not set ~/.cache/open-magvit2.
+
+def main_first(function):
+    """`function()` on every rank, on rank 0 before the others: it downloads, and they find the file."""
+    result = function() if is_main() else None
+    barrier()
+    return result if is_main() else function()
+
+
+def fetch(url, weights_dir=None, sha256=None):
+    """Path of the file behind `url` in `weights_dir` (`cache_dir()`), downloaded on first use with a bar.
+
     `sha256` (or its first digits) is checked as the file arrives. $HF_ENDPOINT names a mirror of
     huggingface.co. Raises `UserError` without a connection, or where the content is not what was published.
     """
-    folder = weights_dir or os.environ.get("OPEN_MAGVIT2_WEIGHTS") or "~/.cache/open-magvit2"
-    path = pathlib.Path(os.path.expanduser(folder)) / url.rsplit("/", 1)[1]
+    path = pathlib.Path(os.path.expanduser(weights_dir or cache_dir())) / url.rsplit("/", 1)[1]
     url = url.replace("https://huggingface.co", os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
-    for turn in (0, 1):                                     # rank 0 downloads, then the others find the file
-        if is_main() == (turn == 0) and not path.exists():
+
+    def download():
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
             print(f"downloading {url} to {path}", file=sys.stderr, flush=True)
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256, progress=is_main())
-            except (urllib.error.URLError, OSError, RuntimeError) as error:
-                raise UserError(f"cannot download {url} ({error}); fetch it on another machine and put it at "
-                                f"{path}, or name the folder that holds it with --weights-dir") from None
-        barrier()
-    return path
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256, progress=is_main())
+        return path
+
+    try:
+        return main_first(download)
+    except (urllib.error.URLError, OSError, RuntimeError) as error:
+        raise UserError(f"cannot download {url} ({error}); fetch it on another machine and put it at {path}, "
+                        f"or name the folder that holds it with --weights-dir") from None
 
 
 # ---- 4. What both training loops share: the schedule, the size of a batch, logs ----------------------------

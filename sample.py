@@ -2,6 +2,7 @@
 
     python sample.py                                            # a grid of what train_ar.py has learned
     python sample.py --ckpt AR-B --classes 207,otter --num-images 8 --mixed-precision bf16
+    python sample.py --ckpt AR-B --classes otter --keep photo.jpg --rows 8   # the lower half drawn anew
     torchrun --nproc-per-node=8 sample.py --ckpt AR-B --num-fid-samples 50000 --mixed-precision bf16 --compile
 
 A checkpoint of ours and a published AR file contain their tokenizer. Sample number n shows class n mod C and
@@ -11,11 +12,12 @@ letters: as in ar_model.py, R rows of a step (B, or 2B with guidance), C classes
 """
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import pathlib
-import re
 import shutil
+import time
 
 import numpy as np
 import torch
@@ -26,6 +28,7 @@ from tqdm import tqdm
 
 import ar_model
 import checkpoints
+import data
 import pictures
 import runtime
 from runtime import require
@@ -100,12 +103,13 @@ def image_noise(seeds, tokens, count):
 class Sampler:
     """Draws batches of one size: `sampler(labels, seeds)`. All buffers are allocated here, none in the loop.
 
-    Without guidance (every cfg_scale 1) there is no unconditional pass. A step reads the filled slots of the
-    cache, rounded up to a multiple of `bucket`; with `compile` it is a CUDA graph for each of these lengths.
+    Without guidance (every cfg_scale 1) there is no unconditional pass; strength: of `guidance_strength`. A
+    step reads the filled slots of the cache, rounded up to a multiple of `bucket`; with `compile` it is a
+    CUDA graph for each of these lengths.
     """
 
     @torch.no_grad()
-    def __init__(self, model, batch_size, settings, compile=False, bucket=None):
+    def __init__(self, model, batch_size, settings, compile=False, bucket=None, strength=None):
         config = model.config
         like = model.class_embedding.weight
         require(not compile or like.is_cuda, "--compile needs a CUDA GPU; leave it out here")
@@ -127,6 +131,9 @@ class Sampler:
         self.position = torch.zeros(1, dtype=torch.int64, device=like.device)
         self.noise = like.new_zeros(N, len(settings), batch_size, dtype=torch.float64)
         self.subtokens = torch.zeros_like(self.noise, dtype=torch.int64)
+        self.kept = self.subtokens - 1                          # what is not drawn but given; -1: drawn
+        self.strength = None if strength is None else strength.to(like.device)
+        self.finite = torch.ones((), dtype=torch.bool, device=like.device)
         self.pieces = [store, finish, step_within]
         self.graphs = {}
         if compile:                             # the pieces, and then the whole step for every length
@@ -149,6 +156,7 @@ class Sampler:
         if self.bucket > 1:
             mask = self.mask[self.position, :length].expand(len(x), 1, 1, length)
         rope = model.rope[self.position]
+        strength = None if self.strength is None else self.strength[self.position]        # (1,)
         for block, (keys, values) in zip(model.inter_blocks, self.cache):                 # eq. 5
             q = store(block, x, rope, keys, values, self.position).unsqueeze(2)           # (R, H, 1, d)
             attended = F.scaled_dot_product_attention(q, keys[:, :, :length], values[:, :, :length], mask)
@@ -161,7 +169,10 @@ class Sampler:
             for i, block in enumerate(model.intra_blocks):
                 x, *history[i] = step_within(block, x, model.rope[m], *history[i])        # (R, D)
             logits = model.predict(m, model.norm(x))                                      # (R, V)
-            subtokens.append(ar_model.draw_subtoken(logits, noise[m], setting))           # (B,)
+            self.finite.logical_and_(logits.isfinite().all())   # a NaN would be drawn as 0, without a word
+            drawn = ar_model.draw_subtoken(logits, noise[m], setting, strength)           # (B,)
+            given = self.kept[self.position][0, m]                                        # (B,)
+            subtokens.append(torch.where(given < 0, drawn, given))
             rows = subtokens[m].repeat(2) if self.guided else subtokens[m]
             embeddings.append(model.token_embeddings[m](rows))                            # (R, D)
             x = context if model.config.separate_heads else embeddings[m]
@@ -170,9 +181,10 @@ class Sampler:
         self.position += 1
 
     @torch.no_grad()
-    def __call__(self, labels, seeds):
+    def __call__(self, labels, seeds, kept=()):
         """One image for each of labels (B,) and seeds (B,): its sub-tokens, M int64 tensors (B, N).
 
+        kept: M int64 tensors (n,), sub-tokens that all images begin with; the rest is drawn.
         It depends on its label and seed, not on its neighbours; but products of another batch size differ in
         their last bits and can tip a draw.
         """
@@ -185,9 +197,22 @@ class Sampler:
         self.noise.copy_(image_noise(seeds, *self.noise.shape[:2]))
         self.x.copy_(self.model.class_embedding(labels))
         self.position.zero_()
+        self.kept.fill_(-1)
+        for m, given in enumerate(kept):
+            self.kept[:len(given), m] = given[:, None]
+        self.finite.fill_(True)
+        told = time.monotonic()
         with torch.autocast(self.x.device.type, enabled=False):     # the precision of weights and cache
-            for length in self.lengths:
-                self.graphs[length].replay() if self.graphs else self.step(length)
+            for t, length in enumerate(self.lengths):
+                if time.monotonic() - told > 20:                # minutes, on a CPU
+                    print(f"drawing: {t} of {len(self.lengths)} tokens", flush=True)
+                    told = time.monotonic()
+                if self.graphs:
+                    self.graphs[length].replay()
+                else:
+                    self.step(length)
+        require(self.finite, "the model's logits are not finite: its weights are damaged, or too large for "
+                             "--mixed-precision fp16")
         return [subtokens.T.contiguous() for subtokens in self.subtokens.unbind(1)]
 
 
@@ -198,29 +223,32 @@ class How:
     """How samples are drawn from a model."""
     batch_size: int                     # samples drawn at once
     settings: list                      # M `ar_model.Settings`
+    cfg_schedule: str = "constant"      # see `ar_model.guidance_strength`
+    cfg_power: float = 2.75             # of the schedule "power"
     truncate: bool = False              # see `pictures.to_uint8`
     mixed_precision: str = "fp32"       # of the decoder; the transformer computes in its weights' precision
     compile: bool = False               # blocks and decoder compiled, in CUDA graphs
 
 
 @torch.no_grad()
-def generate(model, tokenizer, labels, seeds, how):
+def generate(model, tokenizer, labels, seeds, how, kept=()):
     """Yield uint8 images (b, 3, H, W) or clips (b, 3, T, H, W), on the CPU, batches in the order of `labels`.
 
     model: an ARModel, best of `prepare_for_sampling`; tokenizer: that of its tokens, on its device; labels
-    and seeds (N,): see `Sampler`. The last batch is filled up and cut again, as products of another size
+    seeds (N,) and kept: see `Sampler`. The last batch is filled up and cut again, as products of another size
     round differently: a sample depends on label, seed, batch size and its place in the batch alone.
     """
     labels = torch.as_tensor(labels)
     device = model.class_embedding.weight.device
     clips = getattr(tokenizer.config, "frames", None) is not None
     at_once = 4 if clips else how.batch_size    # a clip's activations take 20 times the memory
-    sampler = Sampler(model, how.batch_size, how.settings, how.compile)
+    strength = ar_model.guidance_strength(model.config.tokens, how.cfg_schedule, how.cfg_power)
+    sampler = Sampler(model, how.batch_size, how.settings, how.compile, strength=strength)
     if how.compile:
         tokenizer.to(memory_format=torch.channels_last).decoder.compile(dynamic=False)
     for first in range(0, len(labels), how.batch_size):
         chosen = [min(i, len(labels) - 1) for i in range(first, first + how.batch_size)]
-        subtokens = sampler(labels[chosen], [seeds[i] for i in chosen])        # M x (B, tokens)
+        subtokens = sampler(labels[chosen], [seeds[i] for i in chosen], kept)  # M x (B, tokens)
         ids = ar_model.subtokens_to_ids(subtokens, model.config.bits)          # (B, tokens)
         samples = []
         for some in ids.unflatten(1, model.config.grid).split(at_once):
@@ -255,9 +283,14 @@ def load(args):
     return model, tokenizer, info
 
 
+# Of the sorted names n01440764 .. n15075141 of its thousand folders, a line each.
+IMAGENET_FOLDERS = "385e0240499426c022b773be1ae4da780f057b89c9694c7f47199f62746b6edd"
+
+
 def class_names(stored, count):
-    """Those `stored` in our checkpoint, else numbers; of a thousand, if not better named, ImageNet's."""
-    if count == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in stored or []):
+    """Those `stored` in our checkpoint, else numbers; ImageNet-1k's for its folders and published files."""
+    folders = "\n".join(stored or []).encode()
+    if count == 1000 and (not stored or hashlib.sha256(folders).hexdigest() == IMAGENET_FOLDERS):
         return VGG16_Weights.IMAGENET1K_V1.meta["categories"]
     return list(stored or map(str, range(count)))
 
@@ -270,7 +303,8 @@ def find_classes(text, names):
             return [207, 360, 388, 974, 417, 88, 979, 279]
         return [i * count // 8 for i in range(8)] if count > 16 else list(range(count))
     labels = []
-    for word in (word.strip().lower() for word in text.split(",")):
+    whole = text.strip().lower() in [name.lower() for name in names]       # such a name may have commas
+    for word in (word.strip().lower() for word in ([text] if whole else text.split(","))):
         # Names first: the folders of a data set may be called after numbers that are not their positions.
         found = [label for label, name in enumerate(names) if name.lower() == word]
         if not found and word.isdecimal() and int(word) < count:
@@ -292,6 +326,9 @@ def add_drawing_flags(parser):
     group.add_argument("--trust-checkpoint", action="store_true", help="unpickle classes (can run code)")
     group = parser.add_argument_group("how to draw (one value, or one for each sub-token as in 1.9 2.0)")
     group.add_argument("--cfg-scale", type=float, nargs="+", help="guidance (1: none)")
+    group.add_argument("--cfg-schedule", choices=("constant", "linear", "power"), default="constant",
+                       help="of the guidance over an image's tokens")
+    group.add_argument("--cfg-power", type=runtime.bounded(float, 0.01), default=2.75, help="its exponent")
     group.add_argument("--temperature", type=float, nargs="+", help="divides the logits (0: greedy)")
     group.add_argument("--top-k", type=int, nargs="+", help="draw among the k likeliest entries (0: all)")
     group.add_argument("--top-p", type=float, nargs="+", help="draw among the likeliest reaching p (1: all)")
@@ -312,7 +349,8 @@ def how_from_args(args, model, info, n, looking=False):
     given = {name: getattr(args, name) for name in fields if getattr(args, name) is not None}
     settings = ar_model.sampling_settings(len(model.config.bits), **{**values, **given})
     truncate = info["source"] == "published"              # their numbers were measured that way
-    return How(min(args.batch_size, n), settings, truncate, args.mixed_precision, args.compile)
+    return How(min(args.batch_size, n), settings, args.cfg_schedule, args.cfg_power, truncate,
+               args.mixed_precision, args.compile)
 
 
 def get_args(argv=None):
@@ -320,7 +358,9 @@ def get_args(argv=None):
     parser = runtime.ArgumentParser(__doc__)
     group = parser.add_argument_group("what to draw")
     group.add_argument("--classes", help="as in 207,otter; not given: all, or eight of more than 16")
-    group.add_argument("--num-images", type=runtime.positive_int, default=8, help="samples of each class")
+    group.add_argument("--num-images", type=runtime.positive_int, help="of each class (8; 4 with --keep)")
+    group.add_argument("--keep", metavar="FILE", help="complete this image: its upper --rows are kept")
+    group.add_argument("--rows", type=runtime.positive_int, help="rows of tokens to keep (half of them)")
     group.add_argument("--save-images", action="store_true", help="also save each sample of the grid alone")
     group.add_argument("--num-fid-samples", type=runtime.positive_int, help="no grid, but an npz of so many")
     group.add_argument("--output", help="PNG, animation or npz; not given: a name in runs/samples")
@@ -330,12 +370,33 @@ def get_args(argv=None):
     return parser.parse_args(argv)
 
 
+def keep_rows(args, model, tokenizer):
+    """The image --keep and the same with grey instead of what will be drawn, both uint8 (1, 3, S, S), and M
+    int64 tensors (n,): the sub-tokens of its upper --rows. A raster model can only complete downwards."""
+    require(len(model.config.grid) == 2, "--keep completes images, but this model draws clips")
+    rows, columns = model.config.grid
+    keep = args.rows or rows // 2
+    require(0 < keep < rows, f"--rows {keep}: of the {rows} rows of tokens, one or more must be left to draw")
+    stride = tokenizer.config.downsampling
+    try:
+        image = data.view_pixels(data.decode(args.keep), data.View(rows * stride))[None]
+    except (OSError, ValueError) as error:
+        raise runtime.UserError(f"--keep {args.keep} cannot be read as an image ({error})") from None
+    device = next(tokenizer.parameters()).device
+    ids = tokenizer.encode(pictures.to_float(image.to(device))).flatten()                # (rows * columns,)
+    grey = image.clone()
+    grey[:, :, keep * stride:] = 128
+    return [image, grey], ar_model.ids_to_subtokens(ids[:keep * columns], model.config.bits)
+
+
 def main(args):
     """Draw what `args` (from `get_args`) ask for, and write it down with all settings."""
     device = runtime.setup_process_group(args.device)
     for_grid = args.num_fid_samples is None
-    require(for_grid or not (args.classes or args.save_images), "--num-fid-samples makes an npz of all "
-            "classes, but --classes and --save-images belong to a grid; leave one or the other out")
+    require(for_grid or not (args.classes or args.save_images or args.keep), "--num-fid-samples makes an npz "
+            "of all classes, but --classes, --save-images and --keep belong to a grid; leave these out")
+    require(args.keep or not args.rows, "--rows is for --keep FILE; add it, or leave --rows out")
+    args.num_images = args.num_images or (4 if args.keep else 8)
     model, tokenizer, info = load(args)
     names = class_names(info["classes"], model.config.num_classes)
     require(names or not args.classes, f"--classes: {info['path']} is an unconditional model; leave it out")
@@ -348,7 +409,10 @@ def main(args):
         suffixes = [".png"] if getattr(tokenizer.config, "frames", None) is None else pictures.VIDEO_FORMATS
     path = pathlib.Path(info["path"]).resolve()
     scales = "_".join(f"{setting.cfg_scale:g}" for setting in how.settings)
-    name = f"{path.parent.name}-{path.stem}-{'grid' if for_grid else N}-cfg{scales}-seed{args.global_seed}"
+    what = N
+    if for_grid:
+        what = f"keep-{pathlib.Path(args.keep).stem}" if args.keep else "grid"
+    name = f"{path.parent.name}-{path.stem}-{what}-cfg{scales}-seed{args.global_seed}"
     output = pathlib.Path(args.output or f"runs/samples/{name}{suffixes[0]}")
     require(output.suffix in suffixes, f"--output {output}: this writes a {' or '.join(suffixes)} file")
     record = {"n": N, **dataclasses.asdict(how), "global_seed": args.global_seed, "device": device.type,
@@ -361,24 +425,39 @@ def main(args):
 
     prepare_for_sampling(model.to(device), runtime.AUTOCAST_DTYPES[args.mixed_precision] or torch.float32)
     tokenizer.to(device)
+    beside, kept = keep_rows(args, model, tokenizer) if args.keep else ([], ())
 
     def draw(chosen):                                     # batches of the samples with these numbers
         seeds = [(args.global_seed, n) for n in chosen]
-        return generate(model, tokenizer, [n % C for n in chosen], seeds, how)
+        return generate(model, tokenizer, [n % C for n in chosen], seeds, how, kept)
 
-    if not for_grid:
-        draw_set(output, draw, record)
-    elif runtime.is_main():                               # so few that it is not worth sharing them out
+    if for_grid:
         chosen = [i * C + label for label in labels for i in range(args.num_images)]
-        captions = [names[n % C] for n in chosen] if names else None
-        batches = tqdm(draw(chosen), "drawing", math.ceil(N / how.batch_size), disable=None, unit="batch")
-        samples = torch.cat(list(batches))                                     # (N, 3, [T,] H, W)
-        pictures.save_samples(output, samples, args.num_images, captions)
-        runtime.write_json(output.with_suffix(".json"), {**record, "numbers": chosen, "captions": captions})
-        save = pictures.save_image if samples.dim() == 4 else pictures.write_video
-        for n, array in zip(chosen, samples.movedim(1, -1).numpy() if args.save_images else ()):
-            save(output.with_suffix("") / f"class-{n % C:04d}-{n // C:03d}{output.suffix}", array)
+        if runtime.is_main():                             # so few that it is not worth sharing them out
+            batches = tqdm(draw(chosen), "drawing", math.ceil(N / how.batch_size), disable=None, unit="batch")
+            samples = torch.cat(list(batches)).split(args.num_images)          # C x (k, 3, [T,] H, W)
+            captions = [names[n % C] for n in chosen] if names else None
+            runtime.write_json(output.with_suffix(".json"),
+                               {**record, "numbers": chosen, "captions": captions})
+            write_grid(output, dict(zip(labels, samples)), names, beside, args.save_images)
+    else:
+        draw_set(output, draw, record)
     runtime.print_main(f"samples  {output}")
+
+
+def write_grid(output, samples, names, beside, alone):
+    """Save a grid with a row for each class of `samples`, {label: (k, 3, [T,] H, W)}, captioned by `names`
+    and after the images `beside` (with --keep); alone: also save each sample by itself."""
+    rows = []
+    captions = []
+    for label, row in samples.items():
+        rows += [*beside, row]
+        captions += ["original", "kept"][:len(beside)] + [names[label] if names else ""] * len(row)
+        for k, array in enumerate(row.movedim(1, -1).numpy() if alone else ()):
+            save = pictures.save_image if array.ndim == 3 else pictures.write_video
+            save(output.with_suffix("") / f"class-{label:04d}-{k:03d}{output.suffix}", array)
+    grid = torch.cat(rows)
+    pictures.save_samples(output, grid, len(grid) // len(samples), captions if any(captions) else None)
 
 
 def draw_set(output, draw, record):
@@ -391,7 +470,7 @@ def draw_set(output, draw, record):
     if not (output.exists() or settings.exists()):
         runtime.write_json(settings, record)
     runtime.barrier()
-    made_with = json.loads(settings.read_text()) if settings.exists() else {}
+    made_with = runtime.read_json(settings) if settings.exists() else {}
     runtime.check_same(made_with, record, f"{output} or {folder} exists; delete it, or choose another "
                                           f"--output: what it was made with")
     if output.exists():

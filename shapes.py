@@ -85,7 +85,7 @@ FULL = SimpleNamespace(hues=999, scale=(0.60, 0.88), turn=0.5, ground_luma=(0.66
 # For a transformer that trains for minutes: what its tokens tell must be mostly the shape.
 PLAIN = SimpleNamespace(hues=6, scale=(0.70, 0.88), turn=0.04, ground_luma=(0.90, 0.93), dark_ground=0,
                         contrast=(0.45, 0.50), ground_saturation=(0.25, 0.25), figure_saturation=(0.9, 1.0),
-                        gradient=0.2, stripes=0, light=0.4, shadow=(0, 0))
+                        gradient=0, stripes=0, light=0.2, shadow=(0, 0))
 MOVING = SimpleNamespace(**{**vars(PLAIN), "scale": (0.32, 0.44), "turn": 0.5, "contrast": (0.40, 0.50)})
 
 

@@ -4,7 +4,7 @@ A convolutional encoder shrinks the image, lookup-free quantisation keeps only t
 output channels, and a convolutional decoder paints the image back from those signs. K signs are a code out
 of 2^K, so a vocabulary of 262,144 costs no codebook at all. In reading order:
 
-    1. quantisation    LFQ (eq. 1, 2), codes as ids and bits, the exact entropy term (eq. 3), VQ
+    1. quantisation    codes as ids and bits, the exact entropy term (eq. 3), LFQ (eq. 1, 2); its rivals
     2. layers          residual block, adaptive GroupNorm, down- and upsampler
     3. model           encoder, decoder, Tokenizer, presets
     4. command line    files through a trained tokenizer; without any, held-out generated samples
@@ -53,7 +53,7 @@ def bit_products(p, q):
     return joint
 
 
-def lfq_entropies(z, tau=0.01, eps=0.0, mean_over_ranks=None):
+def lfq_entropies(z, tau=0.01, eps=0.0, mean_over_ranks=None, widths=None):
     """Both terms of the entropy loss (eq. 3), exact over all 2^K codes, in nats.
 
     z: (N, K) encoder outputs of N tokens. Returns two scalars; the loss is the first minus the second:
@@ -67,6 +67,8 @@ def lfq_entropies(z, tau=0.01, eps=0.0, mean_over_ranks=None):
     mean_over_ranks: averages a tensor over all ranks, without gradient; None for one process.
     eps: added inside the logarithm of the codebook term, as the official code does with 1e-5. That reads
     11.19 instead of 12.48 nats for a uniform 2^18 codebook, so the default is the true entropy.
+    widths: the bits of each part of a code, K in all; None: one part. Parts are taken for independent, so
+    that `codebook` is the sum of their entropies: at least the exact one, and equal to it where they are.
     Half precision would be wrong by up to 100 % in the gradient (4 z / tau reaches hundreds, where bf16 steps
     by whole units), so everything here is fp32, whatever autocast says.
     """
@@ -75,10 +77,14 @@ def lfq_entropies(z, tau=0.01, eps=0.0, mean_over_ranks=None):
         p, q = torch.sigmoid(a), torch.sigmoid(-a)                           # (N, K); 1 - p would cancel
         per_token = (p * F.softplus(-a) + q * F.softplus(a)).sum(1).mean()   # K binary entropies a token
 
-        half = z.shape[1] // 2
-        low = bit_products(p[:, :half], q[:, :half])                         # (N, 2^(K//2))
-        high = bit_products(p[:, half:], q[:, half:])                        # (N, 2^(K - K//2))
-        mean = high.T @ low / len(z)                                     # all 2^K codes; flattened = token id
+        widths = widths or [z.shape[1]]
+        means = []
+        for p, q in zip(p.split(widths, dim=1), q.split(widths, dim=1)):     # a part of k bits
+            half = p.shape[1] // 2
+            low = bit_products(p[:, :half], q[:, :half])                     # (N, 2^(k//2))
+            high = bit_products(p[:, half:], q[:, half:])                    # (N, 2^(k - k//2))
+            means.append((high.T @ low / len(z)).flatten())                  # all its 2^k codes, by id
+        mean = torch.cat(means)                        # of all parts: their entropies are one sum, below
         if mean_over_ranks:
             # The value of the global mean with the gradient of the local one. DDP averages gradients, so R
             # ranks with batch b then have exactly the loss and the gradient of one rank with batch R * b.
@@ -89,64 +95,166 @@ def lfq_entropies(z, tau=0.01, eps=0.0, mean_over_ranks=None):
         return per_token, -(mean * log_mean).sum()
 
 
-class LFQ(nn.Module):
-    """Lookup-free quantisation (eq. 1): each channel of z becomes +1 where z > 0, else -1. No parameters."""
+class Quantizer(nn.Module):
+    """What all quantisers share. A token is a number below `group_vocabulary` for each of its groups (one but
+    for --groups), and its id, below `vocabulary`, is all of them in ONE int64, the first group lowest."""
+
+    def __init__(self, channels, group_vocabulary, groups=1):
+        super().__init__()
+        self.channels = channels                   # of z and q
+        self.groups = groups
+        self.group_vocabulary = group_vocabulary
+        self.vocabulary = group_vocabulary ** groups
+
+    def bound(self, z):
+        """The encoder's z (B, C, *S) to the z, of the same shape, that is quantised and that losses see."""
+        return z
+
+    def count(self, ids):
+        """How often each of the V codes of each of the G groups is in `ids` (any shape): (G, V) int64."""
+        V = self.group_vocabulary
+        group = torch.arange(self.groups, device=ids.device)[:, None]
+        codes = ids.flatten() // V ** group % V + V * group                # (G, N), for one bincount of all
+        return codes.flatten().bincount(minlength=V * self.groups).view(-1, V)
+
+    def losses(self, z, q, tau, eps, mean_over_ranks, entropy="exact"):
+        """Two dicts of scalars: terms to minimise, and what to report."""
+        return {}, {}
+
+
+# --entropy: how many bits at most its codebook term takes together. No group has more than 24.
+JOINT_BITS = {"exact": 24, "groups": 9, "bits": 1}
+
+
+class LFQ(Quantizer):
+    """Lookup-free quantisation (eq. 1): each channel of z becomes +1 where z > 0, else -1. No parameters.
+
+    With groups (WeTok, Zhuang et al., 2025) each K / G bits are a codebook of their own in the entropy term.
+    It costs no more than a code of K / G bits, so K can be larger.
+    """
+    amplitude = 1.0                                # of the codes
 
     def __init__(self, config):
-        super().__init__()
-        self.channels = config.bits                # of z and q: one a bit
-        self.vocabulary = 2 ** config.bits
+        super().__init__(config.bits, 2 ** (config.bits // config.groups), config.groups)
 
     def forward(self, z):
-        """z (B, K, *S) to q (B, K, *S) in {-1, +1} without gradient, and ids (B, *S) int64."""
+        """z (B, K, *S) to q (B, K, *S) in {-1, +1} * amplitude without gradient, and ids (B, *S) int64."""
         positive = z > 0
-        return torch.where(positive, 1.0, -1.0), bits_to_ids(positive.movedim(1, -1))
+        q = torch.where(positive, self.amplitude, -self.amplitude)
+        return q, bits_to_ids(positive.movedim(1, -1))
 
     def codes(self, ids):
-        """ids (B, *S) to q (B, K, *S) in {-1.0, +1.0}."""
-        return (ids_to_bits(ids, self.channels).movedim(-1, 1) * 2.0 - 1.0).contiguous()
+        """ids (B, *S) to q (B, K, *S) in {-1.0, +1.0} * amplitude."""
+        return ((ids_to_bits(ids, self.channels).movedim(-1, 1) * 2.0 - 1.0) * self.amplitude).contiguous()
 
-    def losses(self, z, q, tau, eps, mean_over_ranks):
-        """Two dicts of scalars: terms to minimise, and what to report, both entropies in bits (at most K)."""
-        per_token, codebook = lfq_entropies(z.movedim(1, -1).flatten(0, -2), tau, eps, mean_over_ranks)
+    def losses(self, z, q, tau, eps, mean_over_ranks, entropy="exact"):
+        """As of `Quantizer`; both entropies are of whole tokens, reported in bits (at most K)."""
+        bits = self.channels // self.groups
+        joint = min(bits, JOINT_BITS[entropy])
+        widths = [min(joint, bits - first) for first in range(0, bits, joint)] * self.groups
+        per_token, codebook = lfq_entropies(z.movedim(1, -1).flatten(0, -2), tau / self.amplitude, eps,
+                                            mean_over_ranks, widths)
         terms = {"commitment": (z - q.detach()).square().mean(), "entropy": per_token - codebook}
         return terms, {"token_bits": per_token.detach() / math.log(2),
                        "codebook_bits": codebook.detach() / math.log(2)}
 
 
-class VQ(nn.Module):
+class BSQ(LFQ):
+    """Binary spherical quantisation (Zhao et al., 2024): LFQ on the unit sphere, z and codes of length 1.
+
+    f(z) = softmax over codes c in {-1, 1}^K / sqrt(K) of -|z - c|^2 / tau. In |z|^2 + |c|^2 - 2 <z, c>, the
+    first two are the same for all codes, which leaves 2 <z, c> / tau, a sum over bits as in LFQ. Bit k makes
+    a difference of 4 z_k / (sqrt(K) tau) in it, its log-odds: those of `lfq_entropies` at the temperature
+    sqrt(K) tau, which is thus as exact here. With groups, a token still has length 1 as a whole.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.amplitude = config.bits ** -0.5
+
+    def bound(self, z):
+        """z (B, K, *S) to length 1. Gradients come back through the division: none is along z."""
+        return F.normalize(z, dim=1)
+
+
+class FSQ(Quantizer):
+    """Finite scalar quantisation (Mentzer et al., 2023): tanh, then each channel goes to the nearest level.
+
+    Levels are evenly spaced from -1 to 1 (the paper shifts an even number of them, so that one is 0). Few
+    channels of few levels get used by themselves, so there is no loss.
+    """
+
+    def __init__(self, config):
+        super().__init__(len(config.levels), math.prod(config.levels))
+        levels = torch.tensor(config.levels)
+        self.register_buffer("levels", levels)                             # (C,) L_k
+        self.register_buffer("places", levels.cumprod(0) // levels)        # (C,) value of a digit in the id
+
+    def bound(self, z):
+        """z (B, C, *S) to -1 .. 1."""
+        return z.tanh()
+
+    def forward(self, z):
+        """z (B, C, *S) in -1 .. 1 to the nearest levels q (B, C, *S) without gradient, and ids (B, *S)."""
+        z = z.detach().movedim(1, -1).nan_to_num()                         # NaN as an integer is no id
+        digits = ((z + 1) / 2 * (self.levels - 1)).round().long()          # (B, *S, C) in 0 .. L_k - 1
+        ids = (digits * self.places).sum(-1)
+        return self.codes(ids), ids
+
+    def codes(self, ids):
+        """ids (B, *S) to levels (B, C, *S) in -1 .. 1."""
+        digits = ids.unsqueeze(-1) // self.places % self.levels
+        return (digits / (self.levels - 1) * 2 - 1).movedim(-1, 1).contiguous()
+
+
+class VQ(Quantizer):
     """The classical alternative (table 3, "LFQ" off): each vector takes the nearest entry of a codebook.
 
     Entries that no vector chooses get no gradient and stay dead: why large codebooks need LFQ.
     """
 
     def __init__(self, config):
-        super().__init__()
-        self.channels = config.codebook_channels
-        self.vocabulary = config.codebook_size
+        super().__init__(config.codebook_channels, config.codebook_size)
         self.codebook = nn.Embedding(self.vocabulary, self.channels)
         nn.init.uniform_(self.codebook.weight, -1 / self.vocabulary, 1 / self.vocabulary)    # VQ-VAE's start
 
+    def entries(self):
+        """The codebook (V, C)."""
+        return self.codebook.weight
+
     def forward(self, z):
         """z (B, C, *S) to the nearest entries q (B, C, *S), with gradient to the codebook; ids (B, *S)."""
-        with torch.no_grad():
-            table = self.codebook.weight.float()
+        with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
+            table = self.entries().float()
             # |z - e|^2 = |z|^2 - 2 <z, e> + |e|^2, and |z|^2 is the same for every entry.
             ids = (table.square().sum(1) - 2 * z.movedim(1, -1).float() @ table.T).argmin(-1)
         return self.codes(ids), ids
 
     def codes(self, ids):
         """ids (B, *S) to codebook entries (B, C, *S)."""
-        return self.codebook(ids).movedim(-1, 1).contiguous()
+        return F.embedding(ids, self.entries()).movedim(-1, 1).contiguous()
 
-    def losses(self, z, q, tau, eps, mean_over_ranks):
-        """As of `LFQ`. The entries move to the vectors that chose them; nothing else trains the codebook."""
+    def losses(self, z, q, tau, eps, mean_over_ranks, entropy="exact"):
+        """As of `Quantizer`. Entries move to vectors that chose them; nothing else trains the codebook."""
         terms = {"commitment": (z - q.detach()).square().mean(), "codebook": (q - z.detach()).square().mean()}
         return terms, {}
 
 
-# A new quantiser is a class like these two and an entry here. Its terms are weighed by --NAME-weight, or 1.
-QUANTIZERS = {"lfq": LFQ, "vq": VQ}
+class SimVQ(VQ):
+    """VQ of frozen noise times ONE learned matrix (Zhu et al., 2024): a chosen entry moves all others too."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        nn.init.normal_(self.codebook.weight, std=self.channels ** -0.5).requires_grad_(False)
+        self.linear = nn.Linear(self.channels, self.channels, bias=False)
+
+    def entries(self):
+        """The codebook (V, C), with gradient to the matrix."""
+        return self.linear(self.codebook.weight)
+
+
+# A new quantiser is a class like these and an entry here. Its terms are weighed by --NAME-weight, or 1.
+QUANTIZERS = {"lfq": LFQ, "bsq": BSQ, "fsq": FSQ, "vq": VQ, "simvq": SimVQ}
 
 # ---- 2. Layers. `conv` is nn.Conv2d here; video.py builds the same layers from causal 3D convolutions. -----
 
@@ -265,9 +373,11 @@ class TokenizerConfig:
     blocks: int = flag(4, "residual blocks a level (deeper model)")
     mid_blocks: int = 4                            # residual blocks at the latent grid's resolution
     patch: int = flag(1, "fold patch x patch pixels into channels first: cheap on a CPU")
-    quantizer: str = flag("lfq", "lookup-free, or a learned codebook", choices=QUANTIZERS)
-    bits: int = flag(18, "bits K of an LFQ code, so 2^K codes")
-    codebook_size: int = flag(1024, "entries of the VQ codebook")
+    quantizer: str = flag("lfq", "of signs, levels (fsq) or codebooks (vq, simvq)", choices=QUANTIZERS)
+    bits: int = flag(18, "bits K of a code of lfq or bsq, so 2^K codes")
+    groups: int = flag(1, "of K / G bits, each with an entropy term of its own: then K is up to 32")
+    levels: tuple = flag((8, 5, 5, 5), "levels of each channel of fsq; their product is the vocabulary")
+    codebook_size: int = flag(1024, "entries of the codebook of vq or simvq")
     codebook_channels: int = 64                    # length of such an entry
     adaptive_norm: bool = flag(True, "adaptive GroupNorm in the decoder")
     upsampler: str = flag("depth-to-space", "a conv and depth-to-space, or nearest neighbours and a conv",
@@ -282,9 +392,14 @@ class TokenizerConfig:
               f"channels {self.channels}: GroupNorm has 32 groups; use a multiple of 32")
         check(self.channel_multipliers and min(self.channel_multipliers) >= 1,
               f"channel-multipliers {self.channel_multipliers}: give positive integers, such as 1 2 2 4")
-        check(1 <= self.bits <= 24, f"bits {self.bits}: a code has 1 to 24 bits")
-        check(self.blocks >= 1 and self.mid_blocks >= 0 and self.patch >= 1,
-              "blocks and patch must be 1 or more and mid-blocks 0 or more")
+        check(self.groups >= 1 and self.bits % self.groups == 0,
+              f"groups {self.groups} do not divide bits {self.bits}: use a divisor")
+        check(1 <= self.bits <= min(24 * self.groups, 32), f"bits {self.bits}, groups {self.groups}: a code "
+                                                           f"has 1 to 32 bits, and a group 24 at most")
+        check(min(self.levels, default=0) >= 2 and math.prod(self.levels) <= 2 ** 24,
+              f"levels {self.levels}: give 2 or more for each channel, with a product of 2^24 at most")
+        check(1 <= self.blocks <= 1000 and 0 <= self.mid_blocks <= 1000 and self.patch >= 1,
+              "blocks and mid-blocks must lie between 1 (or 0) and 1000, and patch be 1 or more")
         check(self.codebook_size >= 2 and self.codebook_channels >= 1, "a codebook has 2 entries or more")
         check(self.quantizer in QUANTIZERS and self.upsampler in UPSAMPLERS and self.downsampler in (
             "strided", "average"), f"{self.quantizer}, {self.upsampler} or {self.downsampler} is unknown")
@@ -435,62 +550,104 @@ class Tokenizer(nn.Module):
         """Everything that training needs of a batch.
 
         images (B, 3, H, W) in [-1, 1]. Returns reconstruction (B, 3, H, W) and z (B, K, h, w), before
-        quantisation, both in fp32; q of z's shape, after it; ids (B, h, w). The decoder sees q, while its
-        gradient reaches z as if quantisation had been the identity (straight-through).
+        quantisation but bounded for it, both in fp32; q of z's shape, after it; ids (B, h, w). The decoder
+        sees q, while its gradient reaches z as if quantisation had been the identity (straight-through).
         """
         self.check_images(images)
-        z = self.encoder(images).float()                                  # (B, K, h, w)
+        z = self.quantizer.bound(self.encoder(images).float())            # (B, K, h, w)
         q, ids = self.quantizer(z)                                        # (B, K, h, w), (B, h, w)
         reconstruction = self.decoder(q.detach() + (z - z.detach()))      # exactly q, with the gradient of z
         return reconstruction.float(), z, q, ids
 
     @torch.no_grad()
     def encode(self, images):
-        """Images (B, 3, H, W) in [-1, 1] to token ids (B, h, w), int64 in 0 .. vocabulary - 1."""
+        """Float images (B, 3, H, W) in [-1, 1] to token ids (B, h, w), int64 in 0 .. vocabulary - 1."""
         self.check_images(images)
-        return self.quantizer(self.encoder(images).float())[1]
+        if not images.is_floating_point() or (images.abs() > 2).any():
+            raise ValueError(f"the tokenizer takes floats in [-1, 1], not {images.dtype} in "
+                             f"{images.min().item():g} .. {images.max().item():g}; see pictures.to_float")
+        z = self.encoder(images).float()
+        if not z.isfinite().all():                 # NaN has a sign, so the ids would look like any others
+            raise ValueError("the encoder's output is not finite, nor perhaps its weights; use bf16 or fp32")
+        return self.quantizer(self.quantizer.bound(z))[1]
 
     @torch.no_grad()
     def decode(self, ids):
-        """Token ids (B, h, w) to images (B, 3, H, W), in about [-1, 1], not clamped."""
-        if ids.dim() != 1 + len(self.config.folds) or math.prod(ids.shape[1:]) < 2:
-            raise ValueError(f"token ids must be (B, {self.grid_axes}) with two tokens or more, not "
-                             f"{list(ids.shape)}")
+        """Token ids (B, h, w) of any integer dtype to images (B, 3, H, W), in about [-1, 1], not clamped."""
+        if ids.is_floating_point() or ids.dim() != 1 + len(self.config.folds) or math.prod(ids.shape[1:]) < 2:
+            raise ValueError(f"token ids must be integers (B, {self.grid_axes}) with two tokens or more, not "
+                             f"{ids.dtype} {list(ids.shape)}")
+        ids = ids.long()                           # of uint32, torch knows no minimum
         if int(ids.min()) < 0 or int(ids.max()) >= self.quantizer.vocabulary:
             raise ValueError(f"token ids must lie in 0 .. {self.quantizer.vocabulary - 1}, but reach from "
                              f"{int(ids.min())} to {int(ids.max())}; they belong to another tokenizer")
-        return self.decoder(self.quantizer.codes(ids))
+        return self.decoder(self.quantizer.codes(ids).to(next(self.decoder.parameters()).dtype))
 
 
 # ---- 4. The command line. What it imports of ours stands inside its functions: the model needs only torch. -
 
-def to_tokens(model, x):
-    """uint8 (3, H, W) or (3, T, H, W) of any size to a list of ids, one tensor for each window in time.
+def parts_of(shape, frames, tile):
+    """Cut (3, [T,] H, W) into parts that go through the model one by one, of `frames` and `tile` at most.
 
-    Sides are filled up to whole tokens, two at least, with their last pixels. A window has as many frames as
-    the training clips; the last one is filled up with its last frame. An image is a clip of one frame.
+    Yields (index, weight): slices of (3, T, H, W), and how much the part counts, (h', w'). Tiles overlap by a
+    quarter, along which one fades into the next. frames, tile None: not cut.
+    """
+    *time, H, W = shape[1:]
+    T = time[0] if time else 1
+    overlap = (tile or 0) // 4
+
+    def spans(length):                                     # [(start, end, weights)], which add up to 1
+        step = (tile or length) - overlap
+        for start in range(0, max(1, length - overlap), step):
+            end = min(start + step + overlap, length)
+            fade = (torch.arange(overlap) + 0.5) / max(1, overlap)
+            weight = torch.ones(end - start)
+            if start > 0:
+                weight[:overlap] = fade
+            if end < length:
+                weight[end - start - overlap:] *= fade.flip(0)
+            yield slice(start, end), weight
+
+    for first in range(0, T, frames or T):
+        for rows, down in spans(H):
+            for columns, across in spans(W):
+                frames_here = slice(first, min(T, first + (frames or T)))
+                yield (slice(None), frames_here, rows, columns), down[:, None] * across
+
+
+def to_tokens(model, x, tile=None):
+    """uint8 (3, H, W) or (3, T, H, W) of any size to a list of ids, a tensor for each of `parts_of` it.
+
+    Parts are filled up to whole tokens, two at least, with their last pixels, and in time with their last
+    frame. An image is a clip of one frame.
     """
     import pictures
     frames = getattr(model.config, "frames", None)
     stride = model.config.downsampling
-    spare = [0, -x.shape[-1] % stride, 0, -x.shape[-2] % stride]
-    if max(x.shape[-2:]) <= stride:
-        spare[1] += stride
-    windows = x.reshape(3, -1, *x.shape[-2:]).split(frames, dim=1) if frames else [x]
+    device = next(model.parameters()).device
     ids = []
-    for window in windows:
-        in_time = [0, -(window.shape[1] - 1) % model.config.time_stride] if frames else []
-        window = pictures.to_float(window.to(next(model.parameters()).device))[None]
-        ids.append(model.encode(F.pad(window, spare + in_time, mode="replicate")))
+    for index, _ in parts_of(x.shape, frames, tile):
+        part = x.reshape(3, -1, *x.shape[-2:])[index]                     # (3, t, h, w)
+        spare = [0, -part.shape[-1] % stride, 0, -part.shape[-2] % stride]
+        if max(part.shape[-2:]) <= stride:
+            spare[1] += stride
+        if frames:
+            spare += [0, -(part.shape[1] - 1) % model.config.time_stride]
+        else:
+            part = part[:, 0]
+        ids.append(model.encode(F.pad(pictures.to_float(part.to(device))[None], spare, mode="replicate")))
     return ids
 
 
-def from_tokens(model, ids, shape):
-    """The inverse: uint8 of this `shape`, (3, H, W) or (3, T, H, W), cut to it."""
+def from_tokens(model, ids, shape, tile=None):
+    """The inverse: uint8 of this `shape`, (3, H, W) or (3, T, H, W)."""
     import pictures
-    windows = [pictures.to_uint8(model.decode(window))[0].cpu() for window in ids]
-    x = torch.cat(windows, dim=1)[:, :math.prod(shape[1:-2])] if windows[0].dim() == 4 else windows[0]
-    return x[..., :shape[-2], :shape[-1]].reshape(*shape)
+    canvas = torch.zeros(3, math.prod(shape[1:-2]), *shape[-2:])
+    for (index, weight), part in zip(parts_of(shape, getattr(model.config, "frames", None), tile), ids):
+        t, h, w = canvas[index].shape[1:]
+        y = model.decode(part)[0].float().clamp(-1, 1).cpu()
+        canvas[index] += weight * y.view(3, -1, *y.shape[-2:])[:, :t, :h, :w]
+    return pictures.to_uint8(canvas).view(*shape)
 
 
 def read_samples(files, config):
@@ -513,18 +670,19 @@ def read_samples(files, config):
         runtime.require(found, f"{path}: this tokenizer takes {' '.join(suffixes)}, or a folder of them")
         paths += found
     for i, path in enumerate(paths):                       # numbered: two folders may hold the same name
+        fps = 0
         try:
             if path.suffix.lower() in data.VIDEO_SUFFIXES:
                 x = torch.stack([pil_to_tensor(frame()) for frame in data.video_frames(path)], dim=1)
-                sample = f"{i}-{path.stem}", x, data.frame_rate(path)
+                fps = data.frame_rate(path)
             else:
-                sample = f"{i}-{path.stem}", pil_to_tensor(data.decode(path)), 0
+                x = pil_to_tensor(data.decode(path, upright=True))
         except runtime.UserError:                          # PyAV is missing
             raise
         except Exception as error:                         # decoders raise almost anything on damaged bytes
             print(f"broken file left out: {path} ({error})")
             continue
-        yield sample
+        yield f"{i}-{path.stem}", x, fps
 
 
 def write_sample(folder, name, x, fps):
@@ -537,16 +695,32 @@ def write_sample(folder, name, x, fps):
     return f"{folder}/{name}.webp"
 
 
+def compare(model, x, y, tile):
+    """(uint8 original, reconstruction and four times their difference side by side, what to say of them)."""
+    import metrics
+    psnr = metrics.psnr(metrics.as_frames(x[None]), metrics.as_frames(y[None])).mean()
+    error = (4 * (x.int() - y.int()).abs()).clamp(max=255).to(torch.uint8)
+    line = torch.full_like(x[..., :4], 255)
+    text = f", PSNR {psnr:.2f} dB"
+    if tile and x[0].numel() <= 2 ** 22:                   # the whole fits into memory, too
+        whole = from_tokens(model, to_tokens(model, x), x.shape)
+        text += f", at most {int((whole.int() - y.int()).abs().max())} levels from the image in one piece"
+    return torch.cat([x, line, y, line, error], dim=-1), text
+
+
 def get_args(argv=None):
     """Parse the command line; no command at all means "reconstruct"."""
     import runtime
     parser = runtime.ArgumentParser(__doc__)
     parser.add_argument("command", nargs="?", default="reconstruct",
                         choices=("reconstruct", "encode", "decode"),
-                        help="see files beside their reconstructions; files to token ids; ids to files")
+                        help="files beside their reconstructions and errors; files to ids; ids to files")
     parser.add_argument("files", nargs="*", help="images, clips or folders; for decode the npz of encode")
     parser.add_argument("--ckpt", help="a file or a published name; not given: the newest of runs/tokenizer")
     parser.add_argument("--output", help="folder, or for encode the npz (runs/reconstructions, runs/ids.npz)")
+    parser.add_argument("--tile", type=runtime.bounded(int, 64), help="cut images into tiles of so many "
+                        "pixels that overlap, for less memory; GroupNorm then sees the mean of a tile, not "
+                        "of the image, so that tiles can differ in tone")
     parser.add_argument("--raw-weights", action="store_true", help="the raw weights, not their EMA")
     parser.add_argument("--trust-checkpoint", action="store_true", help="unpickle foreign classes in --ckpt")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
@@ -558,7 +732,6 @@ def main(args):
     import json
     import numpy as np
     import checkpoints
-    import metrics
     import runtime
     device = runtime.setup_process_group(args.device)
     ckpt = args.ckpt or runtime.latest_checkpoint("runs/tokenizer", "tokenizer")
@@ -567,34 +740,30 @@ def main(args):
     print(f"{ckpt}: {info['preset']}, {info['weights']} weights of step {info['step']}")
     identity = checkpoints.weights_hash(model)
     folder = args.output or "runs/reconstructions"
+    runtime.require(args.files or args.command != "decode", "decode needs files: the npz that encode wrote")
+    for path in args.files if args.command == "decode" else ():
+        with checkpoints.guard(path), np.load(path) as file:
+            about = json.loads(str(file["about"]))
+            runtime.require(about["tokenizer"] == identity, f"{path} was encoded by another tokenizer, "
+                                                            f"{about['ckpt']}; name it with --ckpt")
+            for k, (name, shape, fps, count, tile) in enumerate(about["samples"]):
+                ids = [torch.from_numpy(file[f"{k}-{i}"].astype(np.int64)).to(device) for i in range(count)]
+                print(write_sample(folder, name, from_tokens(model, ids, shape, tile), fps))
     if args.command == "decode":
-        runtime.require(args.files, "decode needs files: the npz that encode wrote")
-        for path in args.files:
-            with checkpoints.guard(path), np.load(path) as file:
-                about = json.loads(str(file["about"]))
-                runtime.require(about["tokenizer"] == identity, f"{path} was encoded by another tokenizer, "
-                                                                f"{about['ckpt']}; name it with --ckpt")
-                for k, (name, shape, fps, windows) in enumerate(about["samples"]):
-                    ids = [torch.from_numpy(file[f"{k}-{w}"].astype(np.int64)) for w in range(windows)]
-                    x = from_tokens(model, [window.to(device) for window in ids], shape)
-                    print(write_sample(folder, name, x, fps))
         return
     arrays = {}
     samples = []
     for k, (name, x, fps) in enumerate(read_samples(args.files, model.config)):
-        ids = to_tokens(model, x)
-        samples.append([name, list(x.shape), fps, len(ids)])
-        tokens = sum(window.numel() for window in ids)
+        ids = to_tokens(model, x, args.tile)
+        samples.append([name, list(x.shape), fps, len(ids), args.tile])
+        tokens = sum(part.numel() for part in ids)
         bits = tokens * math.log2(model.quantizer.vocabulary) / x[0].numel()
         line = f"{name}: {' x '.join(map(str, x.shape[1:]))}, {tokens:,} tokens, {bits:.4f} bits a pixel"
         if args.command == "encode":
-            for w, window in enumerate(ids):
-                arrays[f"{k}-{w}"] = window.cpu().numpy().astype(np.uint32)
+            arrays.update({f"{k}-{i}": part.cpu().numpy().astype(np.uint32) for i, part in enumerate(ids)})
         else:
-            y = from_tokens(model, ids, x.shape)
-            psnr = metrics.psnr(metrics.as_frames(x[None]), metrics.as_frames(y[None])).mean()
-            beside = torch.cat([x, torch.full_like(x[..., :4], 255), y], dim=-1)
-            line += f", PSNR {psnr:.2f} dB: {write_sample(folder, name, beside, fps)}"
+            beside, text = compare(model, x, from_tokens(model, ids, x.shape, args.tile), args.tile)
+            line += f"{text}: {write_sample(folder, name, beside, fps)}"
         print(line)
     runtime.require(samples, "none of the files could be read")
     if args.command == "encode":

@@ -36,7 +36,7 @@ import sample
 
 # ---- 1. Tokens: the data set, encoded once -----------------------------------------------------------------
 
-MISSING = 2 ** 32 - 1                 # stands where codes are not there yet, or where an image is unreadable
+MISSING = -1                          # stands where codes are not there yet, or where an image is unreadable
 CROPS_AT_ONCE = {"image": 64, "clip": 16}                  # what the tokenizer encodes in one batch
 
 
@@ -44,13 +44,14 @@ class Tokens(data.Samples):
     """Stored codes in the form of a data set (see data.py): an item is (codes (N,) int64, label, index).
 
     So the loaders of images serve tokens too: the same order, shares of ranks, position after resuming. Row i
-    of `codes`, uint32 (rows, n, N), belongs to item indices[i] of `dataset`. Of ten crops, any one is given.
+    of `codes`, int64 (rows, n, N), belongs to item indices[i] of `dataset`. Of ten crops, any one is given.
     """
 
-    def __init__(self, codes, dataset, indices, missing):
+    def __init__(self, codes, dataset, indices, missing, vocabulary):
         view = dataclasses.replace(dataset.view, crop="random" if codes.shape[1] > 1 else "center")
         super().__init__(dataset.name, dataset.classes, len(indices), view)
         self.codes = codes
+        self.vocabulary = vocabulary
         self.dataset = dataset
         self.indices = indices
         self.broken[torch.tensor(missing, dtype=torch.long)] = True
@@ -65,6 +66,8 @@ class Tokens(data.Samples):
         """Codes (N,), int64."""
         crops = self.codes[index]                                                         # (n, N)
         chosen = rng.integers(len(crops)) if len(crops) > 1 else 0
+        if crops.min() < 0 or crops.max() >= self.vocabulary:
+            raise ValueError(f"codes beyond the {self.vocabulary} of the tokenizer: the file is damaged")
         return torch.from_numpy(crops[chosen].astype(np.int64))
 
 
@@ -82,7 +85,7 @@ def encode(tokenizer, x, precision):
 def stored_tokens(path, dataset, made_with, tokenizer, args, limit=None):
     """`Tokens` of `dataset`, at most `limit` of them, encoded first unless that is done. A collective.
 
-    path: of one memory map of all codes, uint32 (rows, n, N). The JSON file beside it says what they are and,
+    path: of one memory map of all codes, int64 (rows, n, N). The JSON file beside it says what they are and,
     when all is done, which rows are missing. Raises `UserError` that names both sides if it holds others.
     """
     indices = data.evenly_spaced(limit, len(dataset))
@@ -96,7 +99,7 @@ def stored_tokens(path, dataset, made_with, tokenizer, args, limit=None):
         # Made whole, full of MISSING, and its header last: a kill leaves what can be continued, or no header.
         with runtime.atomic(path) as temporary, open(temporary, "wb") as file:
             for _ in indices:
-                file.write(b"\xff" * (4 * shape[1] * shape[2]))
+                file.write(b"\xff" * (8 * shape[1] * shape[2]))
         runtime.write_json(header, {**wanted, "missing": None})
     runtime.barrier()
     with checkpoints.guard(f"{header}, or {path}, which it describes,"):
@@ -104,13 +107,13 @@ def stored_tokens(path, dataset, made_with, tokenizer, args, limit=None):
         runtime.check_same(stored, wanted, f"{path} holds tokens by {stored['origin']}, not by "
                            f"{wanted['origin']}; delete it and {header} to have them made anew, or choose "
                            f"another --tokens: what they are", wanted.keys() - {"origin"})
-        codes = np.memmap(path, "<u4", "r+" if stored["missing"] is None else "r", shape=shape)
+        codes = np.memmap(path, "<i8", "r+" if stored["missing"] is None else "r", shape=shape)
     if stored["missing"] is None:
         runtime.print_main(f"encoding {len(indices):,} {dataset.kind}s of {dataset.name} to {path}")
         fill(codes, dataset, indices, tokenizer, args)
         stored["missing"] = np.flatnonzero(codes[:, 0, 0] == MISSING).tolist()
         runtime.write_json(header, stored)
-    return Tokens(codes, dataset, indices, stored["missing"])
+    return Tokens(codes, dataset, indices, stored["missing"], tokenizer.quantizer.vocabulary)
 
 
 def fill(codes, dataset, indices, tokenizer, args):
@@ -162,6 +165,7 @@ def get_args(argv=None):
     group.add_argument("--image-size", type=count, help="side of the crops (the tokenizer's resolution)")
     group.add_argument("--resize", type=count, help="shorter side before the crop (--image-size)")
     group.add_argument("--frames", type=count, help="of a clip (the tokenizer's)")
+    group.add_argument("--init-from", help="start from this AR model, a file or a published name as AR-B")
     group.add_argument("--unconditional", action="store_true", help="ignore the classes of the data set")
     group.add_argument("--tokens", help="file for stored tokens (tokens.bin in --results-dir)")
     crops = group.add_mutually_exclusive_group()
@@ -229,16 +233,45 @@ def prepare(args):
     if held_out.name == dataset.name and not args.split_list and not dataset.name.startswith("generated"):
         runtime.print_main(f"no validation: {dataset.name} has no val/ or test/; see --val-data-path")
         held_out = None
-    runtime.require(held_out is None or held_out.classes == dataset.classes,
-                    f"--val-data-path {args.val_data_path} has other classes than {dataset.name}")
+    if not args.unconditional:
+        runtime.require(dataset.classes, f"--data-path {dataset.name} has no classes; make a subfolder for "
+                        f"each, or add --unconditional")
+        runtime.require(held_out is None or held_out.classes == dataset.classes, "the held-out images have "
+                        f"other class folders than {dataset.name}, or none; sort them alike, name others "
+                        f"with --val-data-path, or add --unconditional")
     vocabulary = tokenizer.quantizer.vocabulary
     runtime.require(2 ** sum(args.split) == vocabulary, f"--split {' + '.join(map(str, args.split))} are "
                     f"{sum(args.split)} bits, but {vocabulary} codes of --tokenizer {args.tokenizer} have "
-                    f"{math.log2(vocabulary):.4g}; split these (if no integer: use another --codebook-size)")
+                    f"{math.log2(vocabulary):.4g}; split these (if no integer: use other --levels or "
+                    f"--codebook-size)")
     grid = tokenizer.config.latent_grid(*dataset.axes)
     config = runtime.config_from_args(ar_model.PRESETS[args.preset], args, bits=args.split, grid=grid,
                                       num_classes=0 if args.unconditional else len(dataset.classes))
     return tokenizer, made_with, dataset, held_out, config
+
+
+def start_from(path, model, classes, made_with):
+    """Give `model` the weights of any AR model, ours or published, as far as they fit.
+
+    Classes of equal names keep their row of the table. Other sub-tokens start with new embeddings and heads;
+    another grid has another rotary table, which is no weight.
+    """
+    source, _, info = checkpoints.load_ar(path)
+    state = source.state_dict()
+    known = info["classes"] or []
+    if known != classes and (known or source.config.num_classes != len(classes)):
+        table = model.class_embedding.weight.detach().clone()
+        old = state["class_embedding.weight"]
+        for label, name in enumerate(classes):
+            if name in known:
+                table[label] = old[known.index(name)]
+        table[-1] = old[-1]                                              # of "no class"
+        state["class_embedding.weight"] = table
+        runtime.print_main(f"start    {len(set(classes) & set(known))} of {len(classes)} classes are known")
+    if (info["tokenizer"] or {}).get("sha256") != made_with["sha256"]:
+        runtime.print_main("start    these are tokens of another tokenizer: their meaning is learned anew")
+    what = f"the {info['weights']} weights of {path} ({info['preset']})"
+    checkpoints.load_partly(model, state, ("token_embeddings.", "heads."), what)
 
 
 # ---- 3. The training loop ----------------------------------------------------------------------------------
@@ -260,6 +293,8 @@ def main(args):
     torch.manual_seed(args.global_seed)                                  # equal initial weights on every rank
     with device:
         model = ar_model.ARModel(config)
+    if args.init_from and not runtime.list_checkpoints(args.results_dir):
+        start_from(args.init_from, model, classes, made_with)
     model.checkpointing = args.activation_checkpointing
     # One group of parameters: the published schedule lets all of them decay, even the scales of the norms.
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), fused=device.type == "cuda",
@@ -269,18 +304,14 @@ def main(args):
     shown = model                                                        # what is validated and drawn with
     if args.ema_decay:
         shown = state["ema"] = copy.deepcopy(model).requires_grad_(False)
-    step = 0
-    skipped = 0                                                          # steps that were not finite
     seed = np.random.default_rng((args.global_seed, runtime.rank())).integers(2 ** 63)
     torch.manual_seed(int(seed))                                         # for dropout, a rank's own
     record = {"length": len(dataset),
               "fingerprint": runtime.on_main(data.fingerprint, dataset, range(len(dataset)))}
     saved = checkpoints.resume(args, state, MUST_STAY, config=dataclasses.asdict(config), dataset=record,
                                tokenizer={"sha256": made_with["sha256"]})
-    if saved:                                                            # `state` is restored already
-        with checkpoints.guard(f"--resume {args.resume}"):
-            step = saved["step"]
-            skipped = saved["skipped"]
+    step = saved.get("step", 0)
+    skipped = saved.get("skipped", 0)                                    # steps that were not finite
     lock = runtime.lock(args.results_dir)                                # held until `main` ends
     # With the tokenizer inside, a checkpoint alone is enough to draw images, as the published files are.
     first_stage = {"format": checkpoints.format_of(tokenizer), "config": dataclasses.asdict(tokenizer.config),
@@ -304,7 +335,6 @@ def main(args):
     meters = runtime.Meters()                                            # means since the last log line
     in_a_row = 0                                                         # steps skipped just now
     stop = runtime.StopRequest()
-
     while step < length and not stop.agreed:
         lr = args.lr * runtime.learning_rate_factor(step, length, warmup, "plateau", args.final_lr)
         optimizer.param_groups[0]["lr"] = lr

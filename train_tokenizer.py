@@ -4,7 +4,8 @@
     python train_tokenizer.py --data-path photos --image-size 64 --bits 14
     torchrun --nproc-per-node=8 train_tokenizer.py --preset in1k-256 --data-path imagenet --num-workers 8 \\
         --mixed-precision bf16 --channels-last --compile --resume        # the published recipe
-    python train_tokenizer.py --preset toy-video --inflate-from runs/tokenizer/step-00001200.pt     # clips
+    python train_tokenizer.py --init-from in1k-256 --preset in1k-256 --data-path photos    # fine-tuning
+    python train_tokenizer.py --preset toy-video --init-from runs/video_start/step-00001200.pt     # clips
 
 The objective (section 3.2 of the paper, figures from the published settings) is a sum of
 
@@ -205,8 +206,9 @@ def get_args(argv=None):
     group.add_argument("--resize", type=count, help="shorter side before the crop, for small crops of large "
                                                     "images (--image-size)")
     group.add_argument("--flip", action="store_true", help="mirror half of the samples (published: no)")
-    group.add_argument("--inflate-from", help="start a tokenizer of clips from this one of images, ours or "
-                                              "published, of the same channels, levels and blocks")
+    group.add_argument("--init-from", help="start from this tokenizer, ours or published, and its "
+                                           "discriminator; one of images is inflated for clips")
+    group.add_argument("--freeze", choices=("encoder",), help="train the decoder alone: the codes stay")
     group.add_argument("--results-dir", help="for checkpoints, logs and images")
 
     runtime.add_config_flags(parser.add_argument_group("model"), TOKENIZER_PRESETS[preset])
@@ -222,7 +224,12 @@ def get_args(argv=None):
     group.add_argument("--discriminator", choices=DISCRIMINATORS, help="PatchGAN, or the anti-aliased one")
     group.add_argument("--lecam-weight", type=weight, help="LeCAM regularisation of the discriminator")
     group.add_argument("--entropy-weight", type=weight, help="entropy term, eq. 3")
-    group.add_argument("--tau", type=runtime.bounded(float, 1e-6), help="temperature of eq. 3's softmax")
+    group.add_argument("--entropy", choices=tokenizer.JOINT_BITS, default="exact",
+                       help="of the codebook: over all bits of a group, or of 9 bits or single bits as if "
+                            "these were independent")
+    group.add_argument("--tau", type=runtime.bounded(float, 1e-6),
+                       help="temperature of eq. 3's softmax; bsq has smaller z and codes, and needs about a "
+                            "K-th of lfq's")
     group.add_argument("--entropy-eps", type=weight, default=0.0,
                        help="eps inside the codebook entropy's logarithm (official code: 1e-5)")
     group.add_argument("--entropy-anneal-steps", type=count0, default=0,
@@ -271,13 +278,6 @@ def build_networks(args, device):
     config = runtime.config_from_args(TOKENIZER_PRESETS[args.preset], args)
     clips = args.preset in video.PRESETS
     model = video.VideoTokenizer(config) if clips else tokenizer.Tokenizer(config)
-    runtime.require(clips or not args.inflate_from, "--inflate-from starts a tokenizer of clips; add "
-                                                    f"--preset {' or '.join(video.PRESETS)}")
-    if args.inflate_from and not runtime.list_checkpoints(args.results_dir):
-        image_tokenizer, info = checkpoints.load_tokenizer(args.inflate_from)
-        inflated = video.inflate(image_tokenizer.state_dict(), model)
-        checkpoints.load_state(model, inflated, f"{args.inflate_from}, inflated,")
-        runtime.print_main(f"inflated the {info['weights']} weights of {args.inflate_from}")
     discriminator = None
     if args.gan_weight > 0:
         discriminator = DISCRIMINATORS[args.discriminator]()
@@ -288,6 +288,11 @@ def build_networks(args, device):
                         f"--image-size {config.resolution} is too small for --discriminator "
                         f"{args.discriminator}, which needs {discriminator.smallest}; use --discriminator "
                         f"blurpool or --gan-weight 0")
+    if args.init_from and not runtime.list_checkpoints(args.results_dir):
+        start_from(args.init_from, model, discriminator)
+    if args.freeze:                                                      # EMA and codes then stay, too
+        model.encoder.requires_grad_(False)
+        model.quantizer.requires_grad_(False)
     perceptual = None
     if args.perceptual_weight > 0 and not args.dry_run:
         try:
@@ -312,6 +317,27 @@ def build_networks(args, device):
     return model, discriminator, perceptual
 
 
+def start_from(path, model, discriminator):
+    """Give both networks the weights of any tokenizer, ours or published, as far as they fit.
+
+    A tokenizer of clips takes one of images, inflated. Other codes need other layers around them.
+    """
+    source, info = checkpoints.load_tokenizer(path)
+    state = source.state_dict()
+    what = f"the {info['weights']} weights of {path} ({info['preset']})"
+    if isinstance(model, video.VideoTokenizer) and not isinstance(source, video.VideoTokenizer):
+        state = video.inflate(state, model)
+        what += ", inflated"
+    around_codes = ("quantizer.", "encoder.conv_out.", "decoder.conv_in.", "decoder.adaptive.")
+    checkpoints.load_partly(model, state, around_codes, what)
+    if discriminator:
+        critic = checkpoints.discriminator_in(path)
+        fits = not checkpoints.differences(discriminator.state_dict(), critic)
+        if fits:
+            discriminator.load_state_dict(critic)
+        runtime.print_main(f"         the discriminator {'of that file' if fits else 'starts anew'}")
+
+
 def build_datasets(args):
     """(training set, held-out set) of images or clips."""
     runtime.require(bool(args.split_list) == bool(args.val_split_list), "--split-list and --val-split-list "
@@ -332,7 +358,7 @@ def adam(network, args):
 # ---- 4. The training loop ----------------------------------------------------------------------------------
 
 # Flags that a resumed run cannot change.
-MUST_STAY = ("global_batch_size", "global_seed", "discriminator", "mixed_precision")
+MUST_STAY = ("global_batch_size", "global_seed", "discriminator", "mixed_precision", "freeze")
 
 
 def main(args):
@@ -344,7 +370,6 @@ def main(args):
     length, schedule = print_plan(args, model, discriminator, dataset)
     if args.dry_run:
         return
-
     # ---- everything that the loop changes, and that a checkpoint must therefore hold ----
     ema = copy.deepcopy(model).requires_grad_(False)          # follows the model slowly, and draws better
     optimizer = adam(model, args)
@@ -355,21 +380,17 @@ def main(args):
         disc_optimizer = adam(discriminator, args)
         state.update(discriminator=discriminator, disc_optimizer=disc_optimizer)
         ddp_discriminator = runtime.distributed(discriminator, device)
-    step = 0
-    lecam = torch.zeros(2, device=device)                                # EMAs of the real and fake logits
-    skipped = 0                                                          # steps that were not finite
     records = {"config": dataclasses.asdict(model.config), "dataset": {"length": len(dataset)}}
     saved = checkpoints.resume(args, state, MUST_STAY, **records)
-    if saved:                                                            # `state` is restored already
-        with checkpoints.guard(f"--resume {args.resume}"):
-            step = saved["step"]
-            lecam = saved["lecam"].to(device)
-            skipped = saved["skipped"]
+    step = saved.get("step", 0)
+    skipped = saved.get("skipped", 0)                                    # steps that were not finite
+    with checkpoints.guard(f"--resume {args.resume}"):                   # EMAs of the real and fake logits:
+        lecam = saved["lecam"].to(device) if saved else torch.zeros(2, device=device)
     # The order of the data is a function of (seed, step), so the loader has no state to be saved.
     loader = data.train_loader(dataset, args.global_batch_size, args.global_seed, step, args.accumulation,
                                args.num_workers)
     lock = runtime.lock(args.results_dir)                                # held until `main` ends
-    usage = torch.zeros(model.quantizer.vocabulary, dtype=torch.long, device=device)     # of each code
+    usage = model.quantizer.count(torch.zeros(0, dtype=torch.long, device=device))       # of each code
     logger = runtime.Logger(args.results_dir, length, step)
     meters = runtime.Meters()                                            # means since the last log line
     in_a_row = 0                                                         # steps skipped just now
@@ -396,7 +417,7 @@ def main(args):
                 # Entropy and commitment are the quantiser's own affair. With the mean over ranks, what counts
                 # is how the global batch uses the codebook, not how each rank's share does.
                 of_codes, report = model.quantizer.losses(z, q, args.tau, args.entropy_eps,
-                                                          runtime.all_reduce_mean)
+                                                          runtime.all_reduce_mean, args.entropy)
                 terms.update(of_codes)
                 if gan:
                     terms["gan"] = non_saturating_loss(discriminator(x_hat))    # pass for real
@@ -405,7 +426,7 @@ def main(args):
                 scaler.scale(loss / args.accumulation).backward()
             logs.append({**{f"loss/{name}": term for name, term in terms.items()}, **report})
             pairs.append((x, x_hat.detach()))                            # D must not teach the decoder
-            usage += torch.bincount(ids.flatten(), minlength=len(usage))  # which codes are alive?
+            usage += model.quantizer.count(ids)                          # which codes are alive?
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)  # inf: measure it
         logs.append({"grad_norm/generator": norm})
@@ -435,7 +456,6 @@ def main(args):
                 scaler.step(disc_optimizer)
             disc_optimizer.zero_grad(set_to_none=True)
         scaler.update()                                                  # fp16: smaller after an overflow
-
         # ---- the EMA follows, detached from the graph; a step that was not finite has changed no weight ----
         step += 1
         if finite:
@@ -533,19 +553,22 @@ def preview(model, held_out, step, args):
 
 
 def usage_report(usage, quantizer):
-    """How evenly the codes are used, of their counts (vocabulary,) on this rank; sets the counts to 0.
+    """How evenly the codes are used, of `Quantizer.count`s on this rank; sets the counts to 0.
 
     usage: the fraction of all codes that occurred since the last report; perplexity: the number of equally
-    used codes of the same entropy; bit_balance: for each bit, the fraction of tokens that have it set. A bit
-    that is (almost) always or never set is dead: it halves the codebook. A collective.
+    used codes of the same entropy (both are means over groups); bit_balance: for each bit, the fraction of
+    tokens that have it set. A bit that is (almost) always or never set is dead: it halves the codebook. A
+    collective.
     """
     counts = runtime.all_reduce_sum(usage)
     usage.zero_()
     report = metrics.codebook_usage(counts)
     if isinstance(quantizer, tokenizer.LFQ):
-        ids = counts.nonzero().squeeze(1)
-        bits = tokenizer.ids_to_bits(ids, quantizer.channels).double()                   # (codes seen, K)
-        balance = (bits * counts[ids, None]).sum(0) / counts.sum()
+        group, ids = counts.nonzero().T                                                  # of the codes seen
+        bits = tokenizer.ids_to_bits(ids, quantizer.channels // quantizer.groups)        # (codes seen, K / G)
+        on = bits.new_zeros(len(counts), bits.shape[1])
+        on.index_add_(0, group, bits * counts[group, ids, None])                         # (G, K / G) tokens
+        balance = (on.double() / counts.sum(1, keepdim=True)).flatten()                  # (K,)
         report["bit_balance"] = [round(fraction, 4) for fraction in balance.tolist()]
         dead = [k for k, fraction in enumerate(report["bit_balance"]) if not 0.01 <= fraction <= 0.99]
         report["dead_bits"] = len(dead)

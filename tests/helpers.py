@@ -1,16 +1,28 @@
 """What several tests share: the weights behind the golden vectors, and ways to run the scripts."""
 
+import atexit
+import contextlib
+import dataclasses
+import functools
+import gc
+import importlib
+import io
 import json
 import os
 import pathlib
+import runpy
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+import traceback
 import zlib
 
 import numpy as np
+import pytest
 import torch
 
 import checkpoints
@@ -45,52 +57,187 @@ def published_ar_name(name):
     return f"transformer.{name}"
 
 
+def published_video_name(name):
+    """What they call a parameter of a tokenizer of clips: there is a `.conv_1` inside each convolution."""
+    parts = name.split(".")
+    is_conv = parts[-2] in ("conv_in", "conv_out", "conv1", "conv2", "nin_shortcut", "downsample")
+    return ".".join([*parts[:-1], "conv_1", parts[-1]]) if is_conv else name
+
+
+def stored(model, /, **more):
+    """A checkpoint of `model` as the trainers write it, as far as loading goes."""
+    return {"format": checkpoints.format_of(model), "config": dataclasses.asdict(model.config), "step": 3,
+            "preset": "custom", "model": model.state_dict(), "ema": {}, "args": {}, **more}
+
+
 def golden(name):
     """The arrays of tests/golden/`name`.npz as a dict of torch tensors."""
     with np.load(GOLDEN / f"{name}.npz") as file:
         return {key: torch.from_numpy(np.asarray(file[key])) for key in file.files}
 
 
+# ---- scripts in processes of their own ---------------------------------------------------------------------
+# Importing torch and our modules takes longer than most runs do. So each pytest process has a fork server: a
+# process that has imported everything, computes nothing and has no threads. A run is a fork of it, in
+# milliseconds, and inherits no state but modules. `forked=False` types the command line instead, and so does
+# macOS, whose libraries may not be used after a fork.
+
 def environment():
     """The environment for child processes: one thread each, so that two ranks do not fight over the cores."""
-    return {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
 
 
-def command(script, flags, ranks=1):
-    """The command line of a script of the project as a user would type it, with torchrun for ranks."""
-    launcher = [sys.executable]
-    if ranks > 1:
+@functools.cache
+def fork_server():
+    """Our end of a socket to this process's fork server, which ends when we do."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        subprocess.Popen([sys.executable, "-c", "import helpers; helpers.serve()"], env=environment(),
+                         stdin=theirs)
+    return ours
+
+
+def serve():
+    """What the fork server does: a request is a JSON text and files for stdout, stderr, status."""
+    for name in [*[path.stem for path in ROOT.glob("*.py")], "torch._dynamo"]:      # the last: optimizers do
+        importlib.import_module(name)
+    gc.freeze()                                                         # a run need not collect what we hold
+    assert threading.active_count() == 1
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)                       # no launcher is waited for
+    link = socket.socket(fileno=os.dup(0))
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    while True:
+        text, files, _, _ = socket.recv_fds(link, 2 ** 16, 3)
+        if not text:
+            return
+        if os.fork() == 0:
+            link.close()
+            launch(json.loads(text), *files)
+        for file in files:
+            os.close(file)
+
+
+def launch(run, stdout, stderr, status):
+    """Be a launcher: fork the ranks, write our process id, and at their end the exit status, to `status`.
+
+    Like torchrun, it ends all ranks when one fails. Ranks and their workers keep `status` open, so that after a
+    kill its end is not read before all of them are gone.
+    """
+    os.setsid()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.dup2(stdout, 1)
+    os.dup2(stderr, 2)
+    for rank in range(run["ranks"]):
+        if os.fork() == 0:
+            if run["ranks"] > 1:
+                os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(run["ranks"]),
+                                  MASTER_ADDR="127.0.0.1", MASTER_PORT=str(run["port"]))
+            os.chdir(run["cwd"])
+            be_script(run["argv"])
+    for number in (signal.SIGINT, signal.SIGTERM):                         # sent to all, but for the ranks
+        signal.signal(number, signal.SIG_IGN)
+    os.write(status, f"{os.getpid()}\n".encode())
+    code = 0
+    for _ in range(run["ranks"]):
+        code = code or os.waitstatus_to_exitcode(os.wait()[1])
+        if code:
+            break
+    os.write(status, f"{code}\n".encode())
+    if code:
+        os.killpg(0, signal.SIGKILL)
+    os._exit(0)
+
+
+def be_script(argv):
+    """End as `python script.py` does, but for freeing all objects one by one, which takes a while."""
+    sys.argv = argv
+    sys.path[0] = os.path.dirname(argv[0])
+    code = 0
+    try:
+        runpy.run_path(argv[0], run_name="__main__")
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    os._exit(code)
+
+
+class Run:
+    """A script in processes of its own, running in the background; `flags` are what a user would type."""
+
+    def __init__(self, script, *flags, ranks=1, cwd=ROOT, forked=True):
+        argv = [str(ROOT / script), *map(str, flags)]
+        self.files = [tempfile.TemporaryFile("w+") for _ in ("stdout", "stderr")]
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        launcher += ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={port}"]
-    return [*launcher, str(ROOT / script), *map(str, flags)]
+        self.process = None
+        if forked and sys.platform == "linux":
+            ours, theirs = os.pipe()
+            request = {"argv": argv, "ranks": ranks, "port": port, "cwd": str(cwd)}
+            socket.send_fds(fork_server(), [json.dumps(request).encode()],
+                            [*[file.fileno() for file in self.files], theirs])
+            os.close(theirs)
+            self.status = open(ours)
+            self.pid = int(self.status.readline())
+            return
+        torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={port}"]
+        command = [sys.executable, *(torchrun if ranks > 1 else []), *argv]
+        self.process = subprocess.Popen(command, env=environment(), cwd=cwd, start_new_session=True,
+                                        stdout=self.files[0], stderr=self.files[1])
+        self.pid = self.process.pid
+
+    def kill(self, number=signal.SIGKILL):
+        """Send a signal to all its processes."""
+        os.killpg(self.pid, number)
+
+    def wait(self):
+        """Its CompletedProcess, with text output, once it has ended."""
+        alarm = threading.Timer(300, self.kill)
+        alarm.start()
+        code = self.process.wait() if self.process else int(self.status.readline() or -signal.SIGKILL)
+        alarm.cancel()
+        for file in self.files:
+            file.seek(0)
+        return subprocess.CompletedProcess((), code, *[file.read() for file in self.files])
 
 
-def run_script(script, *flags, ranks=1, check=True, cwd=ROOT):
+def run_script(script, *flags, check=True, **how):
     """Run a script to its end; returns the CompletedProcess with text output."""
-    result = subprocess.run(command(script, flags, ranks), capture_output=True, text=True, timeout=300,
-                            env=environment(), cwd=cwd)
+    result = Run(script, *flags, **how).wait()
     if check:
         assert result.returncode == 0, result.stdout + result.stderr
     return result
 
 
-def kill_when(script, *flags, until, ranks=1):
-    """Start a script and kill -9 it and its ranks as soon as the file `until` exists."""
-    process = subprocess.Popen(command(script, flags, ranks), env=environment(), start_new_session=True,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def kill_when(script, *flags, until, number=signal.SIGKILL, **how):
+    """Start a script, send a signal (kill -9) to it and its ranks once `until()`; the CompletedProcess."""
+    run = Run(script, *flags, **how)
     deadline = time.time() + 120
     while not until():
-        assert time.time() < deadline and process.poll() is None, "it ended before it could be killed"
+        assert time.time() < deadline, run.wait()
         time.sleep(0.003)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    run.kill(number)
+    return run.wait()
 
 
 def call(script, *flags):
     """A script's main in this process: starting Python and torch anew would take longer than most runs."""
     return script.main(script.get_args([str(flag) for flag in flags]))
+
+
+def error_line(script, *flags):
+    """What a script says of a user's mistake, which must be one line, and its exit status 2."""
+    said = io.StringIO()
+    with pytest.raises(SystemExit) as caught, contextlib.redirect_stderr(said):
+        runtime.run_script(script.main, lambda: script.get_args([str(flag) for flag in flags]))
+    lines = said.getvalue().splitlines()
+    assert caught.value.code == 2 and len(lines) == 1, said.getvalue()
+    return lines[0]
 
 
 def logged(directory):

@@ -64,9 +64,9 @@ def shape(request):
 
 # ---- tokens -----------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("bits", [(18,), (6, 12), (9, 9), (3, 2, 5, 8)])
+@pytest.mark.parametrize("bits", [(18,), (6, 12), (9, 9), (1, 17), (3, 2, 5, 8)])
 def test_sub_tokens_are_slices_of_the_bits_in_channel_order(bits):
-    ids = torch.randint(2 ** 18, (5, 7))
+    ids = torch.arange(2 ** 18)
     subtokens = ar_model.ids_to_subtokens(ids, bits)
     assert torch.equal(ar_model.subtokens_to_ids(subtokens, bits), ids)
     channels = ids[..., None] >> torch.arange(18) & 1
@@ -93,13 +93,6 @@ def test_greedy_sampling_with_guidance_gives_the_golden_tokens(greedy):
     for prepare in (lambda model: model, fast_sampler.prepare_for_sampling):
         sampler = fast_sampler.Sampler(prepare(model), 2, settings)
         assert equal(sampler(expected["label"], [0, 1]), tokens)
-
-
-@pytest.mark.parametrize("preset, millions", [("AR-B", 343.57), ("AR-L", 804.36), ("AR-XL", 1486.68)])
-def test_presets_have_the_published_number_of_parameters(preset, millions):
-    with torch.device("meta"):
-        model = ARModel(ar_model.PRESETS[preset])
-    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == millions
 
 
 # ---- layers and training ----------------------------------------------------------------------------------

@@ -1,23 +1,25 @@
 """data.py: pixels as published, an order that no worker or rank changes, broken files, splits, the script."""
+import functools
 import io
 import itertools
 import os
-import signal
-import subprocess
+import struct
 import sys
 import tarfile
 
+import av
 import numpy as np
 import pytest
 import torch
 import torchvision.transforms as transforms
 from PIL import Image
+from torch.utils.data import DataLoader
 
 import data
 import pictures
 import runtime
 from data import View, build_dataset
-from helpers import ROOT, call, environment, run_script
+from helpers import call, run_script
 from runtime import UserError
 
 
@@ -136,12 +138,59 @@ def test_folders_of_classes_are_sorted_and_labelled(tmp_path):
     assert flat.classes == [] and [item[1] for item in flat] == [0, 0, 0]
 
 
-def test_splits_are_picked_and_share_their_class_names(tmp_path):
+def test_splits_are_picked_and_labels_are_those_of_training(tmp_path):
     make_folder(tmp_path / "train", 6)
-    make_folder(tmp_path / "test", 2, ("bees", "wasps"))
+    make_folder(tmp_path / "test", 2, ("bees", "cows"))
     train, val = [build_dataset(tmp_path, split, View(8)) for split in ("train", "val")]
-    assert train.classes == val.classes == ["ants", "bees", "cows", "wasps"]
-    assert [val.label(i) for i in range(2)] == [1, 3] and len(train) == 6
+    assert train.classes == val.classes == ["ants", "bees", "cows"]
+    assert [val.label(i) for i in range(2)] == [1, 2] and len(train) == 6
+    (tmp_path / "test" / "cows").rename(tmp_path / "test" / "images")
+    with pytest.raises(UserError, match="train/ lacks.*images"):
+        build_dataset(tmp_path, "val", View(8))
+
+
+def test_folders_that_look_like_splits_or_hold_nothing_are_no_classes(tmp_path, capsys):
+    make_folder(tmp_path / "a", 4, ("training", "testing"))
+    with pytest.raises(UserError, match="testing, training: if these are no classes"):
+        build_dataset(tmp_path / "a", "train", View(8))
+    make_folder(tmp_path / "b", 4, ("ants", "valleys"))
+    (tmp_path / "b" / "bees").mkdir()
+    (tmp_path / "b" / "bees" / "x.tif").write_bytes(b"")
+    assert build_dataset(tmp_path / "b", "train", View(8)).classes == ["ants", "valleys"]
+    assert "1 subfolders hold no file that can be read" in capsys.readouterr().out
+
+
+def test_links_that_lead_back_are_followed_once_and_pipes_never(tmp_path):
+    make_folder(tmp_path, 4, ("ants", "bees"))
+    (tmp_path / "ants" / "up").symlink_to("..")
+    assert len(build_dataset(tmp_path, "train", View(8))) == 4
+    os.mkfifo(tmp_path / "ants" / "x.png")
+    with pytest.raises(ValueError, match="no regular file"):
+        data.decode(tmp_path / "ants" / "x.png")
+
+
+def write_mnist(root, split, pixels, labels):
+    """MNIST's own files for (N, 28, 28) uint8 `pixels`."""
+    root.mkdir(parents=True, exist_ok=True)
+    for name, array, magic in (("images-idx3", pixels, 0x803), ("labels-idx1", labels, 0x801)):
+        header = np.array([magic, *array.shape], ">i4").tobytes()
+        (root / f"{split}-{name}-ubyte").write_bytes(header + array.tobytes())
+
+
+def test_torchvision_sets_come_by_name_with_their_splits(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPEN_MAGVIT2_WEIGHTS", str(tmp_path))
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 28, 28), dtype=np.uint8)
+    raw = tmp_path / "torchvision" / "MNIST" / "raw"
+    write_mnist(raw, "train", pixels, np.arange(12, dtype=np.uint8) % 10)
+    write_mnist(raw, "t10k", pixels[:5], np.full(5, 7, np.uint8))
+    train, val = [build_dataset("torchvision:MNIST", split, View(28)) for split in ("train", "val")]
+    assert (len(train), len(val), train.classes[7], val.label(0)) == (12, 5, "7 - seven", 7)
+    assert torch.equal(train[3][0], torch.from_numpy(pixels[3]).expand(3, 28, 28)) and train.label(11) == 1
+    fake = build_dataset("torchvision:FakeData", "train", View(16))
+    assert fake[5][0].shape == (3, 16, 16) and fake.kind == "image" and len(fake.classes) == 10
+    for name, message in (("CIFAR11", "CIFAR10"), ("ImageFolderX", "ImageFolder"), ("UCF101", "needs more")):
+        with pytest.raises(UserError, match=message):
+            build_dataset(f"torchvision:{name}", "train", View(16))
 
 
 @pytest.mark.parametrize("files, split, problem", [
@@ -207,6 +256,18 @@ def test_clips_are_cut_from_the_middle_or_at_random(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "video_frames", lambda path: [lambda: noise_image(24, 20)] * 9)
     still = build_dataset(folder, "train", View(12, 5, "random", True, 16))[0][0]
     assert torch.equal(still, still[:, :1].expand_as(still))             # all frames share crop and flip
+
+
+def test_frames_of_a_lossless_video_come_exactly_in_order(tmp_path):
+    frames = np.random.default_rng(0).integers(0, 256, (9, 16, 16, 3), dtype=np.uint8)
+    with av.open(tmp_path / "a.mkv", "w") as file:
+        stream = file.add_stream("ffv1", 25, width=16, height=16, pix_fmt="bgr0")
+        for frame in frames:
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame).reformat(format="bgr0")))
+        file.mux(stream.encode())
+    dataset = build_dataset(tmp_path, "val", View(16, frames=5))
+    assert np.array_equal(dataset[0][0].movedim(0, -1).numpy(), frames[2:7])
+    assert np.array_equal([frame() for frame in data.video_frames(tmp_path / "a.mkv")], frames)
 
 
 def test_official_split_lists_choose_the_clips(tmp_path):
@@ -289,8 +350,10 @@ def test_the_next_readable_image_replaces_a_broken_one(folder_with_two_broken, n
     assert dataset.broken.nonzero().flatten().tolist() == [17, 18]
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_evaluation_leaves_broken_images_out(folder_with_two_broken, capfd, num_workers):
+@pytest.mark.parametrize("num_workers, method", [(0, None), (2, None),
+                                                 pytest.param(1, "spawn", marks=pytest.mark.slow)])
+def test_evaluation_leaves_broken_images_out(folder_with_two_broken, capfd, monkeypatch, num_workers, method):
+    monkeypatch.setattr(data, "DataLoader", functools.partial(DataLoader, multiprocessing_context=method))
     dataset = build_dataset(folder_with_two_broken, "val", View(16))
     found = [indices for _, _, indices in data.eval_batches(dataset, range(300), 7, num_workers)]
     assert torch.cat(found).tolist() == [i for i in range(300) if i not in (17, 18)]
@@ -309,14 +372,69 @@ def test_more_than_one_percent_broken_stops(tmp_path, num_workers):
         list(data.eval_batches(build_dataset(tmp_path, "val", View(16)), range(100), 10, num_workers))
 
 
-def test_images_that_decode_to_nonsense_count_as_broken(tmp_path, capfd):
-    folder = make_folder(tmp_path, 300, ())
-    Image.fromarray(np.zeros((20, 20), np.uint16)).save(folder / "0000.png")
-    noise_image(20000, 1).save(folder / "0001.png")
+# The header of a BMP of 400 megapixels and 24 bits; nothing follows.
+BOMB = struct.pack("<2sIIIIiiHHIIiiII", b"BM", 54, 0, 54, 40, 20_000, 20_000, 1, 24, 0, 0, 0, 0, 0, 0)
+
+
+def test_damaged_files_of_every_format_are_reported_once_and_skipped(tmp_path, capfd):
+    folder = tmp_path / "files"
+    folder.mkdir()
+    damaged = {"bomb.bmp": BOMB}
+    for suffix in data.IMAGE_SUFFIXES:
+        noise_image(24, 20).save(tmp_path / f"whole{suffix}")
+        whole = (tmp_path / f"whole{suffix}").read_bytes()
+        damaged.update({f"cut{suffix}": whole[:len(whole) // 2], f"empty{suffix}": b"",
+                        f"random{suffix}": np.random.default_rng(0).bytes(500)})
+    for name, content in {**damaged, **{f"x{i:04d}.png": encoded() for i in range(2000)}}.items():
+        (folder / name).write_bytes(content)
+    Image.fromarray(np.zeros((20, 20), np.uint16)).save(folder / "deep.png")
+    Image.fromarray(np.zeros((20, 20), np.float32)).save(folder / "float.bmp", "TIFF")
+    noise_image(20000, 1).save(folder / "wide.png")
     dataset = build_dataset(folder, "val", View(256))
-    assert dataset[0][2] == 2 and dataset.broken.sum() == 2
-    report = capfd.readouterr().err
-    assert "convert them to 8 bits" in report and "too unequal" in report
+    bad = len(damaged) + 3
+    for _ in range(2):
+        assert [dataset[i][2] for i in range(bad)] == [bad] * bad          # the first x
+    assert dataset.broken.nonzero().flatten().tolist() == list(range(bad)) and bad == 19
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == bad and all(line.startswith("broken image skipped: ") for line in lines)
+    for name, reason in (("bomb.bmp", "decompression bomb"), ("deep.png", "convert them to 8 bits"),
+                         ("float.bmp", "convert them to 8 bits"), ("wide.png", "too unequal")):
+        assert any(name in line and reason in line for line in lines), name
+
+
+@pytest.mark.parametrize("mode, pixel, rgb", [
+    ("L", 90, (90, 90, 90)), ("1", 255, (255, 255, 255)), ("CMYK", (255, 0, 0, 0), (0, 255, 255)),
+    ("RGBA", (200, 100, 50, 0), (200, 100, 50)), ("LA", (90, 0), (90, 90, 90)), ("P", 1, (7, 80, 200)),
+    ("P+tRNS", 1, (7, 80, 200))])
+def test_all_kinds_of_pixels_become_rgb_and_transparency_is_dropped(tmp_path, mode, pixel, rgb):
+    image = Image.new(mode.split("+")[0], (20, 20), pixel)
+    if image.mode == "P":
+        image.putpalette([0, 0, 0, 7, 80, 200])
+    path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
+    image.save(path, quality=100, **{"transparency": 1} if "+" in mode else {})
+    x = build_dataset(tmp_path, "val", View(16))[0][0]
+    assert (x.flatten(1).T.int() - torch.tensor(rgb)).abs().max() <= (2 if mode == "CMYK" else 0)
+
+
+@pytest.mark.slow
+def test_broken_files_are_counted_over_all_ranks(tmp_path):
+    folder = make_folder(tmp_path / "images", 100, ())
+    for name in ("0000.png", "0010.png"):
+        (folder / name).write_bytes(b"")
+    (tmp_path / "job.py").write_text(f"""
+import data, runtime
+def main(args):
+    runtime.setup_process_group("cpu")
+    dataset = data.build_dataset("{folder}", "val", data.View(8))
+    dataset[10 * runtime.rank()]                           # each rank meets one of the two
+    dataset.raise_if_broken()
+    print("not alone", flush=True)
+    dataset.raise_if_broken(all_ranks=True)
+runtime.run_script(main, lambda: None)
+""")
+    done = run_script(tmp_path / "job.py", ranks=2, check=False)
+    assert done.stdout.count("not alone") == 2 and "2 of the 100 images" in done.stderr
+    assert done.returncode == 2 and "Traceback" not in done.stderr
 
 
 # ---- order, and the script --------------------------------------------------------------------------------
@@ -398,21 +516,6 @@ def test_evaluation_shares_hold_every_image_once(images, monkeypatch, world_size
     assert sorted(seen) == [list(range(first, min(first + 8, 50))) for first in range(0, 50, 8)]
 
 
-@pytest.mark.slow
-def test_ctrl_c_reaches_the_trainer_but_not_its_workers(tmp_path):
-    command = [sys.executable, str(ROOT / "train_tokenizer.py"), "--image-size", "16", "--blocks", "1",
-               "--num-workers", "1", "--log-every", "1", "--length", "100000", "--results-dir", str(tmp_path)]
-    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True,
-                               stderr=subprocess.STDOUT, start_new_session=True)
-    for line in process.stdout:
-        if line.startswith("step 2/"):
-            os.killpg(process.pid, signal.SIGINT)
-            break
-    rest = process.stdout.read()
-    assert process.wait() == 0 and "stopped by signal 2" in rest and "Traceback" not in rest
-    assert len(runtime.list_checkpoints(tmp_path)) == 1
-
-
 def test_the_script_draws_images_and_clips(tmp_path, capsys):
     call(data, "--output", tmp_path / "a.png", "--image-size", 16)
     call(data, "--output", tmp_path / "b.gif", "--image-size", 16, "--frames", 3)
@@ -422,9 +525,41 @@ def test_the_script_draws_images_and_clips(tmp_path, capsys):
     assert all((tmp_path / name).exists() for name in ("a.png", "b.gif", "b.png", "c.png"))
 
 
-@pytest.mark.parametrize("flags, problem", [
-    (["--data-path", "/no/such"], "/no/such"), (["--output", "a.jpg"], "a.jpg"),
-    (["--image-size", "0"], "size")])
-def test_script_mistakes_are_one_line_and_status_2(flags, problem):
-    result = run_script("data.py", *flags, check=False)
-    assert result.returncode == 2 and problem in result.stderr and len(result.stderr.splitlines()) == 1
+@pytest.mark.parametrize("members, message", [
+    ([("0.input.jpg", encoded()), ("0.cls", b"3")], "0.cls has no image"),
+    ([("0.png", encoded()), ("0.cls", b"1"), ("1.png", encoded()), ("1.cls", b"1")], None)])
+def test_labels_in_shards_are_never_dropped_in_silence(tmp_path, capsys, members, message):
+    make_shard(tmp_path / "a.tar", members)
+    if message is None:
+        assert build_dataset(f"{tmp_path}/a.tar", "train", View(8)).labels == [1, 1]
+        assert "no image has the class 0" in capsys.readouterr().out
+        twice = (tmp_path / "a.tar").read_bytes() * 2
+        (tmp_path / "a.tar").write_bytes(twice)
+        message = "joined by cat"
+    with pytest.raises(UserError, match=message):
+        build_dataset(f"{tmp_path}/a.tar", "train", View(8))
+    with pytest.raises(UserError, match="more than 100,000 shards"):
+        build_dataset(str(tmp_path / "{0..999999999}.tar"), "train", View(8))
+
+
+def write_h264(path, first=0, shift=0):
+    """50 grey frames of level 5 t, a key frame every 20; from packet `first` on, `shift` frames earlier."""
+    av = pictures.import_av()
+    frames = np.arange(50, dtype=np.uint8)[:, None, None, None] * 5 + np.zeros((50, 48, 64, 3), np.uint8)
+    pictures.write_video(path.with_name("whole.mp4"), frames)
+    with av.open(str(path.with_name("whole.mp4"))) as source, av.open(
+            str(path), "w", options={"avoid_negative_ts": "disabled"}) as target:
+        stream = source.streams.video[0]
+        out = target.add_stream_from_template(stream)
+        for k, packet in enumerate(source.demux(stream)):
+            if packet.size and k >= first:
+                packet.pts -= int(shift / 25 / stream.time_base)
+                packet.dts -= int(shift / 25 / stream.time_base)
+                packet.stream = out
+                target.mux(packet)
+
+
+def test_trimmed_videos_are_whole_and_start_where_players_start(tmp_path):
+    write_h264(tmp_path / "trim.mp4", shift=30)                            # as `ffmpeg -ss 1.2 -c copy` does
+    frames = [np.asarray(frame()).mean() for frame in data.video_frames(tmp_path / "trim.mp4")]
+    assert len(frames) == 20 and abs(np.array(frames) - 5 * np.arange(30, 50)).max() < 6

@@ -1,7 +1,10 @@
 """Runs are exact: over ranks, over kill -9, over any share of the work. One launcher, all scripts."""
+import signal
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import runtime
 import sample
@@ -19,17 +22,20 @@ AR = ["--split", 3, 3, "--width", 32, "--heads", 2, "--inter-blocks", 2, "--glob
       "--val-size", 8, "--token-dropout", 0.1]
 
 
-@pytest.fixture(scope="module")
-def folder_of_images(tmp_path_factory):
-    """120 small files in two classes."""
-    from PIL import Image
-    folder = tmp_path_factory.mktemp("images")
-    for i in range(120):
-        path = folder / f"class{i % 2}" / f"{i:03d}.png"
-        path.parent.mkdir(exist_ok=True)
+def save_images(folder, count):
+    """Small files in two classes."""
+    for i in range(count):
+        path = folder / f"class{i % 2}" / f"{i:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
         pixels = np.random.default_rng(i).integers(0, 256, (20, 24, 3), np.uint8)
         Image.fromarray(pixels).save(path)
     return folder
+
+
+@pytest.fixture(scope="module")
+def folder_of_images(tmp_path_factory):
+    """120 of them."""
+    return save_images(tmp_path_factory.mktemp("images"), 120)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +72,8 @@ def assert_resumes_exactly(script, folder, flags, ranks):
 
 
 @pytest.mark.parametrize("flags, ranks", [
-    (IMAGES, 1), ([*IMAGES, "--num-workers", 1, "--mixed-precision", "bf16"], 2), (CLIPS, 1)],
+    (IMAGES, 1), ([*IMAGES, "--image-size", 8, "--num-workers", 1, "--mixed-precision", "bf16"], 2),
+    (CLIPS, 1)],
     ids=["gan", "two-ranks-bf16-workers", "clips"])
 def test_tokenizer_resumes_bit_for_bit_after_kill(tmp_path, flags, ranks, folder_of_images):
     if flags[0] != "--preset":
@@ -80,6 +87,26 @@ def test_tokenizer_resumes_bit_for_bit_after_kill(tmp_path, flags, ranks, folder
 def test_transformer_resumes_bit_for_bit_after_kill(tmp_path, flags, ranks, tokenizer_path):
     flags = [*AR, "--tokenizer", tokenizer_path, *flags, "--val-every", 4]
     assert_resumes_exactly("train_ar.py", tmp_path, flags, ranks)
+
+
+@pytest.mark.parametrize("script, number, flags, ranks", [
+    ("train_tokenizer.py", signal.SIGTERM, [*TINY, "--global-batch-size", 4], 2),
+    ("train_tokenizer.py", signal.SIGINT, [*TINY, "--global-batch-size", 4, "--num-workers", 1], 1),
+    ("train_ar.py", signal.SIGTERM, AR, 2)], ids=["tokenizer", "ctrl-c-with-workers", "transformer"])
+def test_a_signal_saves_and_a_resumed_run_is_whole(tmp_path, tokenizer_path, script, number, flags, ranks):
+    flags = [*flags, "--log-every", 1, "--length", 20]
+    if script == "train_ar.py":
+        flags += ["--tokenizer", tokenizer_path]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    run_script(script, "--results-dir", whole, *flags, ranks=ranks)
+    log = stopped / "metrics.jsonl"
+    done = kill_when(script, "--results-dir", stopped, *flags, ranks=ranks, number=number,
+                     until=lambda: log.exists() and log.read_text())
+    assert done.returncode == 128 + number and f"stopped by signal {number}" in done.stdout, done
+    assert "Traceback" not in done.stderr and newest(stopped)["step"] < 20
+    run_script(script, "--results-dir", stopped, *flags, "--resume", ranks=ranks)
+    assert_same(newest(whole), newest(stopped))
+    assert logged(whole).keys() == logged(stopped).keys()
 
 
 # ---- training: two ranks are one with the double batch ----------------------------------------------------
@@ -126,7 +153,8 @@ def test_stored_tokens_are_the_same_for_any_ranks(tmp_path, tokenizer_path):
 
 
 def test_encoding_survives_a_kill(tmp_path, tokenizer_path):
-    flags = [*AR, "--tokenizer", tokenizer_path, "--length", 1, "--data-path", "generated-plain"]
+    save_images(tmp_path / "many", 2000)
+    flags = [*AR, "--tokenizer", tokenizer_path, "--length", 1, "--data-path", tmp_path / "many"]
     tokens = [tmp_path / name / "tokens.bin" for name in ("whole", "killed")]
     run_script("train_ar.py", *flags, "--results-dir", tokens[0].parent)
     kill_when("train_ar.py", *flags, "--results-dir", tokens[1].parent,

@@ -62,12 +62,6 @@ def test_psnr_and_ssim_are_those_of_scikit_image(height, width):
     assert np.abs(metrics.psnr(reference, images).numpy() - psnr).max() <= 1e-9
 
 
-def test_ssim_of_a_batch_is_that_of_single_images():
-    reference, images = pair(7, 130, 140)
-    singles = [metrics.ssim(x[None], y[None]) for x, y in zip(reference, images)]
-    assert torch.equal(metrics.ssim(reference, images), torch.cat(singles))
-
-
 def test_of_an_image_and_itself_psnr_is_infinite_and_ssim_one():
     images = images_of(3, 40, 53)
     assert metrics.psnr(images, images).isinf().all()
@@ -98,6 +92,9 @@ def test_usage_and_perplexity_of_known_distributions():
     for counts, usage, perplexity in ([5] * 64, 1.0, 64), ([0, 3, 1, 0], 0.5, 0.75 ** -0.75 * 0.25 ** -0.25):
         report = metrics.codebook_usage(torch.tensor(counts))
         assert report == {"usage": usage, "perplexity": pytest.approx(perplexity)}
+    groups = torch.tensor([[5, 5, 5, 5], [0, 3, 1, 0]])                    # the mean of both
+    perplexity = (4 + perplexity) / 2
+    assert metrics.codebook_usage(groups) == {"usage": 0.75, "perplexity": pytest.approx(perplexity)}
 
 
 def test_total_variation_is_0_of_the_same_frequencies_and_1_of_disjoint_codes():
@@ -105,10 +102,12 @@ def test_total_variation_is_0_of_the_same_frequencies_and_1_of_disjoint_codes():
     assert metrics.total_variation(counts, 2 * counts) == 0
     assert metrics.total_variation(counts, torch.tensor([0, 0, 7, 0])) == 1
     assert metrics.total_variation(counts, torch.tensor([1, 1, 2, 0])) == pytest.approx(0.5)
+    groups = torch.tensor([[3, 1, 0, 0], [1, 1, 2, 0]])
+    assert metrics.total_variation(groups, groups[[0, 0]]) == pytest.approx(0.25)          # the mean of both
 
 
 # Networks ---------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("net", ["vgg", "alex"])
+@pytest.mark.parametrize("net", [pytest.param("vgg", marks=pytest.mark.slow), "alex"])
 def test_lpips_is_the_lpips_package_with_its_heads(net):
     torch.manual_seed(0)
     theirs = lpips.LPIPS(net=net, pnet_rand=True, verbose=False).eval()          # random trunk, real heads
@@ -185,6 +184,7 @@ def test_i3d_computes_what_an_independent_port_computed(eps, same):    # cd-fvd 
     assert torch.allclose(randomised(metrics.I3D(eps))(clips)[0, :5], expected, atol=1e-3) == same
 
 
+@pytest.mark.slow
 def test_i3d_sees_every_frame_and_refuses_short_clips():
     clips = torch.randint(0, 256, (1, 3, 9, 32, 40), generator=torch.Generator().manual_seed(0)).byte()
     inputs = metrics.i3d_input(clips)

@@ -7,9 +7,8 @@ import torch
 
 import pictures
 import runtime
-import train_ar
 import train_tokenizer
-from helpers import run_script
+from helpers import call, run_script
 
 
 # ---- the learning rate of both stages ---------------------------------------------------------------------
@@ -25,12 +24,6 @@ def test_learning_rate_hits_its_landmarks():
         [0.005, 0.5025, 1, 1, 1 - 0.9 * (42 / 80 - 0.05) / 0.95, 0.1])
 
 
-def test_both_stages_use_the_one_schedule():
-    args = train_ar.get_args(["--preset", "AR-XL"])
-    assert (args.lr, args.length, args.warmup, args.weight_decay) == (2.4e-4, "350ep", "7ep", 0.05)
-    assert train_tokenizer.get_args(["--preset", "toy"]).lr_schedule == "linear"
-
-
 # ---- files ------------------------------------------------------------------------------------------------
 
 def test_a_failed_save_leaves_the_old_checkpoint_and_no_litter(tmp_path):
@@ -39,6 +32,32 @@ def test_a_failed_save_leaves_the_old_checkpoint_and_no_litter(tmp_path):
         runtime.save_checkpoint(tmp_path, 1, {"a": torch.ones(3), "b": lambda: None})     # cannot be pickled
     path = tmp_path / "step-00000001.pt"
     assert torch.equal(torch.load(path)["a"], torch.ones(3)) and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_was_just_written_is_never_pruned(tmp_path):
+    for step in (20, 30, 15):
+        runtime.save_checkpoint(tmp_path, step, {}, keep=1)
+    assert [p.name for p in runtime.list_checkpoints(tmp_path)] == ["step-00000015.pt", "step-00000030.pt"]
+
+
+def test_flags_of_other_projects_get_a_hint(capsys):
+    for word, flag in (("--epochs", "--length"), ("--image_size", "--image-size"), ("--batch-size",
+                                                                                   "--global-batch-size")):
+        with pytest.raises(SystemExit):
+            train_tokenizer.get_args([word, "3"])
+        assert f"did you mean {flag}" in capsys.readouterr().err
+
+
+def test_a_full_disk_and_little_memory_are_one_line(tmp_path):
+    assert "free some space" in runtime.in_one_line(OSError(28, "No space left on device", "x.pt"))
+    assert "check the path" in runtime.in_one_line(PermissionError(13, "Permission denied", "x.pt"))
+    assert "--batch-size" in runtime.in_one_line(torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(KeyError) as caught:
+        {}["a bug"]
+    assert runtime.in_one_line(caught.value) is None
+    (tmp_path / "a.json").write_text("[1, 2")
+    with pytest.raises(runtime.UserError, match="a.json is damaged"):
+        runtime.read_json(tmp_path / "a.json")
 
 
 def test_old_checkpoints_are_pruned_oldest_first(tmp_path):
@@ -96,6 +115,24 @@ def test_our_own_errors_are_one_line_and_bugs_are_tracebacks(monkeypatch, capsys
         runtime.run_script(lambda args: json.loads("{"), lambda: None)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("script, flags, problem", [
+    ("data.py", ["--data-path", "/no/such"], "/no/such"), ("data.py", ["--image-size", 0], "--image-size"),
+    ("pictures.py", ["no-run"], "no-run"), ("tokenizer.py", ["decode", "a.npz"], "runs/tokenizer"),
+    ("train_tokenizer.py", ["--channels", 40], "channels 40"),
+    ("train_tokenizer.py", ["--resume"], "cannot be read"), ("train_ar.py", [], "runs/tokenizer"),
+    ("sample.py", [], "runs/ar"), ("evaluate.py", [], "runs/tokenizer"),
+    ("evaluate.py", ["table", 9], "9"), ("tests/judge.py", ["a.npz"], "a.npz")])
+def test_mistakes_with_each_script_are_one_line_and_status_2(tmp_path, script, flags, problem):
+    if "--resume" in flags:
+        flags = [*flags, "--results-dir", "."]
+        (tmp_path / "step-00000001.pt").write_bytes(b"not a checkpoint")
+    before = sorted(tmp_path.iterdir())
+    done = run_script(script, *flags, cwd=tmp_path, check=False)
+    assert done.returncode == 2 and problem in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    assert sorted(tmp_path.iterdir()) == before
+
+
 # ---- pictures ---------------------------------------------------------------------------------------------
 
 def test_image_grid_has_a_place_for_every_image_and_caption():
@@ -127,11 +164,12 @@ def test_written_videos_come_back(tmp_path, suffix):
         pictures.write_video(tmp_path / "a.mp5", frames)
 
 
+@pytest.mark.slow
 def test_curves_are_drawn_and_unknown_names_listed(tmp_path):
     logger = runtime.Logger(tmp_path / "run", 2)
     logger.log(1, {"loss/l1": 1.0})
     logger.log(2, {"loss/l1": 0.5})
-    result = run_script("pictures.py", tmp_path / "run", "--output", tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").stat().st_size > 1000, result.stdout
-    result = run_script("pictures.py", tmp_path / "run", "--values", "lost", check=False)
-    assert result.returncode == 2 and "loss/l1" in result.stderr and len(result.stderr.splitlines()) == 1
+    call(pictures, tmp_path / "run", "--output", tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+    with pytest.raises(runtime.UserError, match="loss/l1"):
+        call(pictures, tmp_path / "run", "--values", "lost")

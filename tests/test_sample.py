@@ -18,7 +18,7 @@ import sample
 import tokenizer as tok
 import video
 from ar_model import ARModel, sampling_settings
-from helpers import call, published_ar_name
+from helpers import call, error_line, published_ar_name, stored
 from sample import How, Sampler, image_noise
 from test_ar_model import build, equal, random_tokens, shape, small_config          # noqa: F401, a fixture
 
@@ -43,12 +43,12 @@ def fast(model, labels, settings, **options):
 
 # ---- the same tokens, faster ------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("values", [{"temperature": 0, "cfg_scale": 2.5}, {"cfg_scale": 2, "top_p": 0.9}, {}])
+@pytest.mark.parametrize("values", [{"cfg_scale": 2, "top_p": 0.9}, {}])
 def test_it_draws_the_tokens_of_the_plain_sampler(shape, values):
     model, (_, labels) = build(shape), random_tokens(shape, 3)
     settings = settings_of(shape, **values)
     expected = plain(model, labels, settings)
-    for bucket in (1, 4, 100):
+    for bucket in (1, 4):
         sampler = Sampler(model, 3, settings, bucket=bucket)
         assert max(sampler.lengths) == shape.tokens and all(n > t for t, n in enumerate(sampler.lengths))
         sampler.cache[0][0].fill_(1e4)                                  # rubbish behind the position
@@ -70,6 +70,7 @@ def test_a_step_reads_no_value_back_to_the_host(device):
             sampler.position.item()
 
 
+@pytest.mark.slow
 def test_compiled_pieces_draw_the_same_one_graph_for_all_layers():
     model, labels = build(small_config(inter_blocks=3, bits=(2, 3, 4))), torch.tensor([0, 3])
     settings = sampling_settings(3, cfg_scale=2.0)
@@ -83,6 +84,37 @@ def test_compiled_pieces_draw_the_same_one_graph_for_all_layers():
     assert len(graphs) == 2 + 3                                         # store, finish, a step a sub-token
     with pytest.raises(runtime.UserError, match="--compile"):
         Sampler(model, 2, settings, compile=True)                       # graphs of the whole step need a GPU
+
+
+def test_given_tokens_stay_and_the_rest_follows_from_them(shape):
+    model, (_, labels) = build(shape), random_tokens(shape, 3)
+    settings = settings_of(shape, cfg_scale=2)
+    sampler = Sampler(model, 3, settings)
+    own = sampler(labels, range(3))
+    again = sampler(labels[:1].expand(3), [0, 7, 8], [subtokens[0, :2] for subtokens in own])
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(own, again))       # its own beginning, the same end
+    assert all(torch.equal(b[i, :2], a[0, :2]) for a, b in zip(own, again) for i in range(3))
+    assert equal(sampler(labels, range(3)), own)                         # nothing is left of it
+
+
+def test_a_guidance_schedule_ends_between_none_and_all_of_it(shape):
+    model, (_, labels) = build(shape), random_tokens(shape, 2)
+    settings = settings_of(shape, cfg_scale=4.0)
+    for strength, scale in ((torch.ones(shape.tokens), 4.0), (torch.zeros(shape.tokens), 1.0)):
+        expected = fast(model, labels, settings_of(shape, cfg_scale=scale))
+        assert equal(fast(model, labels, settings, strength=strength), expected)
+    power = ar_model.guidance_strength(11, "power", 2.75)
+    assert power[0] == 0 and power[-1] == 1 and (power.diff() > 0).all()
+    assert power[5] == pytest.approx((1 - math.cos(math.pi * 0.5 ** 2.75)) / 2)
+    assert ar_model.guidance_strength(11, "linear", 1)[5] == 0.5
+
+
+def test_weights_that_are_not_finite_draw_nothing():
+    model = build(small_config())
+    with torch.no_grad():
+        model.heads[1].weight[3] = math.nan
+    with pytest.raises(runtime.UserError, match="logits are not finite"):
+        fast(model, torch.tensor([0, 1]), sampling_settings(2))
 
 
 def test_buffers_are_allocated_once_and_as_large_as_needed():
@@ -171,14 +203,11 @@ def save(folder, clips=False, seed=0, classes=("ant", "bee", "cat"), bits=(3, 3)
     grid = tokenizer.config.latent_grid(9, 16, 16) if clips else tokenizer.config.latent_grid(16, 16)
     model = build(ar_model.ARConfig(width=48, heads=2, inter_blocks=1, intra_blocks=1, bits=bits, grid=grid,
                                     num_classes=len(classes), ffn_multiple=16))
-    first_stage = {"format": checkpoints.format_of(tokenizer), "config": dataclasses.asdict(tokenizer.config),
-                   "model": tokenizer.state_dict(), "preset": "custom", "step": 7, "ema": {}, "args": {}}
+    first_stage = stored(tokenizer)
     record = {"path": "runs/x.pt", "weights": "raw", "sha256": checkpoints.weights_hash(tokenizer)}
     folder.mkdir(exist_ok=True)
     paths = folder / "step-00000020.pt", folder / "tokenizer.pt", folder / "AR.ckpt"
-    torch.save({"format": "open-magvit2-ar", "config": dataclasses.asdict(model.config), "preset": "custom",
-                "step": 20, "model": model.state_dict(), "ema": {}, "classes": list(classes),
-                "tokenizer": record, "first_stage": first_stage, "args": {}}, paths[0])
+    torch.save(stored(model, classes=list(classes), tokenizer=record, first_stage=first_stage), paths[0])
     torch.save(first_stage, paths[1])
     published = ARModel(ar_model.PRESETS["toy"]).state_dict()
     torch.save({"state_dict": {published_ar_name(name): tensor for name, tensor in
@@ -257,6 +286,25 @@ def test_a_grid_shows_members_of_the_set_by_class(tmp_path, saved):
     assert Image.open(tmp_path / "a.png").size[1] == 2 * (96 + 2 + 14) + 2
 
 
+def test_an_image_is_completed_below_its_kept_rows(tmp_path, saved):
+    ckpt, own, _ = saved
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(tmp_path / "photo.png")
+    flags = ["--ckpt", ckpt, "--keep", tmp_path / "photo.png", "--output", tmp_path / "a.png"]
+    if len(checkpoints.load_ar(ckpt)[0].config.grid) == 3:
+        with pytest.raises(runtime.UserError, match="--keep completes images"):
+            call(sample, *flags[:4])
+        return
+    call(sample, *flags, "--classes", "ant,cat")
+    grid = np.asarray(Image.open(tmp_path / "a.png"))
+    assert grid.shape == (2 * (96 + 2 + 14) + 2, 6 * 98 + 2, 3)             # original, kept, four completions
+    kept = grid[2:98, 100:196]
+    assert (kept[:48] == grid[2:50, 2:98]).all() and (kept[48:] == 128).all()
+    for more, message in ((["--rows", 99], "--rows 99"), (["--keep", ckpt], "cannot be read as an image")):
+        with pytest.raises(runtime.UserError, match=message):
+            call(sample, *flags, *more)
+
+
 def test_defaults_classes_and_files(tmp_path, saved, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(runtime.UserError, match="no AR model .*runs/ar"):
@@ -305,11 +353,13 @@ def test_published_settings_are_the_defaults_of_published_presets(preset, scales
 def test_classes_go_by_number_or_by_name():
     imagenet = sample.class_names(None, 1000)
     assert sample.find_classes(" 207, Otter", imagenet) == [207, 360]
-    assert sample.class_names([f"n{i:08d}" for i in range(1000)], 1000) == imagenet
+    wnids = [f"n{i:08d}" for i in range(1000)]                             # of some other thousand
+    assert sample.class_names(wnids, 1000) == wnids
     assert sample.class_names(None, 3) == ["0", "1", "2"] and sample.find_classes(None, ["a", "b"]) == [0, 1]
     assert imagenet[sample.find_classes(None, imagenet)[2]] == "giant panda"
     assert sample.find_classes(None, [str(i) for i in range(101)]) == [0, 12, 25, 37, 50, 63, 75, 88]
     assert sample.find_classes("10", ["10", "9", "2"]) == [0]            # a folder called 10
+    assert sample.find_classes("Hen, old", ["cock", "hen", "hen, old"]) == [2]
     for word, names, message in (("crane", ["bird", "crane", "lift", "Crane"], r"the classes \[1, 3\]"),
                                  ("1000", imagenet, "'1000' is none of the 1000 classes"),
                                  ("retriever", imagenet, "'retriever' .* golden retriever")):
@@ -324,10 +374,7 @@ def test_classes_go_by_number_or_by_name():
     ("--cfg-scale strong", "--cfg-scale"), ("--top-p 0", "--top-p 0"), ("--top-k 1.5", "--top-k"),
     ("--temperature -1", "--temperature"), ("--output x.jpg", "--output x.jpg"),
     ("--compile --device cpu", "--compile"), ("--nonsense", "--nonsense")])
-def test_mistakes_are_one_line_and_exit_status_2(tmp_path, saved, monkeypatch, capsys, flags, message):
+def test_mistakes_are_one_line_and_exit_status_2(tmp_path, saved, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as caught:
-        runtime.run_script(sample.main, lambda: sample.get_args(["--ckpt", str(saved[0]), *flags.split()]))
-    text = capsys.readouterr().err
-    assert caught.value.code == 2 and message in text and len(text.strip().splitlines()) == 1, text
+    assert message in error_line(sample, "--ckpt", saved[0], *flags.split())
     assert not list(tmp_path.glob("runs/samples/*"))

@@ -18,7 +18,7 @@ import runtime
 import tokenizer as tok
 import train_ar
 import video
-from helpers import call, logged, newest
+from helpers import call, error_line, logged, newest, stored
 
 # A model so small that a step takes milliseconds, for tokens of 4 x 4 and 3 + 3 bits.
 TINY = ["--split", 3, 3, "--width", 32, "--heads", 2, "--inter-blocks", 1, "--global-batch-size", 4,
@@ -36,9 +36,7 @@ def save_tokenizer(path, data_path=None, seed=0, **changes):
         model = video.VideoTokenizer(video.VideoTokenizerConfig(**changes))
     else:
         model = tok.Tokenizer(tok.TokenizerConfig(**{**SHAPE, **changes}))
-    config = dataclasses.asdict(model.config)
-    torch.save({"format": checkpoints.format_of(model), "preset": "toy", "config": config, "step": 7,
-                "model": model.state_dict(), "ema": {}, "args": {"data_path": data_path}}, path)
+    torch.save(stored(model, args={"data_path": data_path}), path)
     return str(path)
 
 
@@ -72,7 +70,7 @@ def train(directory, *flags):
 def tokens_in(folder, name="tokens"):
     """(codes (rows, n, N), header) of a tokens file, read without the code under test."""
     header = json.loads((folder / f"{name}.json").read_text())
-    return np.fromfile(folder / f"{name}.bin", "<u4").reshape(header["shape"]), header
+    return np.fromfile(folder / f"{name}.bin", "<i8").reshape(header["shape"]), header
 
 
 def codes_of(path, x):
@@ -123,11 +121,12 @@ def test_stored_tokens_are_the_codes_of_images(tmp_path, stage1):
     codes, _ = tokens_in(tmp_path / "ten")
     dataset = data.build_dataset(images, "train", data.View(16, crop="ten"))
     assert codes.shape == (120, 10, 16) and (codes[77] == codes_of(path, dataset[77][0])).mean() > 0.99
-    tokens = train_ar.Tokens(codes, dataset, range(120), [])
+    tokens = train_ar.Tokens(codes, dataset, range(120), [], 10 ** 6)
     drawn = {tuple(tokens.__getitems__([(77, (0, seed))])[0][0].tolist()) for seed in range(60)}
     assert drawn == {tuple(row) for row in codes[77].tolist()}
 
 
+@pytest.mark.slow
 def test_tokens_of_clips_come_in_t_y_x_order(tmp_path):
     folder = save_data(tmp_path / "clips", train=6, val=2, frames=12)
     path = save_tokenizer(tmp_path / "video.pt", folder, **CLIP_SHAPE)
@@ -162,6 +161,32 @@ def test_broken_images_stay_missing_and_are_skipped(tmp_path):
     assert tokens_in(tmp_path / "other")[1]["missing"] is None           # not complete
 
 
+def test_tokens_of_32_bits_are_stored_and_the_largest_is_not_missing(tmp_path, stage1):
+    path = save_tokenizer(tmp_path / "a.pt", stage1[1], bits=32, groups=4)
+    stored = torch.load(path)
+    stored["model"]["encoder.conv_out.bias"].fill_(1e3)                  # every bit on
+    torch.save(stored, path)
+    flags = ["--tokenizer", path, "--length", 2, "--tokens", tmp_path / "tokens.bin"]
+    train(tmp_path / "run", *flags, "--split", 8, 8, 8, 8)
+    codes, header = tokens_in(tmp_path)
+    assert (codes == 2 ** 32 - 1).all() and header["missing"] == []
+    log = logged(tmp_path / "run")
+    assert log[1]["bits"] == pytest.approx(32) and math.isfinite(log[2]["val_loss"])
+    assert (tmp_path / "run" / "samples-00000002.png").exists()          # drawn ids fit the tokenizer
+    with pytest.raises(ValueError, match="24 bits at most"):
+        train(tmp_path / "other", *flags, "--split", 25, 7)
+
+
+def test_damaged_codes_are_not_trained_on(tmp_path, stage1):
+    flags = ["--tokenizer", stage1[0], "--tokens", tmp_path / "tokens.bin", "--length", 1]
+    train(tmp_path / "a", *flags)
+    codes = np.fromfile(tmp_path / "tokens.bin", np.int64)
+    codes[:] = 64                                                        # of 2^6 codes, none has this number
+    codes.tofile(tmp_path / "tokens.bin")
+    with pytest.raises(runtime.UserError, match="more than 1 %"):
+        train(tmp_path / "b", *flags)
+
+
 def test_other_tokens_and_runs_are_refused_with_both_names(tmp_path, stage1):
     path, images = stage1
     tokens = tmp_path / "tokens.bin"
@@ -192,6 +217,7 @@ def test_other_tokens_and_runs_are_refused_with_both_names(tmp_path, stage1):
 
 # ---- training ---------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [["--accumulation", 2], ["--compile"], ["--activation-checkpointing"]])
 def test_same_gradient_however_it_is_computed(tmp_path, stage1, monkeypatch, flags):
     compile = torch.nn.Module.compile                                    # inductor would take a minute
@@ -204,6 +230,7 @@ def test_same_gradient_however_it_is_computed(tmp_path, stage1, monkeypatch, fla
         torch.testing.assert_close(other[name], tensor, atol=1e-5, rtol=1e-5, msg=name)
 
 
+@pytest.mark.slow
 def test_images_are_learned_by_heart(tmp_path):
     tokenizer = save_tokenizer(tmp_path / "a.pt", save_data(tmp_path / "images", train=2, val=1))
     train(tmp_path / "run", "--label-dropout", 0, "--tokenizer", tokenizer, "--length", 300, "--lr", 1e-2,
@@ -244,11 +271,35 @@ def test_non_finite_steps_are_skipped_and_stop_with_their_name(tmp_path, stage1,
     assert all(tensor.isfinite().all() for tensor in saved["model"].values())
 
 
+@pytest.mark.slow
+def test_fine_tuning_keeps_what_fits_of_another_model(tmp_path, stage1, capsys):
+    train(tmp_path / "a", "--tokenizer", stage1[0], "--length", 2)
+    start = runtime.latest_checkpoint(tmp_path / "a")
+    old = newest(tmp_path / "a")["model"]
+    others = pathlib.Path(save_data(tmp_path / "others"))
+    for part in ("train", "val"):
+        (others / part / "bee").rename(others / part / "zebra")
+    flags = ["--tokenizer", stage1[0], "--init-from", start, "--length", 1, "--lr", 0]
+    train(tmp_path / "b", *flags, "--data-path", others)
+    new = newest(tmp_path / "b")["model"]
+    classes = [newest(tmp_path / name)["classes"] for name in "ab"]
+    assert classes == [["ant", "bee", "cat"], ["ant", "cat", "zebra"]]
+    assert {name for name in old if not torch.equal(old[name], new[name])} == {"class_embedding.weight"}
+    rows = new["class_embedding.weight"]
+    assert torch.equal(rows[[0, 1, 3]], old["class_embedding.weight"][[0, 2, 3]])
+    train(tmp_path / "c", *flags, "--image-size", 24, "--split", 2, 4)
+    assert "anew: heads.0, heads.1, token_embeddings.0, token_embeddings.1" in capsys.readouterr().out
+    assert torch.equal(newest(tmp_path / "c")["model"]["norm.weight"], old["norm.weight"])
+    with pytest.raises(runtime.UserError, match="not expected: inter_blocks|missing: inter_blocks"):
+        train(tmp_path / "d", *flags, "--inter-blocks", 2)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [
-    ["--mixed-precision", "bf16", *DROPOUT], ["--mixed-precision", "fp16", "--ema-decay", 0.9],
-    ["--separate-heads"], ["--split", 2, 2, 2, "--intra-blocks", 2], ["--split", 6], ["--unconditional"],
-    ["--online", "--flip", "--num-workers", 1], ["--token-precision", "bf16", "--val-size", 3],
-    ["--preset", "AR-B", "--length", 3, "--intra-blocks", 1, "--warmup", 1], ["--weight-decay", 0]])
+    ["--mixed-precision", "bf16", *DROPOUT], ["--online", "--flip", "--num-workers", 1],
+    ["--mixed-precision", "fp16", "--ema-decay", 0.9, "--weight-decay", 0], ["--split", 6, "--unconditional"],
+    ["--separate-heads", "--token-precision", "bf16", "--val-size", 3],
+    ["--preset", "AR-B", "--split", 2, 2, 2, "--intra-blocks", 2, "--warmup", 1]])
 def test_every_training_flag_runs(tmp_path, stage1, flags):
     train(tmp_path, "--tokenizer", stage1[0], "--length", 3, "--val-every", 2, *flags)
     assert all(math.isfinite(v) for v in logged(tmp_path)[3].values() if isinstance(v, float))
@@ -277,13 +328,9 @@ def test_no_flags_take_the_newest_tokenizer_and_its_data(tmp_path, monkeypatch, 
     (["--online", "--ten-crop"], "--ten-crop"), (["--resume", "/no/such.pt"], "/no/such.pt"),
     (["--token-dropout", 2], "token_dropout"), (["--preset", "AR-S"], "--preset"),
     (["--frames", 9], "--frames"), (["--nonsense"], "--nonsense")])
-def test_mistakes_are_one_line_and_exit_status_2(tmp_path, stage1, capsys, flags, message):
-    argv = ["--results-dir", tmp_path / "run", *TINY, "--tokenizer", stage1[0], *flags]
-    with pytest.raises(SystemExit) as caught:
-        runtime.run_script(train_ar.main, lambda: train_ar.get_args([str(flag) for flag in argv]))
-    text = capsys.readouterr().err
-    assert caught.value.code == 2 and message in text, text
-    assert len([line for line in text.splitlines() if "error" in line]) == 1 and "Traceback" not in text
+def test_mistakes_are_one_line_and_exit_status_2(tmp_path, stage1, flags, message):
+    flags = ["--results-dir", tmp_path / "run", *TINY, "--tokenizer", stage1[0], *flags]
+    assert message in error_line(train_ar, *flags)
     assert not list(tmp_path.glob("run/*.pt"))
 
 

@@ -11,7 +11,7 @@ import pictures
 import runtime
 import tokenizer
 import train_tokenizer as stage1
-from helpers import call, fill_module, golden, logged, newest, run_script
+from helpers import assert_same, call, error_line, fill_module, golden, logged, newest
 
 # A model so small that a step takes milliseconds, with every term of the objective switched on.
 TINY = ["--blocks", 1, "--image-size", 16, "--bits", 6]
@@ -84,6 +84,7 @@ def test_presets_carry_the_published_hyper_parameters(preset, length, milestones
 
 # ---- learning ---------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_accumulated_micro_batches_give_the_same_gradient(tmp_path):
     # Entropy and LeCAM see micro-batches, as --help says; everything else must not notice.
     flags = [*TINY, "--entropy-weight", 0, "--global-batch-size", 4, "--length", 2, "--lr", 5e-5,
@@ -127,10 +128,11 @@ def test_without_the_entropy_term_the_codebook_collapses(tmp_path):
     assert bits[0] < bits[1] - 1.5, bits                                   # less than a third of the codes
 
 
+@pytest.mark.slow
 def test_inflated_training_starts_from_the_image_tokenizer(tmp_path):
     train(tmp_path / "images", *TINY, "--channel-multipliers", 1, 1, 2, "--length", 1)
     start = runtime.latest_checkpoint(tmp_path / "images")
-    train(tmp_path / "clips", *CLIPS, "--inflate-from", start, "--length", 1, "--lr", 0)
+    train(tmp_path / "clips", *CLIPS, "--init-from", start, "--length", 1, "--lr", 0)
     images, clips = newest(tmp_path / "images")["ema"], newest(tmp_path / "clips")["model"]
     name = "encoder.conv_in.weight"
     assert torch.equal(clips[name][:, :, -1], images[name]) and not clips[name][:, :, :-1].any()
@@ -138,20 +140,63 @@ def test_inflated_training_starts_from_the_image_tokenizer(tmp_path):
     assert model.encode(torch.zeros(1, 3, 5, 16, 16)).shape == (1, 2, 2, 2) and info["preset"] == "custom"
 
 
+@pytest.mark.slow
+def test_fine_tuning_starts_with_both_networks_of_a_file(tmp_path, capsys):
+    train(tmp_path / "a", *EVERYTHING, "--length", 2)
+    start = runtime.latest_checkpoint(tmp_path / "a")
+    train(tmp_path / "b", *EVERYTHING, "--init-from", start, "--length", 1, "--lr", 0)
+    before, after = newest(tmp_path / "a"), newest(tmp_path / "b")
+    assert_same(dict(before["ema"]), dict(after["model"]))
+    assert_same(dict(before["discriminator"]), dict(after["discriminator"]))
+    assert after["step"] == 1 and "anew: nothing" in capsys.readouterr().out
+    train(tmp_path / "c", *EVERYTHING, "--init-from", start, "--length", 1, "--bits", 5, "--gan-weight", 0)
+    said = capsys.readouterr().out
+    assert all(name in said for name in ("encoder.conv_out", "decoder.conv_in", "decoder.adaptive.0.beta"))
+    with pytest.raises(runtime.UserError, match="wrong shapes: .*expected"):
+        train(tmp_path / "d", *EVERYTHING, "--init-from", start, "--channels", 64)
+
+
+@pytest.mark.slow
+def test_a_frozen_encoder_leaves_every_code_as_it_was(tmp_path):
+    train(tmp_path / "a", *EVERYTHING, "--length", 2)
+    start = runtime.latest_checkpoint(tmp_path / "a")
+    train(tmp_path / "b", *EVERYTHING, "--init-from", start, "--freeze", "encoder", "--length", 3)
+    old, new = [checkpoints.load_tokenizer(runtime.latest_checkpoint(tmp_path / name))[0] for name in "ab"]
+    x = torch.rand(4, 3, 16, 16) * 2 - 1
+    ids = old.encode(x)
+    assert torch.equal(ids, new.encode(x)) and not torch.equal(old.decode(ids), new.decode(ids))
+
+
 # ---- flags and mistakes -----------------------------------------------------------------------------------
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [
-    ["--mixed-precision", "bf16"], ["--mixed-precision", "fp16", "--gan-weight", 0], ["--channels-last"],
-    ["--activation-checkpointing"], ["--quantizer", "vq", "--codebook-size", 33], ["--max-grad-norm", 1],
-    ["--flip"], ["--discriminator", "patchgan", "--image-size", 32], ["--gan-start", 2, "--accumulation", 2],
-    ["--num-workers", 1], ["--lr-schedule", "cosine", "--warmup", "0.0004ep"], ["--upsampler", "nearest"],
-    ["--downsampler", "average"], ["--no-adaptive-norm"]])
+    ["--mixed-precision", "bf16", "--image-size", 8], ["--mixed-precision", "fp16", "--gan-weight", 0],
+    ["--channels-last", "--flip", "--num-workers", 1, "--lr-schedule", "cosine", "--warmup", "0.0004ep"],
+    ["--activation-checkpointing", "--upsampler", "nearest", "--downsampler", "average"],
+    ["--quantizer", "vq", "--codebook-size", 33, "--no-adaptive-norm", "--max-grad-norm", 1],
+    ["--discriminator", "patchgan", "--image-size", 32, "--global-batch-size", 2],
+    ["--gan-start", 2, "--accumulation", 2], ["--quantizer", "bsq", "--entropy", "bits"],
+    ["--quantizer", "fsq"], ["--quantizer", "simvq", "--codebook-size", 33],
+    ["--bits", 32, "--groups", 4, "--entropy", "groups"]])
 def test_every_training_flag_runs(tmp_path, flags):
-    train(tmp_path, *EVERYTHING, "--length", 3, *flags)
+    train(tmp_path, *EVERYTHING, "--length", 3, "--checkpoint-every", 3, *flags)
     assert all(math.isfinite(v) for v in logged(tmp_path)[3].values() if isinstance(v, float))
     assert (tmp_path / "reconstructions-00000003.png").exists()
 
 
+def test_usage_and_dead_bits_are_those_of_each_group(capsys):
+    lfq = tokenizer.LFQ(tokenizer.TokenizerConfig(bits=32, groups=4))
+    ids = torch.arange(256) | torch.arange(256) // 128 << 8 | 1 << 31      # all codes, two, one and one
+    usage = lfq.count(ids)
+    report = stage1.usage_report(usage, lfq)
+    assert report["usage"] == (256 + 2 + 1 + 1) / 1024 and not usage.any()
+    assert report["perplexity"] == pytest.approx((256 + 2 + 1 + 1) / 4)
+    assert report["bit_balance"] == [0.5] * 9 + [0] * 22 + [1] and report["dead_bits"] == 23
+    assert f"bits {list(range(9, 32))} are dead" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_the_ema_stays_out_of_the_graph(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(stage1, "preview", lambda ema, *rest: seen.extend(ema.parameters()) or 0.0)
@@ -159,6 +204,7 @@ def test_the_ema_stays_out_of_the_graph(tmp_path, monkeypatch):
     assert seen and not any(p.requires_grad or p.grad_fn for p in seen)
 
 
+@pytest.mark.slow
 def test_clips_train_with_their_discriminator(tmp_path):
     train(tmp_path, *CLIPS, "--length", 2, "--gan-weight", 0.1, "--lecam-weight", 0.05, "--channels-last")
     log = logged(tmp_path)[2]
@@ -167,7 +213,9 @@ def test_clips_train_with_their_discriminator(tmp_path):
 
 
 @pytest.mark.slow
-def test_compiled_training_learns_the_same(tmp_path):
+def test_compiled_training_learns_the_same(tmp_path, monkeypatch):
+    compile = torch.nn.Module.compile                                    # inductor would take a minute
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kw: compile(self, backend="eager", **kw))
     flags = [*TINY, "--length", 2, "--lr", 1e-4, "--global-batch-size", 4, "--log-every", 1]
     train(tmp_path / "eager", *flags)
     train(tmp_path / "compiled", *flags, "--compile")
@@ -175,6 +223,7 @@ def test_compiled_training_learns_the_same(tmp_path):
     assert compiled["loss/l1"] == pytest.approx(eager["loss/l1"], rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken_steps, stops", [({2, 3}, False), (set(range(2, 30)), True)])
 def test_steps_that_are_not_finite_are_skipped(tmp_path, monkeypatch, broken_steps, stops):
     calls, real = [], pictures.to_float
@@ -195,8 +244,9 @@ def test_steps_that_are_not_finite_are_skipped(tmp_path, monkeypatch, broken_ste
         train(tmp_path, *flags)
         assert newest(tmp_path)["skipped"] == 2 and logged(tmp_path)[5]["skipped_steps"] == 2
         assert all(t.isfinite().all() for t in newest(tmp_path)["model"].values())
-        steps = [checkpoints.read(path)["optimizer"]["state"][0]["step"] for path in runtime.list_checkpoints(tmp_path)]
-        assert steps == [1, 2, 3]                                          # none was saved while steps were skipped
+        steps = [checkpoints.read(path)["optimizer"]["state"][0]["step"]
+                 for path in runtime.list_checkpoints(tmp_path)]
+        assert steps == [1, 2, 3]                                          # none while steps were skipped
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
@@ -216,20 +266,35 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
     (["--resume", "/no/such.pt"], "/no/such.pt"), (["--tau", 0], "tau"),
     (["--gan-weight", 1, "--image-size", 16], "--discriminator blurpool"),
     (["--gan-weight", 1, "--discriminator", "patchgan-3d"], "patchgan-3d"),
-    (["--inflate-from", "x.pt"], "toy-video"), (["--split-list", "x.txt"], "--val-split-list"),
+    (["--init-from", "/no/such.pt"], "/no/such.pt"), (["--split-list", "x.txt"], "--val-split-list"),
+    (["--bits", 10, "--groups", 4], "groups 4 do not divide bits 10"), (["--levels"], "levels"),
     (["--preset", "toy-video", "--frames", 6], "frames 6"), (["--nonsense"], "--nonsense")])
-def test_mistakes_name_the_flag(tmp_path, capsys, flags, message):
-    with pytest.raises((ValueError, SystemExit)) as caught:
-        train(tmp_path / "run", *flags)
-    text = capsys.readouterr().err if isinstance(caught.value, SystemExit) else str(caught.value)
-    assert message in text and len(text.strip().splitlines()) == 1, text
+def test_mistakes_name_the_flag(tmp_path, flags, message):
+    assert message in error_line(stage1, "--results-dir", tmp_path / "run", *flags)
     assert not (tmp_path / "run").exists()
 
 
-def test_mistakes_end_with_one_line_and_status_2(tmp_path):
-    for flags in (["--data-path", "/no/such/folder"], ["--channels", 40]):
-        result = run_script("train_tokenizer.py", "--results-dir", tmp_path / "run", *flags, check=False)
-        assert result.returncode == 2 and len(result.stderr.strip().splitlines()) == 1, result.stderr
+@pytest.mark.slow
+@pytest.mark.slow
+def test_damaged_older_and_second_runs_are_told_apart(tmp_path, capsys):
+    train(tmp_path, *EVERYTHING, "--length", 3)
+    first, second, third = [tmp_path / f"step-0000000{step}.pt" for step in (1, 2, 3)]
+    whole = third.read_bytes()
+    with pytest.raises(runtime.UserError, match="holds newer ones, up to step 3"):
+        train(tmp_path, *EVERYTHING, "--length", 4, "--resume", first)
+    flipped = bytearray(whole)
+    flipped[whole.index(b"exp_avg") + len(whole) // 2] ^= 1                # somewhere among the tensors
+    for damaged in (bytes(flipped), whole[:-100]):
+        third.write_bytes(damaged)
+        (tmp_path / ".step-00000009.1.pt").write_bytes(b"of a kill")
+        train(tmp_path, *EVERYTHING, "--length", 3, "--resume")
+        said = capsys.readouterr().out
+        assert "trying the one before" in said and f"resuming {second} at step 2" in said
+        assert newest(tmp_path)["step"] == 3 and not list(tmp_path.glob(".step-*"))
+    with pytest.raises(runtime.UserError, match="another run writes to"):
+        lock = runtime.lock(tmp_path)
+        train(tmp_path, *EVERYTHING, "--length", 4, "--resume")
+    assert lock
 
 
 def test_a_run_is_neither_overwritten_nor_continued_otherwise(tmp_path):

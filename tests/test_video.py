@@ -9,19 +9,12 @@ import torch.nn as nn
 import checkpoints
 import tokenizer
 import video
-from helpers import fill_module, golden
+from helpers import fill_module, golden, published_video_name
 
 TINY = video.VideoTokenizerConfig(resolution=16, channels=32, channel_multipliers=(1, 2, 2, 2), blocks=1,
                                   mid_blocks=1, bits=6, frames=5)
 TINY_IMAGE = tokenizer.TokenizerConfig(resolution=16, channels=32, channel_multipliers=(1, 2, 2, 2), blocks=1,
                                  mid_blocks=1, bits=6)
-
-
-def official(name):
-    """Our parameter names to the official ones: a `.conv_1` inside each convolution."""
-    parts = name.split(".")
-    is_conv = parts[-2] in ("conv_in", "conv_out", "conv1", "conv2", "nin_shortcut", "downsample")
-    return ".".join([*parts[:-1], "conv_1", parts[-1]]) if is_conv else name
 
 
 def random_model(kind, config, seed=0):
@@ -44,20 +37,13 @@ def clip(frames, height=16, width=16, seed=0, batch=1):
 def test_encoder_codes_and_decoder_equal_the_official_ones():
     expected = golden("video_tokenizer")
     config = video.VideoTokenizerConfig(resolution=16, channels=32, blocks=1, mid_blocks=1)
-    model = fill_module(video.VideoTokenizer(config), "", official)
+    model = fill_module(video.VideoTokenizer(config), "", published_video_name)
     with torch.no_grad():
         reconstruction, z, _, ids = model(expected["x"])
     torch.testing.assert_close(z, expected["encoder_out"], atol=1e-5, rtol=0)
     torch.testing.assert_close(reconstruction, expected["reconstruction"], atol=1e-5, rtol=0)
     assert torch.equal(ids.flatten(), expected["index"].flatten())
     torch.testing.assert_close(model.decode(ids), reconstruction, atol=1e-5, rtol=0)
-
-
-def test_parameter_counts_are_the_published_ones():
-    with torch.device("meta"):
-        model = video.VideoTokenizer(video.PRESETS["ucf-128"])
-    for part, millions in ((model.encoder, 144.87), (model.decoder, 225.68)):
-        assert round(sum(p.numel() for p in part.parameters()) / 1e6, 2) == millions
 
 
 # ---- shapes -----------------------------------------------------------------------------------------------
@@ -157,11 +143,11 @@ CAUSAL = {"published": {}, "nearest": {"upsampler": "nearest"}, "average": {"dow
 @pytest.mark.parametrize("changes", CAUSAL.values(), ids=CAUSAL)
 def test_changing_a_frame_leaves_all_earlier_codes_bit_identical(changes):
     model = with_fixed_norms(random_model(video.VideoTokenizer, video.VideoTokenizerConfig(
-        **{**vars(TINY), "frames": 17, **changes})))
+        **{**vars(TINY), "frames": 9, **changes})))
     with torch.no_grad():
-        x = clip(17)
+        x = clip(9)
         z = model.encoder(x)
-        for t in range(17):
+        for t in range(9):
             changed = x.clone()
             changed[:, :, t] = -changed[:, :, t]
             z_changed, first = model.encoder(changed), math.ceil(t / 4)    # token i ends with frame 4 i
@@ -172,11 +158,11 @@ def test_changing_a_frame_leaves_all_earlier_codes_bit_identical(changes):
 @pytest.mark.parametrize("changes", CAUSAL.values(), ids=CAUSAL)
 def test_changing_a_code_leaves_all_earlier_frames_bit_identical(changes):
     model = with_fixed_norms(random_model(video.VideoTokenizer, video.VideoTokenizerConfig(
-        **{**vars(TINY), "frames": 17, **changes})))
+        **{**vars(TINY), "frames": 9, **changes})))
     with torch.no_grad():
-        q = torch.where(torch.randn(1, 6, 5, 2, 2) > 0, 1.0, -1.0)
+        q = torch.where(torch.randn(1, 6, 3, 2, 2) > 0, 1.0, -1.0)
         x = model.decoder(q)
-        for t in range(5):
+        for t in range(3):
             changed = q.clone()
             changed[:, :, t] = -changed[:, :, t]
             x_changed, first = model.decoder(changed), max(0, 4 * t - 3)   # token i begins with frame 4 i - 3
@@ -233,19 +219,9 @@ def test_other_multipliers_bring_their_own_strides_in_time():
     assert [stride[0] for stride in config.strides] == [1, 1, 2]
 
 
-def test_activation_checkpointing_changes_no_gradient():
-    model, grads = random_model(video.VideoTokenizer, TINY), []
-    for checkpointing in (False, True):
-        model.encoder.checkpointing = model.decoder.checkpointing = checkpointing
-        model.zero_grad()
-        model(clip(5))[0].square().mean().backward()
-        grads.append([p.grad.clone() for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*grads))
-
-
 def test_inflation_of_another_architecture_lists_the_names():
     model = video.VideoTokenizer(TINY)
-    for changes, problem in (({"blocks": 2}, r"not expected: .*down\.0\.block\.1"),
+    for changes, problem in (({"blocks": 2}, r"not expected: .*up\.0\.block\.1"),
                              ({"bits": 7}, "wrong shapes")):
         image = tokenizer.Tokenizer(tokenizer.TokenizerConfig(**{**vars(TINY_IMAGE), **changes}))
         with pytest.raises(ValueError, match=problem):
