@@ -369,9 +369,9 @@ def lock(results_dir):
     folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / ".lock", "w")
     try:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        if fcntl:                                          # lockf: workers do not inherit it, as with flock
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
         raise UserError(f"another run writes to {folder}; stop it, or use another --results-dir") from None
     for temporary in folder.glob(".step-*.pt"):
         temporary.unlink()

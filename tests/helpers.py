@@ -121,7 +121,7 @@ def serve():
 def launch(run, stdout, stderr, status):
     """Be a launcher: fork the ranks, write our process id, and at their end the exit status, to `status`.
 
-    Like torchrun, it ends all ranks when one fails. Ranks and their workers keep `status` open, so that after a
+    Like torchrun, it ends all ranks when one fails. Ranks and workers keep `status` open, so that after a
     kill its end is not read before all of them are gone.
     """
     os.setsid()
@@ -231,11 +231,11 @@ def call(script, *flags):
 
 
 def error_line(script, *flags):
-    """What a script says of a user's mistake, which must be one line, and its exit status 2."""
+    """What a script says of a user's mistake: one line beside its downloads, and exit status 2."""
     said = io.StringIO()
     with pytest.raises(SystemExit) as caught, contextlib.redirect_stderr(said):
         runtime.run_script(script.main, lambda: script.get_args([str(flag) for flag in flags]))
-    lines = said.getvalue().splitlines()
+    lines = [line for line in said.getvalue().splitlines() if not line.startswith("downloading ")]
     assert caught.value.code == 2 and len(lines) == 1, said.getvalue()
     return lines[0]
 

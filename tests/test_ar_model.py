@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import ar_model
-import checkpoints
 import sample as fast_sampler
 from ar_model import ARConfig, ARModel, sample, sampling_settings
 from helpers import fill_module, golden, published_ar_name

@@ -8,8 +8,6 @@ import torch
 
 import ar_model
 import checkpoints
-import metrics
-import runtime
 import tokenizer
 import train_tokenizer
 import video
@@ -86,6 +84,7 @@ def test_published_tokenizers_load_ema_or_raw_weights(tmp_path, config):
     assert same(model, raw) and info["weights"] == "raw"
 
 
+@pytest.mark.slow
 def test_a_published_transformer_brings_its_tokenizer(tmp_path):
     torch.manual_seed(0)
     inner, model = tokenizer.Tokenizer(TINY), ar_model.ARModel(TINY_AR)

@@ -172,7 +172,7 @@ call("generation --samples samples.npz --reference reference.npz")
 call(f"generation --samples samples.npz --metrics tokens mind --ckpt {ar}")
 call(f"generation --ckpt {ar} --num-samples 9 --reference reference16.npz")
 call(f"reconstruction --ckpt {clips} --max-samples 5 --metrics psnr usage rfvd --protocol official")
-call("generation --samples clips.npz")
+call("generation --samples clips.npz --metrics fvd")
 """
 
 
@@ -199,6 +199,7 @@ def test_one_two_and_three_ranks_measure_the_same(files, place):
                                    for name, value in values(expected).items()}
 
 
+@pytest.mark.slow
 def test_originals_statistics_are_reused_and_give_the_same_rfid(files, place, monkeypatch):
     seen = []
     forward = Quick.forward
@@ -308,6 +309,7 @@ def test_original_resolution_pads_with_grey_and_crops_back(protocol, place):
 # What is measured: defaults, files, drawing
 # ------------------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_without_flags_it_judges_what_training_left(files, monkeypatch, capsys):
     monkeypatch.chdir(files["images"].parents[2])
     evaluate.main(evaluate.get_args([]))
@@ -345,6 +347,7 @@ def write_clips(folder, counts):
     return folder
 
 
+@pytest.mark.slow
 def test_official_clips_are_10000_of_the_training_split(files, place, monkeypatch):
     write_clips(place / "clips", {"train": 5, "test": 3})
     for protocol in ("clean", "official"):
@@ -455,6 +458,7 @@ def test_any_path_can_be_measured(files, place, monkeypatch):
     assert "generation-here-" in str(list(pathlib.Path("runs/evaluation").glob("*.json")))
 
 
+@pytest.mark.slow
 def test_samples_are_at_distance_0_from_themselves(place, capsys):
     write_samples("same.npz", 6)
     call("generation", "--samples", "same.npz", "--reference", "same.npz", *RANDOM)
@@ -542,6 +546,7 @@ def test_without_flags_generation_takes_the_newest_npz_else_draws(files, place, 
     assert drawn["sampling"]["checkpoint"]["path"].endswith(files["ar"].name)
 
 
+@pytest.mark.slow
 def test_a_folder_and_an_npz_give_the_same_numbers(place):
     pixels = write_samples("samples.npz", 4)
     np.savez_compressed("packed.npz", arr_0=pixels)

@@ -7,7 +7,6 @@ import torch
 from PIL import Image
 
 import runtime
-import sample
 import train_ar
 import train_tokenizer
 from helpers import assert_same, call, kill_when, logged, newest, run_script
@@ -136,7 +135,7 @@ def test_two_tokenizer_ranks_equal_the_double_batch(tmp_path, flags):
 def test_two_transformer_ranks_equal_the_double_batch(tmp_path, tokenizer_path):
     flags = [*AR[:-2], "--label-dropout", 0, "--tokenizer", tokenizer_path, "--length", 3, "--log-every", 1]
     call(train_ar, "--results-dir", tmp_path / "one", *flags)
-    run_script("train_ar.py", "--results-dir", tmp_path / "two", *flags, ranks=2)
+    run_script("train_ar.py", "--results-dir", tmp_path / "two", *flags, ranks=2, forked=False)    # torchrun
     assert_close_runs(tmp_path / "one", tmp_path / "two", ["model"])
 
 

@@ -131,6 +131,7 @@ def test_the_tf1_resize_is_torch_fidelitys_exactly():
         assert torch.equal(metrics.resize_tf1(x), expected)
 
 
+@pytest.mark.slow
 def test_inception_features_are_pytorch_fids_exactly(inception, monkeypatch):
     state = inception.state_dict()
     monkeypatch.setattr("pytorch_fid.inception.load_state_dict_from_url", lambda *args, **kwargs: state)
@@ -142,6 +143,7 @@ def test_inception_features_are_pytorch_fids_exactly(inception, monkeypatch):
     assert torch.equal(features, expected) and features.std() > 0.1
 
 
+@pytest.mark.slow
 def test_inception_is_torch_fidelitys_with_the_tf1_rule(inception, tmp_path):
     torch.save(inception.state_dict(), tmp_path / "a.pth")
     theirs = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"],
@@ -177,6 +179,7 @@ def test_i3d_has_the_published_parameters_and_tensorflows_padding():
     assert padded[0, 0, 10, 2, 2] == 1 and padded[0, 0, 10, 1, 2] == 0 and padded[0, 0, 10, 225, 2] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("eps, same", [(1e-5, True), (1e-3, False)])
 def test_i3d_computes_what_an_independent_port_computed(eps, same):    # cd-fvd 0.1.1, whose eps is 1e-5
     clips = torch.rand(1, 3, 10, 224, 224, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -200,6 +203,7 @@ def test_i3d_sees_every_frame_and_refuses_short_clips():
             metrics.i3d_input(bad)
 
 
+@pytest.mark.slow
 def test_random_weights_depend_on_the_seed_alone():
     first, second, other = [metrics.randomise(metrics.LPIPS("alex"), seed) for seed in (0, 0, 1)]
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters()))

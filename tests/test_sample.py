@@ -1,5 +1,4 @@
 """The fast sampler draws the plain one's tokens; the set of samples is the same however it is drawn."""
-import dataclasses
 import json
 import math
 import pathlib
@@ -12,7 +11,6 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 import ar_model
 import checkpoints
-import pictures
 import runtime
 import sample
 import tokenizer as tok
@@ -324,6 +322,7 @@ def test_defaults_classes_and_files(tmp_path, saved, monkeypatch):
             call(sample, "--ckpt", ckpt, *flags, "--output", "b.png")
 
 
+@pytest.mark.slow
 def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path, saved):
     ckpt, own, published = saved
     other = save(tmp_path / "other", seed=1, bits=(3, 4))

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from PIL import Image
 
 import ar_model
-import checkpoints
 import pictures
 import runtime
 import tokenizer
@@ -426,6 +425,7 @@ def test_any_size_and_length_comes_back_window_by_window(frames):
         assert torch.equal(y[:, :5], first[0, :, :, :7])
 
 
+@pytest.mark.slow
 def test_tiles_fade_into_each_other_and_cover_every_pixel():
     model = tokenizer.Tokenizer(TINY).eval()
     for sides in ((1, 1), (64, 64), (65, 200), (333, 517)):

@@ -1,5 +1,4 @@
 """Stage II: tokens are stored once and verified; the loop trains as published, and learns."""
-import dataclasses
 import json
 import math
 import pathlib
@@ -108,6 +107,7 @@ def test_all_parameters_decay_and_rate_changes_every_step(tmp_path, stage1):
 
 # ---- tokens -----------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_stored_tokens_are_the_codes_of_images(tmp_path, stage1):
     path, images = stage1
     train(tmp_path / "a", "--tokenizer", path, "--length", 1, "--val-size", 4)
@@ -148,6 +148,7 @@ def test_tokens_of_clips_come_in_t_y_x_order(tmp_path):
             train(tmp_path / "d", "--tokenizer", path, *flags)
 
 
+@pytest.mark.slow
 def test_broken_images_stay_missing_and_are_skipped(tmp_path):
     images = pathlib.Path(save_data(tmp_path / "images"))
     (images / "train" / "bee" / "03.png").write_bytes(b"no image")
@@ -187,6 +188,7 @@ def test_damaged_codes_are_not_trained_on(tmp_path, stage1):
         train(tmp_path / "b", *flags)
 
 
+@pytest.mark.slow
 def test_other_tokens_and_runs_are_refused_with_both_names(tmp_path, stage1):
     path, images = stage1
     tokens = tmp_path / "tokens.bin"
