@@ -21,7 +21,6 @@ def check(condition, text):
         raise ValueError(text)
 
 
-
 def as_frames(x):
     """Clips (B, 3, T, H, W) to their frames (B * T, 3, H, W); images (B, 3, H, W) stay what they are."""
     check(x.dim() in (4, 5) and x.shape[1] == 3, f"{list(x.shape)}: no images or clips (B, 3, [T,] H, W)")
