@@ -63,7 +63,7 @@ METRICS = {
     "ssim": Metric("SSIM", metrics.ssim, "{:.4f}", "{pixels}, {mean}, 7 x 7 windows"),
     "lpips-vgg": Metric("LPIPS (VGG)", "lpips-vgg", "{:.4f}", "{floats}, mean over all"),
     "lpips-alex": Metric("LPIPS (Alex)", "lpips-alex", "{:.4f}", "{floats}, mean over all"),
-    "usage": Metric("codebook usage", None, "{:.2%}", "of {codes}, {tokens} tokens, {over}"),
+    "usage": Metric("codebook usage", None, "{:.2%}", "{tokens} tokens of {codes}, {over}"),
     "perplexity": Metric("perplexity", None, "{:.1f}", "at most {codes}"),
     "bits_per_pixel": Metric("bits per pixel", None, "{:.4f}", "{bits:g} bits a token"),
     "rfid": Metric("rFID", "inception", "{:.3f}", "{floats}, {resize_rule} to 299, {n} images"),
@@ -492,8 +492,8 @@ def summarise(found, output, record, args):
     batch = 4 if official and not about["frames"] and not args.original_resolution else 1
     pixels = "truncated uint8" if official else "rounded uint8"
     facts = {**about, "n": n, "resize_rule": record["resize_rule"], "bits": bits, "tokens": tokens,
-             "codes": f"{codes} codes in each of {groups} groups" if groups > 1 else f"{codes} codes",
              "mean": f"mean over batches of {batch}" if batch > 1 else "mean over all", "pixels": pixels,
+             "codes": f"{codes} codes in each of {groups} groups" if groups > 1 else f"{codes} codes",
              "floats": "floats" if official else pixels, "reference": args.reference,
              "over": f"{n} {'clip' if about['frames'] else 'image'}s of {about['name']}, {record['part']}"}
     values = {key: found[key] for key in METRICS if key in found}
@@ -572,27 +572,18 @@ def generation(args):
     sampling = runtime.read_json(beside) if beside.is_file() else {}
     real = real_samples(args, axes, args.max_samples or n, args.reference)
     about = real[-1]
-    facts = {"n": n, "frames": axes[0], "kind": "clip" if clips else "image"}
-    values = {}
-    tokenizer = None
-    if "tokens" in args.metrics:                           # as it is in the AR model that drew the samples
-        made_by = sampling.get("checkpoint")
-        args.ckpt = args.ckpt or (made_by.get("path") if isinstance(made_by, dict) else None)
-        _, tokenizer, info = sample.load(args)
-        sha256 = runtime.on_main(checkpoints.weights_hash, tokenizer)
-        about["tokenizer"] = {"path": info["path"], "sha256": sha256}
-    network = None
-    if args.metrics != ["tokens"]:
-        network = load_network("i3d" if clips else "inception", args)
     output, record = plan(path, args, samples={"path": str(path), "axes": list(axes), "sha256": identity},
-                          sampling=sampling, reference=about,
-                          networks={network.name: network.source} if network else {})
+                          sampling=sampling, reference=about, networks={})
     runtime.print_facts(("samples", f"{path}, {n} of {' x '.join(map(str, axes))}"),
                         ("real", f"those of {about.get('name') or args.reference}"),
                         ("protocol", f"{args.protocol}, {runtime.world_size()} x {args.device}"))
-    if tokenizer:
-        values.update(token_distances(tokenizer.to(args.device), samples, real[0], facts, args))
-    if network:
+    facts = {"n": n, "frames": axes[0], "kind": "clip" if clips else "image"}
+    values = {}
+    if "tokens" in args.metrics:
+        values = token_distances(samples, real[0], record, facts, args)
+    if args.metrics != ["tokens"]:
+        network = load_network("i3d" if clips else "inception", args)
+        record["networks"] = {network.name: network.source}
         reference = real_statistics(args, network, *real)
         made = FeatureStream(network, range(n)).run(samples, range(n), args, "samples")
         if runtime.is_main():
@@ -637,9 +628,15 @@ def compare(reference, made, facts, args):
 
 
 @torch.no_grad()
-def token_distances(tokenizer, samples, real, facts, args):
+def token_distances(samples, real, record, facts, args):
     """{metric: total variation} of the codes of samples and of as many `real` ones, and of these and as many
-    others: what the best samples would have. Adds to `facts`. A collective."""
+    others: what the best samples would have. All are encoded by the tokenizer in the AR model --ckpt, or the
+    one that drew the samples, as their record says. Adds to `record` and `facts`. A collective."""
+    made_by = record["sampling"].get("checkpoint")
+    args.ckpt = args.ckpt or (made_by.get("path") if isinstance(made_by, dict) else None)
+    _, tokenizer, info = sample.load(args)
+    sha256 = runtime.on_main(checkpoints.weights_hash, tokenizer.to(args.device))
+    record["tokenizer"] = {"path": info["path"], "sha256": sha256}
     each = min(len(samples), args.max_samples or len(samples), len(real) // 2)
     chosen = np.random.default_rng(args.global_seed).permutation(len(real))[:2 * each].tolist()
     counts = []
@@ -651,7 +648,7 @@ def token_distances(tokenizer, samples, real, facts, args):
             for part in x.split(4 if x.dim() == 5 else n):               # clips are large
                 counts[-1] += tokenizer.quantizer.count(tokenizer.encode(part))
     made, first, second = map(runtime.all_reduce_sum, counts)
-    facts.update(each=each, tokens=int(made.sum()))
+    facts.update(each=each, tokens=int(made[0].sum()))
     return {"tokens": metrics.total_variation(made, first),
             "tokens-real": metrics.total_variation(second, first)}
 
@@ -676,8 +673,8 @@ def real_statistics(args, network, samples, order, about, path=None):
 
     With features, and of a data set the images, of up to 10,000, for ADM's own evaluator to read. ADM's files
     bring statistics of ImageNet's training set, and 10,000 images, whose features are computed here."""
-    key = {name: value for name, value in about.items() if name not in ("path", "tokenizer")}
-    key["network"] = network.source
+    key = {**about, "network": network.source}
+    del key["path"]                                        # wherever they lie
     if isinstance(samples, data.Samples):
         kept = {order[k] for k in data.evenly_spaced(10_000, len(order))}
         stream = FeatureStream(network, kept, axes=samples.axes if len(samples.axes) == 2 else None)

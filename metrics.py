@@ -13,24 +13,26 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 
-from runtime import require
-
 # ---- 1. Pixels and codes: what one image and its reconstruction, or one bag of tokens, can tell ------------
+
+def check(condition, text):
+    """Raise ValueError(text) unless `condition` holds."""
+    if not condition:
+        raise ValueError(text)
 
 
 def as_frames(x):
     """Clips (B, 3, T, H, W) to their frames (B * T, 3, H, W); images (B, 3, H, W) stay what they are."""
-    require(x.dim() in (4, 5) and x.shape[1] == 3,
-            f"this takes images (B, 3, H, W) or clips (B, 3, T, H, W), not {list(x.shape)}")
+    check(x.dim() in (4, 5) and x.shape[1] == 3, f"{list(x.shape)}: no images or clips (B, 3, [T,] H, W)")
     return x.transpose(1, 2).flatten(0, 1) if x.dim() == 5 else x
 
 
 def check_pair(reference, images):
     """Raise ValueError unless both are uint8 (B, 3, H, W) of the same shape."""
-    require(reference.dtype == images.dtype == torch.uint8 and images.dim() == 4 and images.shape[1] == 3,
-            f"pixel metrics take uint8 images (B, 3, H, W), not {str(images.dtype)[6:]} {list(images.shape)}")
-    require(reference.shape == images.shape,
-            f"images of {list(images.shape)} cannot be compared with images of {list(reference.shape)}")
+    check(reference.dtype == images.dtype == torch.uint8 and images.dim() == 4 and images.shape[1] == 3,
+          f"pixel metrics take uint8 images (B, 3, H, W), not {str(images.dtype)[6:]} {list(images.shape)}")
+    check(reference.shape == images.shape,
+          f"images of {list(images.shape)} cannot be compared with images of {list(reference.shape)}")
 
 
 def psnr(reference, images):
@@ -40,8 +42,7 @@ def psnr(reference, images):
     Misses: structure. A blurred lawn beats a crisp one whose blades are shifted by a pixel, so a tokenizer
     trained without a GAN wins here and looks worse.
     Trap: average the dB of images, not their errors, or a few hard images decide. An image that comes back
-    exactly has infinite PSNR, and so has the mean: a hint of comparing a file with itself.
-    """
+    exactly has infinite PSNR, and so has the mean: a hint of comparing a file with itself."""
     check_pair(reference, images)
     error = (reference.int() - images.int()).square().double()           # exact
     return 10 * (255 ** 2 / error.mean((1, 2, 3))).log10()
@@ -63,10 +64,9 @@ def ssim(reference, images):
     scikit-image's version, as in the paper: uniform 7 x 7 windows, unbiased variances, channel by channel.
     Sees: in each window, whether brightness, contrast and pattern agree. Misses: what lies outside the
     window, and colour as such. Trap: there are many SSIMs. An 11 x 11 Gaussian window (torchmetrics, piq), or
-    data_range=2 for images in [0, 1] (LlamaGen: 0.675 for what is 0.54 here) gives other numbers.
-    """
+    data_range=2 for images in [0, 1] (LlamaGen: 0.675 for what is 0.54 here) gives other numbers."""
     check_pair(reference, images)
-    require(min(images.shape[2:]) >= 7, f"SSIM needs images of 7 x 7 or more, not {list(images.shape[2:])}")
+    check(min(images.shape[2:]) >= 7, f"SSIM needs images of 7 x 7 or more, not {list(images.shape[2:])}")
     c1 = (0.01 * 255) ** 2
     c2 = (0.03 * 255) ** 2
     # A few channels at a time keep the intermediate maps in a CPU's cache, which doubles the speed.
@@ -87,8 +87,7 @@ def ssim(reference, images):
 
 
 def codebook_usage(counts):
-    """How well the codes are used. counts (V,): how often each occurred; (G, V): those of each of G groups of
-    bits, whose figures are averaged. Returns two figures:
+    """How well codes are used. counts ([G,] V): how often each occurred; figures of G groups are averaged.
 
     usage: the fraction of the codebook that occurred at all. Sees dead codes, but a code used once counts as
     much as one used a million times. Trap: it grows with the number of images. 2^18 codes need all 50,000 of
@@ -100,15 +99,13 @@ def codebook_usage(counts):
 
 
 def total_variation(counts, others):
-    """Half the sum of |p - q| over the codes of two bags of tokens, given as counts (V,), or (G, V) of groups
-    of bits, which are averaged: in 0 .. 1.
+    """Half the sum of |p - q| over the codes of two bags of tokens, given as counts ([G,] V): in 0 .. 1.
 
     Sees: codes, and so colours and textures, that one bag has more often; 1 says that it shares none. Misses:
     where in an image they stand, and which go together: tokens of real images, shuffled, have distance 0.
     Trap: two finite bags of one distribution are at a distance, too, a large one where codes are many and
     tokens few. The distance of two equal sets of real images tells how large; read it beside this one."""
-    p = counts.double() / counts.sum(-1, keepdim=True)
-    q = others.double() / others.sum(-1, keepdim=True)
+    p, q = [each.double() / each.sum(-1, keepdim=True) for each in (counts, others)]
     return float((p - q).abs().sum(-1).mean() / 2)
 
 
@@ -183,11 +180,9 @@ def inception_input(images, rule):
     rule "half-pixel"              pytorch-fid, the official rFID: bilinear, no antialiasing, 2x - 1
          "half-pixel-antialiased"  the same, but a side of more than 299 pixels is shrunk without aliasing
          "tf1"                     ADM, torch-fidelity: TensorFlow's old rule on 0..255, (k - 128) / 128
-    Statistics of one rule mean nothing beside those of another: on 256 x 256 images the inputs differ by up
-    to 18 levels. The aspect ratio is ignored by all of them.
-    """
+    Statistics of two rules do not compare: 256 x 256 images differ by up to 18 levels. Aspect is ignored."""
     if rule == "tf1":
-        require(images.dtype == torch.uint8, f"rule tf1 takes uint8 images, not {str(images.dtype)[6:]}")
+        check(images.dtype == torch.uint8, f"rule tf1 takes uint8 images, not {str(images.dtype)[6:]}")
         return (resize_tf1(images.float()) - 128) / 128
     x = images
     if x.dtype == torch.uint8:                         # by a tensor: a GPU turns a number into its inverse
@@ -306,7 +301,7 @@ class I3D(nn.Module):
 
     def forward(self, x):
         """Clips x (B, 3, T, 224, 224) in [-1, 1], T of 9 or more, to logits (B, 400): FVD's features."""
-        require(x.shape[2] >= 9, f"I3D needs clips of 9 frames or more, not {x.shape[2]}")
+        check(x.shape[2] >= 9, f"I3D needs clips of 9 frames or more, not {x.shape[2]}")
         x = max_pool(self.Conv3d_1a_7x7(x), (1, 3, 3), (1, 2, 2))                    # (B, 64, T/2, 56, 56)
         x = self.Conv3d_2c_3x3(self.Conv3d_2b_1x1(x))                                # (B, 192, T/2, 56, 56)
         x = max_pool(x, (1, 3, 3), (1, 2, 2))                                        # (B, 192, T/2, 28, 28)
@@ -322,8 +317,8 @@ class I3D(nn.Module):
 
 def i3d_input(clips):
     """uint8 clips (B, 3, T, H, W) to (B, 3, T, 224, 224) in [-1, 1]: bilinear, not antialiased."""
-    require(clips.dtype == torch.uint8 and clips.dim() == 5,
-            f"I3D looks at uint8 clips (B, 3, T, H, W), not {str(clips.dtype)[6:]} {list(clips.shape)}")
+    check(clips.dtype == torch.uint8 and clips.dim() == 5,
+          f"I3D looks at uint8 clips (B, 3, T, H, W), not {str(clips.dtype)[6:]} {list(clips.shape)}")
     frames = F.interpolate(as_frames(clips).float(), (224, 224), mode="bilinear", align_corners=False)
     return (2 * frames / 255 - 1).unflatten(0, (len(clips), -1)).transpose(1, 2)
 
@@ -344,8 +339,8 @@ def randomise(network, seed=0):
 # ---- 4. Sets: what a set of images as a whole can tell -----------------------------------------------------
 
 class Moments:
-    """Mean and covariance of a stream of feature vectors (.., D): n, sum of f, sum of f f^T, which merge over
-    ranks. In float64, as a covariance is a small difference of large numbers."""
+    """Mean and covariance of a stream of features (.., D): n, sum of f, sum of f f^T, which merge over ranks.
+    In float64, as a covariance is a small difference of large numbers."""
 
     def __init__(self, dim, device="cpu"):
         self.n = 0
@@ -361,7 +356,7 @@ class Moments:
 
     def mean_and_covariance(self):
         """numpy mean (D,) and unbiased covariance (D, D). Raises ValueError for fewer than two vectors."""
-        require(self.n >= 2, f"a covariance needs two images or more, there is {self.n}")
+        check(self.n >= 2, f"a covariance needs two images or more, there is {self.n}")
         mean = self.total / self.n
         covariance = (self.outer - self.n * torch.outer(mean, mean)) / (self.n - 1)
         return mean.cpu().numpy(), covariance.cpu().numpy()
@@ -378,7 +373,7 @@ def root_of(mean, covariance):
     factor, pivots, rank, _ = scipy.linalg.lapack.dpstrf(covariance.T, tol=rounding, lower=1)
     root = np.zeros((size, rank))
     root[pivots - 1] = np.tril(factor)[:, :rank]
-    require(np.isclose(np.square(root).sum(), np.trace(covariance)), "a covariance has negative eigenvalues")
+    check(np.isclose(np.square(root).sum(), np.trace(covariance)), "a covariance has negative eigenvalues")
     return root
 
 
@@ -396,8 +391,8 @@ def frechet_distance(mean1, covariance1, mean2, covariance2):
     With S1 = R1 R1^T and S2 = R2 R2^T, the eigenvalues of S1 S2 that are not 0 are those of A A^T with
     A = R1^T R2, which is symmetric: real by construction, without the complex residues of a general square
     root. The root of lower rank stands first, so that A A^T has no eigenvalues of rounding errors."""
-    require(mean1.shape == mean2.shape and covariance1.shape == covariance2.shape == mean1.shape * 2,
-            f"statistics of {mean1.shape[0]} and {mean2.shape[0]} features cannot be compared")
+    check(mean1.shape == mean2.shape and covariance1.shape == covariance2.shape == mean1.shape * 2,
+          f"statistics of {mean1.shape[0]} and {mean2.shape[0]} features cannot be compared")
     roots = [root_of(mean1, covariance1), root_of(mean2, covariance2)]
     low, high = sorted(roots, key=lambda root: root.shape[1])
     product = low.T @ high                                                 # (rank, rank')
@@ -408,10 +403,10 @@ def frechet_distance(mean1, covariance1, mean2, covariance2):
 
 def check_sets(x, y, least=2):
     """Raise ValueError unless both are features (N, D), (M, D) of `least` images or more."""
-    require(x.dim() == y.dim() == 2 and x.shape[1] == y.shape[1],
-            f"features of {list(x.shape)} and {list(y.shape)} cannot be compared")
-    require(min(len(x), len(y)) >= least, f"a set must have more than {least - 1} images to be compared, "
-                                          f"these have {len(x)} and {len(y)}")
+    check(x.dim() == y.dim() == 2 and x.shape[1] == y.shape[1],
+          f"features of {list(x.shape)} and {list(y.shape)} cannot be compared")
+    check(min(len(x), len(y)) >= least, f"a set must have more than {least - 1} images to be compared, "
+                                        f"these have {len(x)} and {len(y)}")
 
 
 def frechet_distance_official(x, y):

@@ -242,7 +242,7 @@ def test_the_fid_against_a_reference_is_one_of_its_own_name_and_rule(files, plac
 
 def test_usage_says_over_what_it_was_counted(files, place, capsys):
     call("reconstruction", "--ckpt", files["images"], "--max-samples", 5, "--metrics", "usage")
-    assert "of 64 codes, 80 tokens, 5 images of generated, val split" in capsys.readouterr().out
+    assert "80 tokens of 64 codes, 5 images of generated, val split" in capsys.readouterr().out
 
 
 def test_pictures_of_the_training_are_called_so(files, place, capsys):
@@ -355,7 +355,7 @@ def test_official_clips_are_10000_of_the_training_split(files, place, monkeypatc
              "--protocol", protocol)
     clean, official = results()
     assert (clean["n"], clean["data"]["crop"]) == (3, "center")
-    assert (official["n"], official["data"]["crop"]) == (10, "random")                 # each of five clips twice
+    assert (official["n"], official["data"]["crop"]) == (10, "random")                 # five clips twice
     assert official["data"]["split"] == "train" and values(clean) != values(official)
     args = evaluate.get_args(["reconstruction", "--protocol", "official", "--data-path", "generated"])
     monkeypatch.setattr(data, "fingerprint", lambda *more: "")

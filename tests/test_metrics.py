@@ -102,6 +102,8 @@ def test_total_variation_is_0_of_the_same_frequencies_and_1_of_disjoint_codes():
     assert metrics.total_variation(counts, 2 * counts) == 0
     assert metrics.total_variation(counts, torch.tensor([0, 0, 7, 0])) == 1
     assert metrics.total_variation(counts, torch.tensor([1, 1, 2, 0])) == pytest.approx(0.5)
+    groups = torch.tensor([[3, 1, 0, 0], [1, 1, 2, 0]])
+    assert metrics.total_variation(groups, groups[[0, 0]]) == pytest.approx(0.25)          # the mean of both
 
 
 # Networks ---------------------------------------------------------------------------------------------------
