@@ -122,6 +122,13 @@ def test_resize_makes_small_crops_and_original_makes_none(tmp_path):
         View(8, resize=4)
 
 
+def test_a_few_of_a_set_keep_all_its_classes():
+    for count in (100, 1000, 5000):
+        assert {i % 10 for i in data.evenly_spaced(count, 20_000)} == set(range(10))      # taking turns
+        assert {i // 2000 for i in data.evenly_spaced(count, 20_000)} == set(range(10))   # sorted
+    assert data.evenly_spaced(None, 5) == data.evenly_spaced(9, 5) == [0, 1, 2, 3, 4]
+
+
 # ---- folders, shards, videos ------------------------------------------------------------------------------
 
 def test_folders_of_classes_are_sorted_and_labelled(tmp_path):

@@ -368,17 +368,18 @@ def test_official_clips_are_10000_of_the_training_split(files, place, monkeypatc
 
 def test_a_broken_sample_is_left_out_and_counted(files, place, capfd):
     folder = write_clips(place / "clips", {"test": 1}) / "test" / "wave"
+    chosen = data.evenly_spaced(6, 120)
     for i in range(120):
-        content = b"GIF89a, cut" if i == 40 else (folder / "000.gif").read_bytes()
+        content = b"GIF89a, cut" if i == chosen[2] else (folder / "000.gif").read_bytes()
         (folder / f"{i:03d}.gif").write_bytes(content)
     for size in (2, 3):
         call("reconstruction", "--ckpt", files["clips"], "--data-path", "clips", "--batch-size", size,
-             "--metrics", "psnr", "usage", "--max-samples", 6)         # numbers 0, 20, 40 .. 100
+             "--metrics", "psnr", "usage", "--max-samples", 6)
     first, second = results()
     assert (first["n"], first["data"]["n"]) == (5, 6) and "broken clip skipped" in capfd.readouterr().err
     # Convolutions of another batch size add in another order, which may tip a pixel to the next level.
     assert values(first) == pytest.approx(values(second), rel=1e-6)
-    for i in range(2):
+    for i in chosen[:2]:
         (folder / f"{i:03d}.gif").write_bytes(b"GIF89a, cut")
     with pytest.raises(runtime.UserError, match="more than 1 %"):
         call("reconstruction", "--ckpt", files["clips"], "--data-path", "clips", "--metrics", "psnr")
@@ -511,7 +512,7 @@ def test_fvd_is_the_distance_from_as_many_real_clips(place):
     call("generation", "--samples", "runs-clips.npz", "--protocol", "official", *RANDOM)
     result, = results()
     dataset = data.build_dataset(None, "train", data.View(32, 9))
-    real = torch.stack([dataset[10_000 * k // 7][0] for k in range(7)])
+    real = torch.stack([dataset[k][0] for k in data.evenly_spaced(7, 10_000)])
     with torch.no_grad():
         features = [metrics.randomise(Quick(1e-5))(metrics.i3d_input(clips))
                     for clips in (real, torch.from_numpy(drawn).movedim(-1, 1))]
