@@ -19,6 +19,7 @@ demo: $(VENV)/installed
 	$(RUN) evaluate.py
 	$(RUN) train_ar.py --resume
 	$(RUN) sample.py
+	$(RUN) evaluate.py generation --metrics tokens --num-samples 500 --data-path generated-plain
 	@echo; echo "Look at runs/evaluation/*.png (reconstructions) and runs/samples/*.png (generated images)."
 
 demo-video: $(VENV)/installed

@@ -17,10 +17,10 @@ SIDE = 16                                  # a quarter of the toy preset's pixel
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder in which the toy tokenizer and, on its tokens, a toy transformer were trained for a minute."""
+    """A folder in which the toy tokenizer and, on its tokens, a toy transformer were trained for half a minute."""
     folder = tmp_path_factory.mktemp("pipeline")
-    call(train_tokenizer, "--image-size", SIDE, "--length", 500, "--results-dir", folder / "tokenizer")
-    call(train_ar, "--tokenizer", runtime.latest_checkpoint(folder / "tokenizer"), "--length", 800,
+    call(train_tokenizer, "--image-size", SIDE, "--length", 300, "--results-dir", folder / "tokenizer")
+    call(train_ar, "--tokenizer", runtime.latest_checkpoint(folder / "tokenizer"), "--length", 400,
          "--results-dir", folder / "ar")
     return folder
 
@@ -39,4 +39,4 @@ def test_samples_are_of_the_class_asked_for(trained):
         agreement[f"guidance {scale}"] = judge.agreement(classify, images, torch.arange(200) % 10)
     print(f"classifier agrees with the asked class (chance 0.10): {agreement}")
     assert agreement["real images"] > 0.9
-    assert agreement["guidance 2"] > 0.3, agreement
+    assert agreement["guidance 2"] > 0.25, agreement
