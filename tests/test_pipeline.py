@@ -17,7 +17,7 @@ SIDE = 16                                  # a quarter of the toy preset's pixel
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder in which the toy tokenizer and, on its tokens, a toy transformer were trained for half a minute."""
+    """A folder in which the toy tokenizer and, on its tokens, a toy transformer were trained briefly."""
     folder = tmp_path_factory.mktemp("pipeline")
     call(train_tokenizer, "--image-size", SIDE, "--length", 300, "--results-dir", folder / "tokenizer")
     call(train_ar, "--tokenizer", runtime.latest_checkpoint(folder / "tokenizer"), "--length", 400,
