@@ -183,6 +183,7 @@ def resume(args, parts, flags, **records):
     unless the file holds just these, and the `flags` and `records` ({name: dict}) of its run are those of
     this one. Where the newest file is damaged, the one before it is taken.
     """
+    problem = ""
     for path in runtime.resumable(args):
         try:
             saved = read(path)
@@ -193,8 +194,7 @@ def resume(args, parts, flags, **records):
             problem = str(error)
             runtime.print_main(f"{error}; trying the one before")
     else:
-        if args.resume:
-            raise UserError(problem)
+        require(not problem, problem)
         return {}
     with guard(path):
         mark = format_of(parts["model"])

@@ -276,7 +276,9 @@ def test_mistakes_name_the_flag(tmp_path, flags, message):
 
 @pytest.mark.slow
 def test_damaged_older_and_second_runs_are_told_apart(tmp_path, capsys):
-    train(tmp_path, *EVERYTHING, "--length", 3)
+    train(tmp_path, *EVERYTHING, "--length", 3, "--resume")               # there is nothing to continue yet
+    assert "starting from scratch" in capsys.readouterr().out
+    assert newest(tmp_path)["step"] == 3
     first, second, third = [tmp_path / f"step-0000000{step}.pt" for step in (1, 2, 3)]
     whole = third.read_bytes()
     with pytest.raises(runtime.UserError, match="holds newer ones, up to step 3"):
