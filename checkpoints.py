@@ -187,7 +187,8 @@ def resume(args, parts, flags, **records):
     for path in runtime.resumable(args):
         try:
             saved = read(path)
-            damaged = zipfile.ZipFile(path).testzip()     # or a flipped bit in a momentum passes unnoticed
+            with guard(path):
+                damaged = zipfile.ZipFile(path).testzip()  # or a flipped bit in a momentum passes unnoticed
             require(not damaged, f"checkpoint {path} is damaged, in {damaged}; use an earlier one")
             break
         except UserError as error:
