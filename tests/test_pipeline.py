@@ -9,7 +9,7 @@ import runtime
 import sample
 import train_ar
 import train_tokenizer
-from helpers import call
+from helpers import ROOT, call
 
 pytestmark = pytest.mark.slow
 SIDE = 16                                  # a quarter of the toy preset's pixels, so a quarter of its time
@@ -40,3 +40,11 @@ def test_samples_are_of_the_class_asked_for(trained):
     print(f"classifier agrees with the asked class (chance 0.10): {agreement}")
     assert agreement["real images"] > 0.9
     assert agreement["guidance 2"] > 0.25, agreement
+
+
+def test_the_weights_beside_the_code_draw_what_is_asked_for(tmp_path):
+    call(sample, "--ckpt", ROOT / "assets" / "toy.pt", "--num-fid-samples", 100, "--output", tmp_path / "a.npz")
+    classify = judge.learn_classes(data.build_dataset("generated-plain", "train", data.View(32)), steps=150)
+    with np.load(tmp_path / "a.npz") as file:
+        images = torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2)
+    assert judge.agreement(classify, images, torch.arange(100) % 10) >= 0.9
