@@ -43,7 +43,8 @@ def test_samples_are_of_the_class_asked_for(trained):
 
 
 def test_the_weights_beside_the_code_draw_what_is_asked_for(tmp_path):
-    call(sample, "--ckpt", ROOT / "assets" / "toy.pt", "--num-fid-samples", 100, "--output", tmp_path / "a.npz")
+    ckpt = ROOT / "assets" / "toy.pt"
+    call(sample, "--ckpt", ckpt, "--num-fid-samples", 100, "--output", tmp_path / "a.npz")
     classify = judge.learn_classes(data.build_dataset("generated-plain", "train", data.View(32)), steps=150)
     with np.load(tmp_path / "a.npz") as file:
         images = torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2)
