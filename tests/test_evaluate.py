@@ -128,7 +128,7 @@ def test_metrics_are_those_of_frames_features_and_codes(files, place, kind, prot
     order = list(range(1000))
     if official and clips:                                             # all 1,000, and all of them again
         order += np.random.default_rng(0).permutation(1000).tolist()
-    original = torch.stack([dataset[order[len(order) * k // 6]][0] for k in range(6)])
+    original = torch.stack([dataset[order[k]][0] for k in data.evenly_spaced(6, len(order))])
     x = pictures.to_float(original)
     with torch.no_grad():
         ids = model.encode(x)

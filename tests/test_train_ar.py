@@ -111,7 +111,8 @@ def test_all_parameters_decay_and_rate_changes_every_step(tmp_path, stage1):
 def test_stored_tokens_are_the_codes_of_images(tmp_path, stage1):
     path, images = stage1
     train(tmp_path / "a", "--tokenizer", path, "--length", 1, "--val-size", 4)
-    for name, split, rows in (("tokens", "train", range(120)), ("tokens-val", "val", [0, 3, 7, 11])):
+    some = data.evenly_spaced(4, 15)
+    for name, split, rows in (("tokens", "train", range(120)), ("tokens-val", "val", some)):
         codes, header = tokens_in(tmp_path / "a", name)
         dataset = data.build_dataset(images, split, data.View(16))
         expected = codes_of(path, torch.stack([dataset[i][0] for i in rows]))
