@@ -185,6 +185,7 @@ def write_mnist(root, split, pixels, labels):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_torchvision_sets_come_by_name_with_their_splits(tmp_path, monkeypatch):
     monkeypatch.setenv("OPEN_MAGVIT2_WEIGHTS", str(tmp_path))
     pixels = np.random.default_rng(0).integers(0, 256, (12, 28, 28), dtype=np.uint8)

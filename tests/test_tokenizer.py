@@ -426,6 +426,7 @@ def test_any_size_and_length_comes_back_window_by_window(frames):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_tiles_fade_into_each_other_and_cover_every_pixel():
     model = tokenizer.Tokenizer(TINY).eval()
     for sides in ((1, 1), (64, 64), (65, 200), (333, 517)):
