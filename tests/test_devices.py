@@ -57,6 +57,7 @@ def test_a_step_of_stage_two_stays_on_the_gpu(changes):
         assert loss.is_cuda and terms.is_cuda
 
 
+@pytest.mark.slow
 def test_the_networks_of_the_metrics_stay_on_the_gpu():
     with FakeTensorMode():
         with torch.device("cuda"):

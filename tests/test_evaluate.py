@@ -213,6 +213,7 @@ def test_originals_statistics_are_reused_and_give_the_same_rfid(files, place, mo
     assert len(list(pathlib.Path("runs/evaluation/references").glob("*.npz"))) == 1
 
 
+@pytest.mark.slow
 def test_the_fid_against_a_reference_is_one_of_its_own_name_and_rule(files, place):
     pixels = write_samples("reference.npz", 6, (32, 32))
     call("make-reference", "--image-size", 32, "--split", "val", "--max-samples", 5, "--reference", "own.npz",
@@ -432,6 +433,7 @@ def test_tokens_of_clips_and_of_unnamed_models(files, place):
     assert 0 < values(results()[0])["tokens"] <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asked", [("fid",), ("sfid", "recall"), ("precision", "kid"), ("mind",),
                                    ("inception_score",)])
 def test_only_the_metrics_asked_for_are_measured(place, asked):
@@ -444,6 +446,7 @@ def test_only_the_metrics_asked_for_are_measured(place, asked):
         call("generation", "--samples", "samples.npz", "--metrics", "fvd", *RANDOM)
 
 
+@pytest.mark.slow
 def test_any_path_can_be_measured(files, place, monkeypatch):
     long = "a" * 240
     for folder in ("here", long, "späße & co"):
@@ -534,6 +537,7 @@ def test_samples_drawn_here_measure_like_those_of_sample(files, place):
     assert [setting["cfg_scale"] for setting in drawn["sampling"]["settings"]] == [1.5, 3]
 
 
+@pytest.mark.slow
 def test_without_flags_generation_takes_the_newest_npz_else_draws(files, place, monkeypatch):
     with pytest.raises(runtime.UserError, match="no samples .* no AR model .* in runs/ar"):
         call("generation", *RANDOM)

@@ -281,6 +281,7 @@ def test_kid_is_torch_fidelitys(n1, n2):
     assert expected[0] > 0.01 and (size < 1000 or expected[1] > 1e-5)
 
 
+@pytest.mark.slow
 def test_kid_is_about_0_for_sets_of_one_distribution_of_any_size():
     means = [metrics.kid(features_of(n, 16, n), features_of(n, 16, n + 1))[0] for n in (50, 200, 1000)]
     far = metrics.kid(features_of(200, 16, 1), features_of(200, 16, 2, shift=0.5))[0]
