@@ -586,6 +586,7 @@ def test_wrong_flags_of_reconstruction_are_one_line(files, place, monkeypatch, k
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("samples, reference, words", [
     ("float", "good", "float32.*uint8"), ("first", "good", "N, H, W, 3.*transpose"),
     ("grey", "good", "4, 32, 32"), ("named", "good", "arr_0.*only images"),
@@ -636,6 +637,7 @@ def test_a_broken_file_among_samples_is_named(place, content):
         call("generation", "--samples", "folder", *RANDOM)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ['{"cfg_scale": 2', "[1, 2]", "\ud800"])
 def test_torn_and_foreign_records_are_named_or_passed_over(place, capsys, text):
     write_samples("samples.npz", 4)

@@ -303,6 +303,7 @@ def test_an_image_is_completed_below_its_kept_rows(tmp_path, saved):
             call(sample, *flags, *more)
 
 
+@pytest.mark.slow
 def test_defaults_classes_and_files(tmp_path, saved, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(runtime.UserError, match="no AR model .*runs/ar"):
