@@ -277,7 +277,8 @@ class Folder(Samples):
         first = {}                                        # links may lead back: each real folder once
         for place in dict.fromkeys(os.path.dirname(path) for path, _ in found):
             first.setdefault(os.path.realpath(place), place)
-        found = [item for item in found if os.path.dirname(item[0]) in first.values()]
+        places = set(first.values())
+        found = [item for item in found if os.path.dirname(item[0]) in places]
         flat = sorted((item.path, 0) for item in os.scandir(folder) if item.name.lower().endswith(suffixes))
         found, flat = [[item for item in each if "/." not in item[0][len(folder):]] for each in (found, flat)]
         hint = ""
@@ -384,7 +385,8 @@ class TarShards(Samples):
         require(len(unlabelled) in (0, len(self.labels)), f"--data-path {pattern}: {len(unlabelled)} of "
                 f"{len(self.labels)} images have no .cls member, such as {unlabelled[:1]}; label all or none")
         names = [] if unlabelled else [str(i) for i in range(max(self.labels) + 1)]
-        empty = [name for i, name in enumerate(names) if i not in set(self.labels)]
+        used = set(self.labels)
+        empty = [name for i, name in enumerate(names) if i not in used]
         if empty:
             runtime.print_main(f"{pattern}: no image has the class {', '.join(empty[:10])}")
         if unlabelled:

@@ -234,7 +234,7 @@ class How:
 def generate(model, tokenizer, labels, seeds, how, kept=()):
     """Yield uint8 images (b, 3, H, W) or clips (b, 3, T, H, W), on the CPU, batches in the order of `labels`.
 
-    model: an ARModel, best of `prepare_for_sampling`; tokenizer: that of its tokens, on its device; labels
+    model: an ARModel, best of `prepare_for_sampling`; tokenizer: that of its tokens, on its device; labels,
     seeds (N,) and kept: see `Sampler`. The last batch is filled up and cut again, as products of another size
     round differently: a sample depends on label, seed, batch size and its place in the batch alone.
     """

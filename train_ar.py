@@ -65,10 +65,10 @@ class Tokens(data.Samples):
     def read(self, index, rng):
         """Codes (N,), int64."""
         crops = self.codes[index]                                                         # (n, N)
-        chosen = rng.integers(len(crops)) if len(crops) > 1 else 0
-        if crops.min() < 0 or crops.max() >= self.vocabulary:
+        codes = crops[rng.integers(len(crops)) if len(crops) > 1 else 0]
+        if codes.min() < 0 or codes.max() >= self.vocabulary:
             raise ValueError(f"codes beyond the {self.vocabulary} of the tokenizer: the file is damaged")
-        return torch.from_numpy(crops[chosen].astype(np.int64))
+        return torch.from_numpy(codes.astype(np.int64))
 
 
 def encode(tokenizer, x, precision):
