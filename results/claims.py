@@ -44,7 +44,7 @@ say, is in [README.md](README.md). `frechet`, `agreement`, `precision`, `recall`
 
 # A command's {0}, {1} .. are the newest checkpoints, {0.samples}, {0.tokens} the files, of the commands before
 # it. Where results go and the seed are added below. JUDGE and its features: see tests/judge.py.
-TRAIN = "train_tokenizer.py --length 300 "
+TRAIN = "train_tokenizer.py --length 200 "
 MEASURE = "evaluate.py reconstruction --ckpt {0}"
 JUDGE = "tests/judge.py {0}"
 TOKENS = "train_ar.py --length 1 --tokenizer {0}"                          # encodes the 20,000 images once
@@ -56,13 +56,13 @@ QUANTIZERS = {"LFQ": "--quantizer lfq --bits {bits}", "VQ": "--quantizer vq --co
               "SimVQ": "--quantizer simvq --codebook-size {codes}", "FSQ": "--quantizer fsq --levels {levels}"}
 LEVELS = {6: "8 8", 8: "4 8 8", 10: "4 4 8 8", 12: "8 8 8 8", 14: "4 8 8 8 8"}
 ENTROPY = {"weight 0": "--entropy-weight 0", "weight 0.02": "", "weight 0.1": "--entropy-weight 0.1",
-           "annealed": "--entropy-anneal-steps 150", "groups": "--entropy groups", "bits": "--entropy bits"}
+           "annealed": "--entropy-anneal-steps 100", "groups": "--entropy groups", "bits": "--entropy bits"}
 DESIGN = {"full model": "--blocks 2", "average pooling": "--blocks 2 --downsampler average",
           "nearest upsampling": "--blocks 2 --upsampler nearest",
           "no adaptive norm": "--blocks 2 --no-adaptive-norm", "half the blocks": "", "2^8 codes": "--blocks 2 --bits 8"}
 LOSSES = {"L1": "--l2-weight 0", "L1 + L2": "",
-          "and GAN": "--gan-weight 0.1 --discriminator blurpool",
-          "and GAN with LeCAM": "--gan-weight 0.1 --discriminator blurpool --lecam-weight 0.001",
+          "and GAN": "--gan-weight 0.1",
+          "and GAN with LeCAM": "--gan-weight 0.1 --lecam-weight 0.001",
           "and LPIPS": "--perceptual-weight 1"}
 SPLITS = {"one softmax": ("", "--split 10"), "5 + 5": ("", "--split 5 5"), "3 + 7": ("", "--split 3 7"),
           "4 + 3 + 3": ("", "--split 4 3 3"), "5 + 5, separate heads": ("", "--split 5 5 --separate-heads"),
@@ -240,7 +240,7 @@ SPECIAL = {"factorisation": model_size, "scaling": model_size, "memory": prefixe
 def missing(name, setting):
     """What a setting needs that this machine has not, or None."""
     commands = " ".join(CLAIMS[name].commands(setting))
-    if "--perceptual-weight" in commands and not any(runtime.cache_dir().glob("*vgg16*")):
+    if "--perceptual-weight" in commands and not any(pathlib.Path(runtime.cache_dir()).glob("*vgg16*")):
         return "VGG-16's weights, which any run with --perceptual-weight downloads"
     if "--data-path clips" in commands and not pathlib.Path("clips").exists():
         return "a folder clips/ of videos, with train/ and val/"
@@ -301,35 +301,40 @@ def table(name, rows):
 
 
 def draw(name, rows, extra, folder):
-    """Write a claim's figure: a panel for each figure, a line or a bar for each setting, whiskers of 1 deviation;
-    `extra` are the reader's own rows, drawn hollow."""
+    """Write a claim's figure: a panel for each quantity, a line or dots for its settings, whiskers of 1 deviation.
+    `extra` are the reader's own rows, drawn as crosses."""
     from matplotlib import pyplot
     claim = CLAIMS[name]
     names = list(claim.settings[0])
-    panels_of = [figure for figure in claim.figures if figure not in (claim.x, "flops")]
-    figure, panels = pyplot.subplots(1, len(panels_of), figsize=(3.1 * len(panels_of), 3.2), squeeze=False)
-    for panel, quantity in zip(panels[0], panels_of):
-        for source, style in ((rows, {"capsize": 3}), (extra, {"capsize": 3, "markerfacecolor": "white"})):
-            groups = {}
-            for key, found in means(name, source).items():
+    stored = means(name, rows)
+    quantities = [figure for figure in claim.figures if figure not in (claim.x, "flops")
+                  and any(figure in found for found in stored.values())]
+    figure, panels = pyplot.subplots(1, len(quantities), figsize=(3.1 * len(quantities), 3.4), squeeze=False)
+    for panel, quantity in zip(panels[0], quantities):
+        for source, mark in ((stored, "o"), (means(name, extra), "x")):
+            groups = {}                                                   # {line: [(x, mean, deviation)]}
+            for key, found in source.items():
                 if quantity in found:
                     group = key[names.index(claim.lines)] if claim.lines else ""
                     x = found[claim.x][0] if claim.x in found else key[names.index(claim.x)]
                     groups.setdefault(group, []).append((x, *found[quantity][:2]))
             for number, (group, points) in enumerate(groups.items()):
-                x, y, spread = zip(*points)
-                numeric = all(re.fullmatch(r"[\d.e+]+", str(value)) for value in x)
-                positions = [float(value) for value in x] if numeric else range(len(x))
-                panel.errorbar(positions, y, spread, fmt="o-" if numeric else "o", color=f"C{number}",
-                               label=f"{claim.lines} {group}" if source is rows and group else None, **style)
-                if not numeric:
-                    panel.set_xticks(positions, x, rotation=35, ha="right", fontsize=8)
+                x, y, deviation = zip(*points)
+                line = "none"
+                if isinstance(claim.settings[0].get(claim.x, 0), (int, float)):
+                    x = [float(value) for value in x]
+                    line = "-"
+                panel.errorbar(x, y, deviation, marker=mark, linestyle=line, capsize=3, color=f"C{number}",
+                               label=f"{claim.lines} {group}" if claim.lines and mark == "o" else None)
         panel.set_title(quantity)
         panel.grid(alpha=0.3)
+        if line == "-":
+            panel.set_xlabel(claim.x)
+        else:
+            panel.tick_params("x", rotation=60)
+            panel.margins(x=0.2)
         if claim.x in ("parameters", "images"):
             panel.set_xscale("log")
-        if numeric:
-            panel.set_xlabel(claim.x)
     if claim.lines:
         panels[0][0].legend(frameon=False, fontsize=8)
     figure.tight_layout()
