@@ -171,9 +171,8 @@ def read_npz(path):
     return arrays
 
 
-def sample_array(path):
-    """The samples in an npz file, ADM's format: uint8 (N, H, W, 3), or for clips (N, T, H, W, 3)."""
-    arrays = read_npz(path)
+def images_of(arrays, path):
+    """The samples among the `arrays` of an npz file, ADM's format: uint8 (N, H, W, 3), clips (N, T, H, W, 3)."""
     require("arr_0" in arrays, f"{path} holds no array arr_0 of images, only {', '.join(arrays)}; statistics "
             f"alone do not tell by which network and resize rule they were made")
     array = arrays["arr_0"]
@@ -260,35 +259,20 @@ class FeatureStream:
     def run(self, samples, order, args, title):
         """Send all of samples[order] through it, and `finish`. A collective."""
         for x, n, indices in batches_of(samples, order, args, title):
+            if self.rule != "tf1":                                     # as reconstructions are shown to it
+                x = shown(pictures.to_float(x.to(self.device)), self.network, args)
             self.add(x, n, indices)
         if isinstance(samples, data.Samples):
             samples.raise_if_broken(all_ranks=True)
         return self.finish()
 
 
-def cache_path(key, args):
-    """Where `cached` keeps arrays that depend on `key`."""
-    return pathlib.Path(args.output, "references", f"{short_hash(key)}.npz")
-
-
-def cached(args, key, make, path=None):
-    """The {name: array} of `make()`, on rank 0, elsewhere None, kept in the npz file `path`. A collective.
-
-    key: all that they depend on, a JSON value, which also names the file if path is None."""
-    key = {**key, "device": args.device}                   # convolutions differ
-    path = pathlib.Path(path or cache_path(key, args))
-    known = runtime.on_main(path.exists)
-    runtime.print_main(f"cached   {path} ({'found' if known else 'made now'})")
-    arrays = None if known else make()
-    if not runtime.is_main():
-        return None
-    if not known:
-        with runtime.atomic(path) as temporary, open(temporary, "wb") as file:
-            np.savez(file, settings=np.array(json.dumps(key)), **arrays)
-    arrays = read_npz(path)
-    require("settings" in arrays, f"{path} is of another program; choose another --reference")
-    runtime.check_same(arrays["settings"], key, f"{path} exists, and")
-    return arrays
+def shown(x, network, args):
+    """What a network of sets sees of x in [-1, 1]: uint8, truncated in protocol official; there, of rFID, floats
+    in [0, 1]."""
+    if args.protocol == "official" and network.name == "inception":
+        return (x + 1) / 2
+    return pictures.to_uint8(x, truncate=args.protocol == "official")
 
 
 def distances(keys, reference, made, args):
@@ -404,26 +388,6 @@ def reconstruct(model, x, args):
     return y.clamp(-1, 1), ids
 
 
-def open_streams(samples, networks, record, args):
-    """({name: FeatureStream}, {metric: statistics}, key) for distances of sets. "real" looks at originals,
-    whose statistics serve all tokenizers, `cached` under `key`; the others look at reconstructions."""
-    streams = {}
-    references = {}
-    key = None
-    for name in {"rfid", "rfvd"} & set(args.metrics):      # one of them
-        network = networks[METRICS[name].measure]
-        kept = range(len(samples)) if name == "rfvd" else ()
-        key = {"data": record["data"], "protocol": args.protocol, "network": network.source,
-               "resize_rule": record["resize_rule"], "device": args.device}
-        for seen in ("real", name)[runtime.on_main(cache_path(key, args).exists):]:
-            streams[seen] = FeatureStream(network, kept, record["resize_rule"])
-    if args.reference:                                     # with the resize rule that its statistics have
-        real = real_samples(args, samples.axes, None, args.reference)
-        references["rfid-reference"] = real_statistics(args, networks["inception"], *real)
-        streams["rfid-reference"] = FeatureStream(networks["inception"])
-    return streams, references, key
-
-
 @torch.no_grad()
 def measure(model, samples, order, networks, record, args):
     """The measuring loop: every sample goes through the tokenizer once and is seen by every metric.
@@ -434,7 +398,17 @@ def measure(model, samples, order, networks, record, args):
     official = args.protocol == "official"
     judges = {key: networks.get(METRICS[key].measure, METRICS[key].measure)
               for key in OF_SAMPLES if key in args.metrics}
-    streams, references, key = open_streams(samples, networks, record, args)
+    streams = {}
+    references = {}
+    for key in set(args.metrics) & {"rfid", "rfvd", "rfid-reference"}:
+        real = Real(samples, order, about=record["data"])
+        rule = record["resize_rule"]
+        if key == "rfid-reference":                                      # with the rule of its statistics
+            real = real_samples(args, samples.axes, None, args.reference)
+            rule = "tf1"
+        network = networks[METRICS[key].measure]
+        references[key] = real_statistics(args, network, real, rule)
+        streams[key] = FeatureStream(network, range(len(samples)) if key == "rfvd" else (), rule)
     rows = [torch.empty(0, 1 + len(judges), dtype=torch.float64)]
     numbers = [torch.empty(0, dtype=torch.long)]
     counts = model.quantizer.count(torch.zeros(0, dtype=torch.long, device=args.device))
@@ -458,11 +432,8 @@ def measure(model, samples, order, networks, record, args):
         rows.append(torch.stack(columns, 1)[:n])
         numbers.append(indices)
         counts += model.quantizer.count(ids[:n])
-        seen = {"real": real, "rfid": made, "rfvd": made, "rfid-reference": made}
-        if official and "rfid" in streams:
-            seen.update(real=(x + 1) / 2, rfid=(y + 1) / 2)
-        for name, stream in streams.items():
-            stream.add(seen[name], n, indices)
+        for stream in streams.values():
+            stream.add(made if stream.rule == "tf1" else shown(y, stream.network, args), n, indices)
         for j, index in enumerate(indices.tolist()):
             if index in order[:8]:
                 examples[index] = [originals[j], made[j].cpu()]
@@ -471,11 +442,10 @@ def measure(model, samples, order, networks, record, args):
     rows = gather_rows(torch.cat(rows), torch.cat(numbers))
     if runtime.is_main():
         found.update(zip(("pixels", *judges), rows.T))
-    original = cached(args, key, lambda: streams.pop("real").finish()) if key else None
-    for name, stream in streams.items():
+    for key, stream in streams.items():
         own = stream.finish()
         if runtime.is_main():
-            found.update(distances([name], references.get(name, original), own, args))
+            found.update(distances([key], references[key], own, args))
     return found
 
 
@@ -515,11 +485,11 @@ def summarise(found, output, record, args):
 
 def choose_samples(args):
     """The path of the samples to judge: given, drawn now as flags say, the newest there are, or drawn now."""
-    parser = argparse.ArgumentParser()
-    sample.add_drawing_flags(parser)
-    defaults = vars(parser.parse_args([]))
-    given = [f"--{name.replace('_', '-')}" for name, default in {**defaults, "num_samples": None}.items()
-             if getattr(args, name) != default and name not in ("batch_size", "mixed_precision")]
+    defaults = vars(sample.get_args([]))
+    how = {name: value for name, value in vars(args).items() if name in {*defaults, "num_samples"}
+           and name not in ("device", "output")}
+    given = [f"--{name.replace('_', '-')}" for name, value in how.items() if value != defaults.get(name)
+             and name not in ("batch_size", "mixed_precision", "global_seed")]
     if args.samples:                                       # tokens need to know the tokenizer
         require(not given or "tokens" in args.metrics,
                 f"--samples {args.samples} is drawn already, without {', '.join(given)}")
@@ -527,12 +497,10 @@ def choose_samples(args):
     if not given and (stored := runtime.on_main(list, pathlib.Path("runs/samples").glob("**/*.npz"))):
         return max(stored, key=os.path.getmtime)
     what = "samples (*.npz) in runs/samples and no AR model"
-    args.ckpt = str(args.ckpt or runtime.latest_checkpoint("runs/ar", what))
-    n = args.num_samples or (50_000 if args.ckpt in checkpoints.PUBLISHED else 5_000)
-    how = [n, args.global_seed, *[getattr(args, name) for name in defaults]]
+    args.ckpt = how["ckpt"] = str(args.ckpt or runtime.latest_checkpoint("runs/ar", what))
+    how["num_fid_samples"] = args.num_samples or (50_000 if args.ckpt in checkpoints.PUBLISHED else 5_000)
     path = pathlib.Path("runs/samples") / f"drawn-{short_hash(how)}.npz"
-    sample.main(argparse.Namespace(**{**vars(sample.get_args([])), **vars(args), "output": path,
-                                      "num_fid_samples": n}))
+    sample.main(argparse.Namespace(**{**defaults, **how, "device": args.device, "output": path}))
     runtime.barrier()                                      # rank 0 has joined the parts
     return path
 
@@ -540,7 +508,7 @@ def choose_samples(args):
 def open_samples(path):
     """(samples in an npz file or a folder of images, their axes ([T,] H, W), what identifies them)."""
     if not path.is_dir():
-        samples = sample_array(path)
+        samples = images_of(read_npz(path), path)
         return samples, samples.shape[1:-1], runtime.on_main(runtime.sha256_of, path)
     samples = data.Folder(path, data.View(1, crop="original"))
     sizes = set()
@@ -571,20 +539,19 @@ def generation(args):
     beside = pathlib.Path(os.path.splitext(os.path.abspath(path))[0] + ".json")
     sampling = runtime.read_json(beside) if beside.is_file() else {}
     real = real_samples(args, axes, args.max_samples or n, args.reference)
-    about = real[-1]
     output, record = plan(path, args, samples={"path": str(path), "axes": list(axes), "sha256": identity},
-                          sampling=sampling, reference=about, networks={})
+                          sampling=sampling, reference=real.about, networks={})
     runtime.print_facts(("samples", f"{path}, {n} of {' x '.join(map(str, axes))}"),
-                        ("real", f"those of {about.get('name') or args.reference}"),
+                        ("real", f"those of {real.about.get('name') or args.reference}"),
                         ("protocol", f"{args.protocol}, {runtime.world_size()} x {args.device}"))
     facts = {"n": n, "frames": axes[0], "kind": "clip" if clips else "image"}
     values = {}
     if "tokens" in args.metrics:
-        values = token_distances(samples, real[0], record, facts, args)
+        values = token_distances(samples, real.samples, record, facts, args)
     if args.metrics != ["tokens"]:
         network = load_network("i3d" if clips else "inception", args)
         record["networks"] = {network.name: network.source}
-        reference = real_statistics(args, network, *real)
+        reference = real_statistics(args, network, real)
         made = FeatureStream(network, range(n)).run(samples, range(n), args, "samples")
         if runtime.is_main():
             require(made["n"] == n, f"{n - made['n']} of {n} samples in {path} are broken; make them again")
@@ -653,50 +620,75 @@ def token_distances(samples, real, record, facts, args):
             "tokens-real": metrics.total_variation(second, first)}
 
 
+# What generated samples, or reconstructions, are compared with: samples[order], a data set or array; about: the
+# record of it; stored: all arrays of its npz file, if it is one.
+Real = collections.namedtuple("Real", "samples order about stored", defaults=({},))
+
+
 def real_samples(args, axes, count, reference=None):
-    """(samples, indices, record): images in the npz `reference`, or `count` (None: all) of --data-path."""
+    """`Real`: the images in the npz file `reference`, or `count` (None: all) of --data-path."""
     if reference:
-        samples = sample_array(reference)
+        stored = read_npz(reference)
+        samples = images_of(stored, reference)
         require(samples.shape[1:-1] == axes, f"--reference {reference} is of images of {samples.shape[1:3]}, "
                 f"not {axes}; compare sets of one size (make-reference has --image-size)")
-        return samples, range(len(samples)), {**read_npz(reference).get("settings", {}), "path": reference,
-                                              "sha256": runtime.on_main(runtime.sha256_of, reference)}
+        about = {**stored.get("settings", {}), "path": reference,
+                 "sha256": runtime.on_main(runtime.sha256_of, reference)}
+        return Real(samples, range(len(samples)), about, stored)
     view = data.View(axes[-1], axes[0] if len(axes) == 3 else None, resize=args.resize)
     samples = data.build_dataset(args.data_path, args.split or "train", view, args.split_list)
     order = data.evenly_spaced(count, len(samples))
-    return samples, order, {"path": args.data_path, "name": samples.name, "split": args.split or "train",
-                            "n": len(order), "fingerprint": runtime.on_main(data.fingerprint, samples, order)}
+    return Real(samples, order, {
+        "path": args.data_path, "name": samples.name, "split": args.split or "train", "n": len(order),
+        "fingerprint": runtime.on_main(data.fingerprint, samples, order)})
 
 
-def real_statistics(args, network, samples, order, about, path=None):
-    """The statistics of `real_samples`, made once and cached, in `path` if given. A collective.
+def real_statistics(args, network, real, rule="tf1", path=None):
+    """The statistics of `real` as of `FeatureStream.finish`, on rank 0, elsewhere None. A collective.
 
-    With features, and of a data set the images, of up to 10,000, for ADM's own evaluator to read. ADM's files
-    bring statistics of ImageNet's training set, and 10,000 images, whose features are computed here."""
-    key = {**about, "network": network.source}
-    del key["path"]                                        # wherever they lie
-    if isinstance(samples, data.Samples):
-        kept = {order[k] for k in data.evenly_spaced(10_000, len(order))}
-        stream = FeatureStream(network, kept, axes=samples.axes if len(samples.axes) == 2 else None)
-        key["protocol"] = args.protocol
-        return cached(args, key, lambda: stream.run(samples, order, args, "real"), path)
-    stored = read_npz(about["path"])
+    Made once, and kept in the npz file `path`, or in one named after all that they depend on. With features,
+    and for a reference of a data set of images these images, of up to 10,000, for ADM's own evaluator to read.
+    ADM's files bring statistics of ImageNet's training set, and 10,000 images, whose features are computed
+    here. rule: of `metrics.inception_input`, "tf1" but where reconstructions are compared with originals."""
+    samples, order, about, stored = real
     if "settings" in stored:
         require(stored["settings"]["network"] == network.source,
                 f"--reference {about['path']} is of other Inception weights; make it again")
         return stored
-    stream = FeatureStream(network, order)
-    computed = cached(args, key, lambda: stream.run(samples, order, args, "real"))
+    key = {**about, "network": network.source, "device": args.device}  # convolutions differ
+    del key["path"]                                                    # wherever they lie
+    most = None
+    axes = None
+    if isinstance(samples, data.Samples):
+        key["protocol"] = args.protocol
+        most = 10_000
+        axes = samples.axes if rule == "tf1" and len(samples.axes) == 2 else None
+    if rule != "tf1":
+        key["resize_rule"] = rule
+    path = pathlib.Path(path or f"{args.output}/references/{short_hash(key)}.npz")
+    known = runtime.on_main(path.exists)
+    runtime.print_main(f"cached   {path} ({'found' if known else 'made now'})")
+    if not known:
+        kept = {order[k] for k in data.evenly_spaced(most, len(order))}
+        arrays = FeatureStream(network, kept, rule, axes).run(samples, order, args, "real")
+        if runtime.is_main():
+            with runtime.atomic(path) as temporary, open(temporary, "wb") as file:
+                np.savez(file, settings=np.array(json.dumps(key)), **arrays)
+    if not runtime.is_main():
+        return None
+    arrays = read_npz(path)
+    require("settings" in arrays, f"{path} is of another program; choose another --reference")
+    runtime.check_same(arrays["settings"], key, f"{path} exists, and")
     # ADM's statistics belong to the published network. Without any, it takes those of arr_0; so do we.
-    if computed and network.source != RANDOM_LABEL and {"mu", "sigma", "mu_s", "sigma_s"} <= stored.keys():
-        return {**stored, "features": computed["features"]}
-    return computed
+    if network.source != RANDOM_LABEL and {"mu", "sigma", "mu_s", "sigma_s"} <= stored.keys():
+        return {**stored, "features": arrays["features"]}
+    return arrays
 
 
 def make_reference(args):
     """Statistics of real images for `generation` to compare with, in ADM's format."""
     real = real_samples(args, (args.image_size, args.image_size), args.max_samples)
-    real_statistics(args, load_network("inception", args), *real, args.reference)
+    real_statistics(args, load_network("inception", args), real, path=args.reference)
 
 
 # ---- 5. The paper's tables: their rows lie in tables.json; those of ours name what measures them -----------

@@ -402,19 +402,6 @@ def latest_checkpoint(results_dir, what="checkpoint"):
     return paths[-1]
 
 
-def resumable(args):
-    """The checkpoints that --resume may continue, best first. Without it, no run is written over."""
-    existing = list_checkpoints(args.results_dir)
-    if args.resume == "latest":
-        if not existing:
-            print_main(f"--resume: no checkpoint in {args.results_dir} yet, starting from scratch")
-        return existing[::-1]
-    require(args.resume or not existing, f"{args.results_dir} already holds a run up to "
-                                         f"{existing and existing[-1]}; continue it with --resume, or "
-                                         f"choose another --results-dir")
-    return [args.resume] if args.resume else []
-
-
 def check_same(saved, current, what, names=None):
     """Raise `UserError` that lists each key (of `names`, or all) in which two dicts differ."""
     differing = [f"{name}: {saved.get(name)!r} there, {current.get(name)!r} here"
