@@ -23,6 +23,7 @@ import re
 import zipfile
 
 import torch
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 import ar_model
 import metrics
@@ -111,6 +112,9 @@ def opened(path, trust=False):
         path = runtime.fetch(f"https://huggingface.co/TencentARC/{repository}/resolve/main/{file}")
     stored = read(path, trust)
     with guard(path):
+        for part in ("state_dict", "model", "ema"):
+            for wrapper in ("module.", "_orig_mod.", "module."):           # of DDP, of torch.compile
+                consume_prefix_in_state_dict_if_present(stored.get(part, {}), wrapper)
         yield path, stored
 
 
@@ -128,15 +132,6 @@ def listed(names):
     names = sorted(names)
     more = f" and {len(names) - 10} more" if len(names) > 10 else ""
     return ", ".join(names[:10]) + more
-
-
-def unwrapped(state, source):
-    """`state` without what DistributedDataParallel or torch.compile has put before every name."""
-    for prefix in ("module.", "_orig_mod.", "module."):
-        if state and all(name.startswith(prefix) for name in state):
-            runtime.print_main(f"{source}: every name begins with {prefix}, which is left out")
-            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    return state
 
 
 def load_state(part, state, source):
@@ -266,7 +261,7 @@ def build(path, stored, ema, kinds):
     require(mark in kinds, f"{path} is no {what}, but marked {mark}")
     kind, config_kind, presets = FORMATS[mark]
     part = "ema" if ema and stored.get("ema") else "model"
-    state = unwrapped(stored[part], path)
+    state = stored[part]
     values = stored["config"]
     fields = {field.name for field in dataclasses.fields(config_kind)}
     require(values.keys() == fields, f"{path} was written by another version of this project: its config "
@@ -310,7 +305,7 @@ def in_our_form(mark, state, published, **more):
 def published_tokenizer(path, published, ema):
     """A published tokenizer, or the one in a published AR file, in our form; `ema`: of its EMA weights."""
     state = {name.removeprefix("first_stage_model."): tensor
-             for name, tensor in unwrapped(published["state_dict"], path).items()}
+             for name, tensor in published["state_dict"].items()}
     extra = [name for name in state if not name.startswith(PUBLISHED_NAMES)]
     require(not extra, f"{path} holds names that no published tokenizer has: {listed(extra)}")
     averaged = below("model_ema.", state) if ema else {}
@@ -340,12 +335,11 @@ def our_ar_name(name):
 
 def published_ar(path, published):
     """A published AR file in our form, and inside it the tokenizer that it may have."""
-    state = unwrapped(published["state_dict"], path)
-    own = {our_ar_name(name): tensor for name, tensor in state.items()
+    own = {our_ar_name(name): tensor for name, tensor in published["state_dict"].items()
            if not name.startswith("first_stage_model.")}
     inner = None
     record = None
-    if len(own) < len(state):
+    if len(own) < len(published["state_dict"]):
         inner = published_tokenizer(path, published, False)
         record = {"path": str(path), "weights": "raw", "preset": inner["preset"], "sha256": None}
     return in_our_form(AR, own, published, first_stage=inner, classes=None, tokenizer=record)

@@ -82,7 +82,7 @@ METRICS = {
     "fvd-float32": Metric("FVD, float32", "i3d", "{:.2f}", "the same with the official script's roundings"),
     "tokens": Metric("token distance", None, "{:.4f}", "{each} samples and as many {kind}s, {tokens} tokens"),
     "tokens-real": Metric("the same if real", None, "{:.4f}", "other {kind}s in place of samples: the bias")}
-OF_SETS = {"inception": (2048, 2023, 1008), "i3d": (400,)}            # networks of sets: D of their outputs
+OF_SETS = {"inception": (2048, 2023), "i3d": (400,)}                  # networks of sets: D of their features
 OF_SAMPLES = [key for key, metric in METRICS.items() if metric.measure and metric.measure not in OF_SETS]
 OF_RECONSTRUCTIONS = (*OF_SAMPLES, "usage", "rfid", "rfvd")           # for --metrics; usage brings two others
 OF_IMAGES = ("fid", "sfid", "inception_score", "precision", "recall", "kid", "mind")        # of samples
@@ -164,7 +164,7 @@ def read_npz(path):
                 if array is None:
                     array = np.lib.format.read_array(archive.open(entry))
                 arrays[entry.filename.removesuffix(".npy")] = array
-        if "settings" in arrays:                                       # of `cached`
+        if "settings" in arrays:                                       # of `real_statistics`
             arrays["settings"] = dict(json.loads(str(arrays["settings"])))
     except (zipfile.BadZipFile, EOFError, ValueError, TypeError) as error:
         raise runtime.UserError(f"{path} is truncated or no npz file ({error}); copy it again") from None
@@ -172,7 +172,7 @@ def read_npz(path):
 
 
 def images_of(arrays, path):
-    """The samples among the `arrays` of an npz file, ADM's format: uint8 (N, H, W, 3), clips (N, T, H, W, 3)."""
+    """arr_0 of the `arrays` in an npz file, ADM's format: uint8 (N, H, W, 3), for clips (N, T, H, W, 3)."""
     require("arr_0" in arrays, f"{path} holds no array arr_0 of images, only {', '.join(arrays)}; statistics "
             f"alone do not tell by which network and resize rule they were made")
     array = arrays["arr_0"]
@@ -200,31 +200,29 @@ def batches_of(samples, order, args, title):
         yield torch.cat([x, x[-1:].expand(size - len(x), *x.shape[1:])]), len(x), indices
 
 
-def gather_rows(rows, indices):
-    """The `rows` (n, ...) of all ranks, sorted by `indices` (n,): (N, ...) on rank 0, elsewhere None."""
-    parts = [None] * runtime.world_size() if runtime.is_main() else None
-    dist.gather_object((rows.cpu(), indices.cpu()), parts)
-    if parts:
-        rows, indices = [torch.cat(each) for each in zip(*parts)]
-        return rows[indices.argsort(stable=True)]
+def gathered(parts):
+    """All ranks' `parts`, dicts of tensors (n, ...), joined, and sorted by their "index": {name: tensor
+    (N, ...)} on rank 0, elsewhere empty. A collective."""
+    every = [None] * runtime.world_size() if runtime.is_main() else None
+    dist.gather_object(parts, every)
+    parts = [part for each in every or () for part in each]
+    joined = {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else ())}
+    return {name: tensor[joined["index"].argsort(stable=True)] for name, tensor in joined.items()}
 
 
 class FeatureStream:
     """Sends samples through the network of a metric of sets, and keeps what distances of sets need.
 
-    kept: of which indices to keep features and logits; axes (H, W): also the images themselves."""
+    kept: of which indices to keep features and logits; images: and the images themselves."""
 
-    def __init__(self, network, kept=(), rule="tf1", axes=None):
-        lengths = OF_SETS[network.name]
+    def __init__(self, network, kept=(), rule="tf1", images=False):
         self.network = network
         self.device = next(network.parameters()).device
         self.kept = kept
         self.rule = rule                                               # of `metrics.inception_input`
-        self.moments = [metrics.Moments(D, self.device) for D in lengths[:2]]       # the second for sFID
-        self.rows = {"features": [torch.empty(0, lengths[0])], "logits": [torch.empty(0, lengths[-1])]}
-        if axes:
-            self.rows["arr_0"] = [torch.empty(0, *axes, 3, dtype=torch.uint8)]
-        self.indices = [torch.empty(0, dtype=torch.long)]
+        self.moments = [metrics.Moments(D, self.device) for D in OF_SETS[network.name]]    # [1]: for sFID
+        self.images = images
+        self.parts = []
 
     @torch.no_grad()
     def add(self, samples, n, indices):
@@ -236,25 +234,23 @@ class FeatureStream:
             outputs = [torch.cat([self.network(metrics.i3d_input(clips)) for clips in inputs.split(4)])]
         for moments, output in zip(self.moments, outputs):
             moments.add(output[:n])
+        found = {"index": indices, "features": outputs[0], "logits": outputs[-1]}
+        if self.images:
+            found["arr_0"] = samples.movedim(1, -1)
         kept = torch.tensor([index in self.kept for index in indices.tolist()])
-        found = {"features": outputs[0], "logits": outputs[-1], "arr_0": samples.movedim(1, -1)}
-        for name, parts in self.rows.items():
-            parts.append(found[name][:n].cpu()[kept])
-        self.indices.append(indices[kept])
+        self.parts.append({name: each[:n].cpu()[kept] for name, each in found.items()})
 
     def finish(self):
         """{name: array} on rank 0, under ADM's names, elsewhere None: n, mean and covariance of features (mu,
         sigma) and of spatial features (mu_s, sigma_s), and what was kept. A collective."""
-        indices = torch.cat(self.indices)
-        arrays = {name: gather_rows(torch.cat(parts), indices) for name, parts in self.rows.items()}
+        arrays = {name: tensor.numpy() for name, tensor in gathered(self.parts).items()}
         for suffix, moments in zip(("", "_s"), self.moments):
             moments.n = int(runtime.all_reduce_sum(torch.tensor(moments.n)))
             moments.total = runtime.all_reduce_sum(moments.total)
             moments.outer = runtime.all_reduce_sum(moments.outer)
             if runtime.is_main():
                 arrays[f"mu{suffix}"], arrays[f"sigma{suffix}"] = moments.mean_and_covariance()
-        if runtime.is_main():
-            return {"n": self.moments[0].n, **{name: np.asarray(array) for name, array in arrays.items()}}
+        return {"n": self.moments[0].n, **arrays} if runtime.is_main() else None
 
     def run(self, samples, order, args, title):
         """Send all of samples[order] through it, and `finish`. A collective."""
@@ -268,8 +264,7 @@ class FeatureStream:
 
 
 def shown(x, network, args):
-    """What a network of sets sees of x in [-1, 1]: uint8, truncated in protocol official; there, of rFID, floats
-    in [0, 1]."""
+    """What a network of sets sees of x in [-1, 1]: uint8; officially truncated, or for rFID floats (0 .. 1)."""
     if args.protocol == "official" and network.name == "inception":
         return (x + 1) / 2
     return pictures.to_uint8(x, truncate=args.protocol == "official")
@@ -409,8 +404,7 @@ def measure(model, samples, order, networks, record, args):
         network = networks[METRICS[key].measure]
         references[key] = real_statistics(args, network, real, rule)
         streams[key] = FeatureStream(network, range(len(samples)) if key == "rfvd" else (), rule)
-    rows = [torch.empty(0, 1 + len(judges), dtype=torch.float64)]
-    numbers = [torch.empty(0, dtype=torch.long)]
+    parts = []
     counts = model.quantizer.count(torch.zeros(0, dtype=torch.long, device=args.device))
     examples = {}
     for originals, n, indices in batches_of(samples, order, args, "measuring"):
@@ -424,13 +418,12 @@ def measure(model, samples, order, networks, record, args):
         made = pictures.to_uint8(y, truncate=official)
         if not official:
             y = pictures.to_float(made)
-        columns = [torch.full((len(x),), x[0, 0].numel(), dtype=torch.float64)]
-        for judge in judges.values():
+        parts.append({"index": indices, "pixels": torch.full((n,), float(x[0, 0].numel()),
+                                                            dtype=torch.float64)})
+        for key, judge in judges.items():
             pair = (x, y) if isinstance(judge, torch.nn.Module) else (real, made)
             each = judge(*map(metrics.as_frames, pair))                  # (B * T,)
-            columns.append(each.double().view(len(x), -1).mean(1).cpu())
-        rows.append(torch.stack(columns, 1)[:n])
-        numbers.append(indices)
+            parts[-1][key] = each.double().view(len(x), -1).mean(1)[:n].cpu()
         counts += model.quantizer.count(ids[:n])
         for stream in streams.values():
             stream.add(made if stream.rule == "tf1" else shown(y, stream.network, args), n, indices)
@@ -438,10 +431,8 @@ def measure(model, samples, order, networks, record, args):
             if index in order[:8]:
                 examples[index] = [originals[j], made[j].cpu()]
     samples.raise_if_broken(all_ranks=True)
-    found = {"counts": runtime.all_reduce_sum(counts), "examples": runtime.gather_objects(examples)}
-    rows = gather_rows(torch.cat(rows), torch.cat(numbers))
-    if runtime.is_main():
-        found.update(zip(("pixels", *judges), rows.T))
+    found = {"counts": runtime.all_reduce_sum(counts), "examples": runtime.gather_objects(examples),
+             **gathered(parts)}
     for key, stream in streams.items():
         own = stream.finish()
         if runtime.is_main():
@@ -620,8 +611,7 @@ def token_distances(samples, real, record, facts, args):
             "tokens-real": metrics.total_variation(second, first)}
 
 
-# What generated samples, or reconstructions, are compared with: samples[order], a data set or array; about: the
-# record of it; stored: all arrays of its npz file, if it is one.
+# What is compared with: samples[order], a data set or array; its record; all that its npz file holds, if any.
 Real = collections.namedtuple("Real", "samples order about stored", defaults=({},))
 
 
@@ -644,12 +634,12 @@ def real_samples(args, axes, count, reference=None):
 
 
 def real_statistics(args, network, real, rule="tf1", path=None):
-    """The statistics of `real` as of `FeatureStream.finish`, on rank 0, elsewhere None. A collective.
+    """The statistics of `real` as of `FeatureStream.finish`, made once and kept in `path`, or in a file named
+    after all that they depend on. A collective.
 
-    Made once, and kept in the npz file `path`, or in one named after all that they depend on. With features,
-    and for a reference of a data set of images these images, of up to 10,000, for ADM's own evaluator to read.
-    ADM's files bring statistics of ImageNet's training set, and 10,000 images, whose features are computed
-    here. rule: of `metrics.inception_input`, "tf1" but where reconstructions are compared with originals."""
+    With features, and of a data set of images these, of up to 10,000, for ADM's own evaluator to read. ADM's
+    files bring statistics of ImageNet's training set, and 10,000 images, whose features are computed here.
+    rule: of `metrics.inception_input`; not "tf1" where originals are compared with their reconstructions."""
     samples, order, about, stored = real
     if "settings" in stored:
         require(stored["settings"]["network"] == network.source,
@@ -658,11 +648,11 @@ def real_statistics(args, network, real, rule="tf1", path=None):
     key = {**about, "network": network.source, "device": args.device}  # convolutions differ
     del key["path"]                                                    # wherever they lie
     most = None
-    axes = None
+    images = False
     if isinstance(samples, data.Samples):
         key["protocol"] = args.protocol
         most = 10_000
-        axes = samples.axes if rule == "tf1" and len(samples.axes) == 2 else None
+        images = rule == "tf1" and samples.kind == "image"
     if rule != "tf1":
         key["resize_rule"] = rule
     path = pathlib.Path(path or f"{args.output}/references/{short_hash(key)}.npz")
@@ -670,7 +660,7 @@ def real_statistics(args, network, real, rule="tf1", path=None):
     runtime.print_main(f"cached   {path} ({'found' if known else 'made now'})")
     if not known:
         kept = {order[k] for k in data.evenly_spaced(most, len(order))}
-        arrays = FeatureStream(network, kept, rule, axes).run(samples, order, args, "real")
+        arrays = FeatureStream(network, kept, rule, images).run(samples, order, args, "real")
         if runtime.is_main():
             with runtime.atomic(path) as temporary, open(temporary, "wb") as file:
                 np.savez(file, settings=np.array(json.dumps(key)), **arrays)

@@ -4,13 +4,16 @@ Nothing here knows what a token is. There is one code path with and without torc
 exists (one process talks to itself through an in-memory store), so no loop asks "am I distributed?".
 """
 import argparse
+import collections
 import contextlib
 import dataclasses
 import difflib
 import errno
 import hashlib
+import itertools
 import json
 import math
+import mmap
 import os
 import pathlib
 import re
@@ -25,11 +28,6 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
-
-try:
-    import fcntl
-except ImportError:                                        # Windows
-    fcntl = None
 
 # ---- 1. Errors that a user can fix, and flags --------------------------------------------------------------
 
@@ -258,9 +256,7 @@ def gather_objects(value):
 
 def distributed(module, device):
     """`module` in DistributedDataParallel: gradients are averaged over ranks, buffers are each rank's own."""
-    options = {"gradient_as_bucket_view": True}
-    if device.type == "cuda":
-        options["device_ids"] = [device]
+    options = {"gradient_as_bucket_view": True, "device_ids": [device] if device.type == "cuda" else None}
     try:
         return DistributedDataParallel(module, forward_sync_buffers=False, **options)      # torch >= 2.13
     except TypeError:
@@ -369,8 +365,10 @@ def lock(results_dir):
     folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / ".lock", "w")
     try:
-        if fcntl:                                          # lockf: workers do not inherit it, as with flock
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        import fcntl                                       # not on Windows
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)   # unlike flock: workers do not inherit it
+    except ImportError:
+        pass
     except OSError:
         raise UserError(f"another run writes to {folder}; stop it, or use another --results-dir") from None
     for temporary in folder.glob(".step-*.pt"):
@@ -412,11 +410,8 @@ def check_same(saved, current, what, names=None):
 
 def sha256_of(path):
     """The sha256 of a file as 64 hexadecimal digits."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return hashlib.sha256(content).hexdigest()
 
 
 def cache_dir():
@@ -513,17 +508,14 @@ class Meters:
     """Means of named scalars between two log lines, and the speed. Only `pop` waits for the device."""
 
     def __init__(self):
-        self.sums = {}
-        self.counts = {}
+        self.values = collections.defaultdict(list)
         self.times = []
 
     def update(self, *logs):
         """Count in the dicts of scalar tensors of one step."""
         self.times.append(time.perf_counter())
-        for values in logs:
-            for name, value in values.items():
-                self.sums[name] = self.sums.get(name, 0.0) + value.detach().double()
-                self.counts[name] = self.counts.get(name, 0) + 1
+        for name, value in itertools.chain.from_iterable(map(dict.items, logs)):
+            self.values[name].append(value.detach().double())
 
     def pop(self, batch_size):
         """The means over steps and ranks and "samples/s", a dict of floats; starts afresh. A collective.
@@ -532,9 +524,9 @@ class Meters:
         not count.
         """
         report = {}
-        if self.sums:
-            means = torch.stack([self.sums[name] / self.counts[name] for name in self.sums])
-            report = dict(zip(self.sums, all_reduce_mean(means).tolist()))
+        if self.values:
+            means = torch.stack([torch.stack(values).mean() for values in self.values.values()])
+            report = dict(zip(self.values, all_reduce_mean(means).tolist()))
         if len(self.times) > 1:
             report["samples/s"] = batch_size * (len(self.times) - 1) / (self.times[-1] - self.times[0])
         self.__init__()
