@@ -412,17 +412,15 @@ def main(args):
     def in_half(state):
         return {name: tensor.half() for name, tensor in state.items()}
 
-    with opened(args.checkpoint) as (_, stored):
+    with opened(args.checkpoint) as (_, stored), runtime.atomic(args.output) as temporary:
         kept = {name: stored[name] for name in ("format", "preset", "step", "config", "classes", "tokenizer")
                 if name in stored}
         kept["args"] = {name: stored["args"].get(name) for name in TRAINED_ON}
         kept.update(model=in_half(stored["ema"] or stored["model"]), ema={})
         if "first_stage" in stored:
-            inner = {**stored["first_stage"], "model": in_half(stored["first_stage"]["model"])}
-            decoder, _ = build(args.output, inner, False, TOKENIZERS)
-            kept.update(first_stage=inner, tokenizer={**stored["tokenizer"], "sha256": weights_hash(decoder)})
-        with runtime.atomic(args.output) as temporary:
-            torch.save(kept, temporary)
+            inner = stored["first_stage"]
+            kept["first_stage"] = {**inner, "model": in_half(inner["model"])}
+        torch.save(kept, temporary)
     print(f"wrote {args.output}, {pathlib.Path(args.output).stat().st_size / 1e6:.1f} MB")
 
 

@@ -264,7 +264,7 @@ class FeatureStream:
 
 
 def shown(x, network, args):
-    """What a network of sets sees of x in [-1, 1]: uint8; officially truncated, or for rFID floats (0 .. 1)."""
+    """What a network of sets sees of x in [-1, 1]: uint8; officially truncated, or for rFID floats 0 .. 1."""
     if args.protocol == "official" and network.name == "inception":
         return (x + 1) / 2
     return pictures.to_uint8(x, truncate=args.protocol == "official")

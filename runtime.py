@@ -10,7 +10,6 @@ import dataclasses
 import difflib
 import errno
 import hashlib
-import itertools
 import json
 import math
 import mmap
@@ -187,11 +186,8 @@ def setup_process_group(device="auto"):
                 f"--nproc-per-node is larger than the {torch.cuda.device_count()} GPUs of this machine")
         torch.cuda.set_device(local_rank)
     if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-        if "RANK" in os.environ:
-            dist.init_process_group(backend)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", **alone)
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
@@ -514,8 +510,9 @@ class Meters:
     def update(self, *logs):
         """Count in the dicts of scalar tensors of one step."""
         self.times.append(time.perf_counter())
-        for name, value in itertools.chain.from_iterable(map(dict.items, logs)):
-            self.values[name].append(value.detach().double())
+        for values in logs:
+            for name, value in values.items():
+                self.values[name].append(value.detach().double())
 
     def pop(self, batch_size):
         """The means over steps and ranks and "samples/s", a dict of floats; starts afresh. A collective.
