@@ -269,9 +269,8 @@ def build(path, stored, ema, kinds):
     require(all(values[name] <= len(state) for name in fields if name.endswith("blocks")),
             f"{path} has a config of more blocks than it has weights")
     config = config_kind(**values)
-    preset = next((name for name, known in presets.items() if known == config), "custom")
-    if mark == AR:                                        # of any number of classes
-        preset = stored["preset"]
+    preset = stored["preset"] if mark == AR else next(    # an AR model may have any number of classes
+        (name for name, known in presets.items() if known == config), "custom")
     with torch.device("meta"):                            # shapes first, without memory or random weights
         model = kind(config)
     problem = differences(model.state_dict(), state)

@@ -489,7 +489,8 @@ def choose_samples(args):
         return max(stored, key=os.path.getmtime)
     what = "samples (*.npz) in runs/samples and no AR model"
     args.ckpt = how["ckpt"] = str(args.ckpt or runtime.latest_checkpoint("runs/ar", what))
-    how["num_fid_samples"] = args.num_samples or (50_000 if args.ckpt in checkpoints.PUBLISHED else 5_000)
+    most = 50_000 if args.ckpt in checkpoints.PUBLISHED else 5_000
+    how["num_fid_samples"] = how.pop("num_samples") or most
     path = pathlib.Path("runs/samples") / f"drawn-{short_hash(how)}.npz"
     sample.main(argparse.Namespace(**{**defaults, **how, "device": args.device, "output": path}))
     runtime.barrier()                                      # rank 0 has joined the parts
@@ -647,19 +648,17 @@ def real_statistics(args, network, real, rule="tf1", path=None):
         return stored
     key = {**about, "network": network.source, "device": args.device}  # convolutions differ
     del key["path"]                                                    # wherever they lie
-    most = None
-    images = False
-    if isinstance(samples, data.Samples):
+    of_files = isinstance(samples, np.ndarray)
+    if not of_files:
         key["protocol"] = args.protocol
-        most = 10_000
-        images = rule == "tf1" and samples.kind == "image"
     if rule != "tf1":
         key["resize_rule"] = rule
     path = pathlib.Path(path or f"{args.output}/references/{short_hash(key)}.npz")
     known = runtime.on_main(path.exists)
     runtime.print_main(f"cached   {path} ({'found' if known else 'made now'})")
     if not known:
-        kept = {order[k] for k in data.evenly_spaced(most, len(order))}
+        kept = {order[k] for k in data.evenly_spaced(None if of_files else 10_000, len(order))}
+        images = not of_files and rule == "tf1" and samples.kind == "image"
         arrays = FeatureStream(network, kept, rule, images).run(samples, order, args, "real")
         if runtime.is_main():
             with runtime.atomic(path) as temporary, open(temporary, "wb") as file:
