@@ -183,8 +183,8 @@ pre, .wide { overflow-x: auto } td, th { padding-right: 16px; text-align: left; 
 """
 
 
-def panel(name, *curves):
-    """HTML of a panel of curves {x: y}, the second one dashed; its numbers stand beside it as text."""
+def chart(name, *curves):
+    """HTML of curves {x: y}, the second one dashed; its numbers stand beside it as text."""
     curves = [{x: y for x, y in curve.items() if math.isfinite(y)} for curve in curves]
     xs = [x for curve in curves for x in curve]
     ys = [y for curve in curves for y in curve.values()]
@@ -214,11 +214,11 @@ def code_histogram(path):
     """HTML of how often each code occurs, the most frequent first, in the tokens that train_ar.py stored."""
     shape = runtime.read_json(path.with_suffix(".json"))["shape"]
     rows = np.memmap(path, f"<i{path.stat().st_size // math.prod(shape)}", "r").reshape(shape[0], -1)
-    rows = rows[::math.ceil(rows.nbytes / 2 ** 26)]        # 64 MiB of them tell enough
+    rows = rows[::math.ceil(rows.nbytes / 2 ** 26)]                                  # 64 MiB tell enough
     counts = np.sort(np.unique(rows[rows >= 0], return_counts=True)[1])[::-1]        # -1: not encoded yet
     ranks = np.linspace(0, len(counts) - 1, min(300, len(counts))).astype(int).tolist()
     return (f"<h3>How often each code occurs</h3><p>{len(counts):,} codes in {counts.sum():,} tokens, the "
-            f"most frequent first</p>" + panel("tokens", {rank: int(counts[rank]) for rank in ranks}))
+            f"most frequent first</p>" + chart("tokens", {rank: int(counts[rank]) for rank in ranks}))
 
 
 def embed(path, errors=False):
@@ -258,11 +258,10 @@ def folded(values):
 def run_section(folder):
     """HTML of a training run: its curves, newest pictures, bits, codes, settings."""
     curves = read_metrics(folder)
-    steps = max(curves.pop("step", [0]))
-    page = f'<h2>{html.escape(folder.name)}</h2><p>{steps:,} steps</p><div class="panels">'
+    page = f'<h2>{html.escape(folder.name)}: step {max(curves.pop("step", [0]))}</h2><div class="panels">'
     for name in curves:
         if name.removeprefix("val_") not in curves.keys() - {name}:
-            page += panel(name, curves[name], curves.get(f"val_{name}", {}))
+            page += chart(name, curves[name], curves.get(f"val_{name}", {}))
     page += "</div>"
     for path in newest(folder, "reconstructions-*") + newest(folder, "samples-*"):
         page += embed(path, errors=path.name.startswith("reconstructions"))
@@ -271,8 +270,8 @@ def run_section(folder):
     if (folder / "tokens.json").exists():
         page += code_histogram(folder / "tokens.bin")
     for path in runtime.list_checkpoints(folder)[-1:]:
-        args = torch.load(path, "cpu", weights_only=True, mmap=True).get("args")       # tensors stay on disk
-        page += folded(args)
+        stored = torch.load(path, "cpu", weights_only=True, mmap=True)                 # tensors stay on disk
+        page += folded(stored.get("args"))
     return page
 
 
