@@ -23,6 +23,7 @@ import re
 import zipfile
 
 import torch
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 import ar_model
 import metrics
@@ -45,10 +46,12 @@ FORMATS = {                         # the mark of our own files: (model, config,
     "open-magvit2-video-tokenizer": (video.VideoTokenizer, video.VideoTokenizerConfig, video.PRESETS),
     "open-magvit2-ar": (ar_model.ARModel, ar_model.ARConfig, ar_model.PRESETS)}
 *TOKENIZERS, AR = FORMATS
-# The published names below transformer.* and ours. Inside a block, and for the final norm, they are the same.
+PUBLISHED_NAMES = ("encoder.", "decoder.", "loss.discriminator.", "loss.perceptual_loss.", "model_ema.",
+                   "transformer.")
+# The published names below transformer.* and ours. Inside a block they are the same.
 AR_NAMES = {"pre_emb.": "token_embeddings.0.", "post_emb.": "token_embeddings.1.", "head.": "heads.",
             "class_emb.embedding_table.": "class_embedding.", "spatial_blocks.": "inter_blocks.",
-            "factorized_blocks.": "intra_blocks."}
+            "factorized_blocks.": "intra_blocks.", "norm.": "norm."}
 WRAPPER = ".conv_1."                # published causal convolutions are modules around one; ours are not
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "kernel")       # have no EMA
 TRAINED_ON = ("data_path", "val_data_path", "resize", "split_list", "val_split_list")
@@ -101,13 +104,18 @@ def read(path, trust=False):
     return stored
 
 
-def find(path):
-    """The file that `path` names: itself or, for a published name, that in the cache, downloaded first."""
-    if pathlib.Path(path).exists() or str(path) not in PUBLISHED:
-        return path
-    repository, file = PUBLISHED[str(path)]
-    url = f"https://huggingface.co/TencentARC/{repository}/resolve/main/{file}"
-    return runtime.fetch(url)
+@contextlib.contextmanager
+def opened(path, trust=False):
+    """Gives (path, dict) of a file or, under a published name, of that in the cache, downloaded first."""
+    if not pathlib.Path(path).exists() and str(path) in PUBLISHED:
+        repository, file = PUBLISHED[str(path)]
+        path = runtime.fetch(f"https://huggingface.co/TencentARC/{repository}/resolve/main/{file}")
+    stored = read(path, trust)
+    with guard(path):
+        for part in ("state_dict", "model", "ema"):
+            for wrapper in ("module.", "_orig_mod.", "module."):           # of DDP, of torch.compile
+                consume_prefix_in_state_dict_if_present(stored.get(part, {}), wrapper)
+        yield path, stored
 
 
 def differences(own, state):
@@ -124,15 +132,6 @@ def listed(names):
     names = sorted(names)
     more = f" and {len(names) - 10} more" if len(names) > 10 else ""
     return ", ".join(names[:10]) + more
-
-
-def unwrapped(state, source):
-    """`state` without what DistributedDataParallel or torch.compile has put before every name."""
-    for prefix in ("module.", "_orig_mod.", "module."):
-        if state and all(name.startswith(prefix) for name in state):
-            runtime.print_main(f"{source}: every name begins with {prefix}, which is left out")
-            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    return state
 
 
 def load_state(part, state, source):
@@ -153,27 +152,23 @@ def load_partly(model, state, may_differ, source):
     """Load `state` into `model` strictly, except that modules whose names begin with one of the tuple
     `may_differ` keep their own start where any of their shapes differ. Says which, and that it was done."""
     own = model.state_dict()
-
-    def module(name):
-        return name.rpartition(".")[0]
-
-    anew = {module(name) for name in own.keys() | state.keys() if name.startswith(may_differ)
-            and (name not in own or name not in state or own[name].shape != state[name].shape)}
-    state = {name: tensor for name, tensor in state.items() if module(name) not in anew}
-    state.update({name: tensor for name, tensor in own.items() if module(name) in anew})
+    shapes, theirs = [{(name, tensor.shape) for name, tensor in each.items()} for each in (own, state)]
+    anew = {name.rpartition(".")[0] for name, _ in shapes ^ theirs if name.startswith(may_differ)}
+    state = {name: tensor for name, tensor in state.items() if name.rpartition(".")[0] not in anew}
+    state.update({name: tensor for name, tensor in own.items() if name.rpartition(".")[0] in anew})
     load_state(model, state, source)
     runtime.print_main(f"start    {source}; anew: {listed(anew) or 'nothing'}")
 
 
+def below(prefix, state):
+    """What has `prefix` before its name in {name: tensor}, without it."""
+    return {name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)}
+
+
 def discriminator_in(path):
     """The weights of the discriminator in a file, ours or published: {name: tensor}, empty for none."""
-    path = find(path)
-    stored = read(path)
-    with guard(path):
-        published = stored.get("state_dict", {})
-        prefix = "loss.discriminator."
-        return stored.get("discriminator", {name.removeprefix(prefix): tensor for name, tensor
-                                            in published.items() if name.startswith(prefix)})
+    with opened(path) as (_, stored):
+        return stored.get("discriminator") or below("loss.discriminator.", stored.get("state_dict", {}))
 
 
 def resume(args, parts, flags, **records):
@@ -181,10 +176,17 @@ def resume(args, parts, flags, **records):
 
     parts: {name: network, optimizer or scaler}; the random generators are restored too. Raises `UserError`
     unless the file holds just these, and the `flags` and `records` ({name: dict}) of its run are those of
-    this one. Where the newest file is damaged, the one before it is taken.
+    this one. Where the newest file is damaged, the one before it is taken. No run is written over.
     """
-    problem = ""
-    for path in runtime.resumable(args):
+    existing = runtime.list_checkpoints(args.results_dir)
+    require(args.resume or not existing, f"{args.results_dir} already holds a run up to "
+            f"{existing and existing[-1]}; continue it with --resume, or choose another --results-dir")
+    candidates = existing if args.resume == "latest" else [args.resume]
+    if not (args.resume and candidates):
+        if args.resume:
+            runtime.print_main(f"--resume: no checkpoint in {args.results_dir} yet, starting from scratch")
+        return {}
+    for path in reversed(candidates):
         try:
             saved = read(path)
             with guard(path):
@@ -192,20 +194,17 @@ def resume(args, parts, flags, **records):
             require(not damaged, f"checkpoint {path} is damaged, in {damaged}; use an earlier one")
             break
         except UserError as error:
-            problem = str(error)
+            if path == candidates[0]:
+                raise
             runtime.print_main(f"{error}; trying the one before")
-    else:
-        require(not problem, problem)
-        return {}
     with guard(path):
-        mark = format_of(parts["model"])
-        require(saved.get("format") == mark, f"--resume {path}: not a training checkpoint of this script "
-                                           f"and preset")
+        require(saved.get("format") == format_of(parts["model"]), f"--resume {path}: not a training "
+                                                                  f"checkpoint of this script and preset")
         what = f"--resume {path}: a flag that must stay as it was"
         runtime.check_same(saved["args"], vars(args), what, flags)
         require(("discriminator" in saved) == ("discriminator" in parts), f"--resume {path}: --gan-weight "
                 f"cannot be switched on or off in the middle of a run")
-        newest = max([int(file.stem[5:]) for file in runtime.list_checkpoints(args.results_dir)], default=0)
+        newest = max([int(file.stem[5:]) for file in existing], default=0)
         require(args.resume == "latest" or newest <= saved["step"], f"--resume {path}: {args.results_dir} "
                 f"holds newer ones, up to step {newest}; move them away, or use another --results-dir")
         for what, record in records.items():
@@ -217,67 +216,7 @@ def resume(args, parts, flags, **records):
     return saved
 
 
-# ---- 2. Tokenizers and transformers ------------------------------------------------------------------------
-
-def format_of(model):
-    """The mark under "format" in our checkpoints of this kind of model."""
-    return next(mark for mark, (kind, _, _) in FORMATS.items() if type(model) is kind)
-
-
-def build(mark, config, state, source):
-    """A model of the format `mark` with this config and state, in eval mode on the CPU."""
-    with torch.device("meta"):                            # shapes first, without memory or random weights
-        model = FORMATS[mark][0](config)
-    problem = differences(model.state_dict(), state)
-    require(not problem, f"{source} does not fit this model; {problem}")
-    model.to_empty(device="cpu")
-    if mark == AR:                                        # a constant, and so in no checkpoint
-        model.rope = ar_model.rope_table(config.grid, config.width // config.heads)
-    model.load_state_dict(state)
-    return model.eval()
-
-
-def closest_preset(mark, state):
-    """(name, config) of the preset whose tensors are most like `state`."""
-    found = {(name, tensor.shape) for name, tensor in state.items()}
-
-    def unlike(item):
-        with torch.device("meta"):
-            own = FORMATS[mark][0](item[1]).state_dict()
-        return len(found ^ {(name, tensor.shape) for name, tensor in own.items()})
-
-    return min(FORMATS[mark][2].items(), key=unlike)
-
-
-def load_own(path, stored, ema, kinds):
-    """(model, info) of a checkpoint of ours whose format is one of `kinds`."""
-    mark = stored["format"]
-    what = "AR model" if kinds == [AR] else "tokenizer"
-    require(mark in kinds, f"{path} is no {what}, but marked {mark}")
-    values = stored["config"]
-    part = "ema" if ema and stored["ema"] else "model"
-    state = unwrapped(stored[part], path)
-    _, kind, presets = FORMATS[mark]
-    fields = {field.name for field in dataclasses.fields(kind)}
-    require(values.keys() == fields, f"{path} was written by another version of this project: its config "
-                                     f"differs in {listed(values.keys() ^ fields)}")
-    require(all(values[name] <= len(state) for name in fields if name.endswith("blocks")),
-            f"{path} has a config of more blocks than it has weights")
-    config = kind(**values)
-    preset = next((name for name, known in presets.items() if known == config), "custom")
-    if mark == AR:                                        # of any number of classes
-        preset = stored["preset"]
-    return build(mark, config, state, path), facts(path, stored, preset, part == "ema")
-
-
-def facts(path, stored, preset, ema):
-    """What the loaders say about a file."""
-    ours = "format" in stored
-    args = stored.get("args", {})
-    return {"path": str(path), "preset": preset, "weights": "EMA" if ema else "raw",
-            "step": stored.get("step" if ours else "global_step"), "source": "ours" if ours else "published",
-            "trained_on": {name: args.get(name) for name in TRAINED_ON}}
-
+# ---- 2. Tokenizers and transformers. Published files are first brought into the form of ours ---------------
 
 def load_tokenizer(path, ema=True, trust=False):
     """(tokenizer of images or clips, info) of a checkpoint of ours, or a published one or AR file.
@@ -286,56 +225,10 @@ def load_tokenizer(path, ema=True, trust=False):
     trust: see `read`. The model is in eval mode on the CPU; info says "path", "preset", "weights" ("EMA" or
     "raw"), "step", "source" ("ours" or "published") and "trained_on". Raises `UserError`, listing names.
     """
-    path = find(path)
-    stored = read(path, trust)
-    with guard(path):
-        if "format" in stored:
-            return load_own(path, stored, ema, TOKENIZERS)
-        require("state_dict" in stored, f"{path} is no tokenizer checkpoint: it has neither our format mark "
-                                        f"nor a state_dict")
-        return published_tokenizer(path, stored, ema)
-
-
-def published_tokenizer(path, stored, ema):
-    """The same of a published tokenizer, or of the tokenizer in a published AR file."""
-    groups = {"": {}, "loss.discriminator.": {}, "model_ema.": {}, "loss.perceptual_loss.": {}}
-    extra = []
-    for name, tensor in unwrapped(stored["state_dict"], path).items():
-        bare = name.removeprefix("first_stage_model.")
-        group = next((prefix for prefix in groups if prefix and name.startswith(prefix)), "")
-        if group:
-            groups[group][name.removeprefix(group)] = tensor
-        elif bare.startswith(("encoder.", "decoder.")):
-            groups[""][bare] = tensor
-        elif not name.startswith("transformer."):
-            extra.append(name)
-    require(not extra, f"{path} holds names that no published tokenizer has: {listed(extra)}")
-    raw = groups[""]
-    averaged = groups["model_ema."]
-    require(raw, f"{path} holds no tokenizer: no encoder.* and no decoder.*")
-    if ema and averaged:
-        # One to one with the raw parameters, so that a weight too many or too few is found, also of D.
-        names = [*raw, *[f"loss.discriminator.{name}" for name in groups["loss.discriminator."]
-                         if not name.endswith(BUFFERS)]]
-        dotless = {name.replace(".", ""): name for name in names}
-        wrong = dotless.keys() ^ (averaged.keys() - {"decay", "num_updates"})
-        require(not wrong, f"the EMA weights in {path} do not match its raw ones, in "
-                           f"{listed(dotless.get(name, name) for name in wrong)}; --raw-weights does without")
-        raw = {name: averaged[name.replace(".", "")] for name in raw}
-    of_images, of_clips = TOKENIZERS
-    mark = of_clips if any(WRAPPER in name for name in raw) else of_images
-    raw = {name.replace(WRAPPER, "."): tensor for name, tensor in raw.items()}
-    preset, config = closest_preset(mark, raw)
-    return build(mark, config, raw, path), facts(path, stored, preset, ema and averaged)
-
-
-def our_ar_name(name):
-    """Our name of what a published file calls `name`. Strange names are kept, and found to be too many."""
-    bare = name.removeprefix("transformer.")
-    for theirs, ours in AR_NAMES.items():
-        if bare.startswith(theirs):
-            bare = ours + bare.removeprefix(theirs)
-    return bare if name.startswith("transformer.") else f"{name} (outside of transformer)"
+    with opened(path, trust) as (path, stored):
+        if "state_dict" in stored:
+            stored = published_tokenizer(path, stored, ema)
+        return build(path, stored, ema, TOKENIZERS)
 
 
 def load_ar(path, ema=True, trust=False):
@@ -344,26 +237,111 @@ def load_ar(path, ema=True, trust=False):
     As `load_tokenizer`; info also says "classes" (their names, None where the file has none) and "tokenizer",
     the record of the one that made the tokens.
     """
-    path = find(path)
-    stored = read(path, trust)
-    with guard(path):
-        if "format" in stored:
-            model, info = load_own(path, stored, ema, [AR])
-            inner = {**stored["first_stage"], "ema": {}, "step": None}
-            decoder, _ = load_own(f"the tokenizer inside {path}", inner, False, TOKENIZERS)
-            return model, decoder, {**info, "classes": stored["classes"], "tokenizer": stored["tokenizer"]}
-        require("state_dict" in stored, f"{path} is no checkpoint of an AR model")
-        published = unwrapped(stored["state_dict"], path)
-        state = {our_ar_name(name): tensor for name, tensor in published.items()
-                 if not name.startswith("first_stage_model.")}
-        preset, config = closest_preset(AR, state)
-        model = build(AR, config, state, f"{path}, taken for {preset},")
+    with opened(path, trust) as (path, stored):
+        if "state_dict" in stored:
+            stored = published_ar(path, stored)
+        model, info = build(path, stored, ema, [AR])
+        info.update({name: stored[name] for name in ("classes", "tokenizer")})
         decoder = None
-        record = None
-        if any(name.startswith("first_stage_model.") for name in published):
-            decoder, its = published_tokenizer(path, stored, ema)
-            record = {**{name: its[name] for name in ("path", "weights", "preset")}, "sha256": None}
-        return model, decoder, {**facts(path, stored, preset, False), "classes": None, "tokenizer": record}
+        if stored["first_stage"] is not None:
+            decoder, _ = build(f"the tokenizer inside {path}", stored["first_stage"], False, TOKENIZERS)
+        return model, decoder, info
+
+
+def format_of(model):
+    """The mark under "format" in our checkpoints of this kind of model."""
+    return next(mark for mark, (kind, _, _) in FORMATS.items() if type(model) is kind)
+
+
+def build(path, stored, ema, kinds):
+    """(model in eval mode on the CPU, info) of a checkpoint in our form whose format is one of `kinds`."""
+    mark = stored.get("format")
+    what = "AR model" if kinds == [AR] else "tokenizer"
+    require(mark, f"{path} is no {what} checkpoint: it has neither our format mark nor a state_dict")
+    require(mark in kinds, f"{path} is no {what}, but marked {mark}")
+    kind, config_kind, presets = FORMATS[mark]
+    part = "ema" if ema and stored.get("ema") else "model"
+    state = stored[part]
+    values = stored["config"]
+    fields = {field.name for field in dataclasses.fields(config_kind)}
+    require(values.keys() == fields, f"{path} was written by another version of this project: its config "
+                                     f"differs in {listed(values.keys() ^ fields)}")
+    require(all(values[name] <= len(state) for name in fields if name.endswith("blocks")),
+            f"{path} has a config of more blocks than it has weights")
+    config = config_kind(**values)
+    preset = stored["preset"] if mark == AR else next(    # an AR model may have any number of classes
+        (name for name, known in presets.items() if known == config), "custom")
+    with torch.device("meta"):                            # shapes first, without memory or random weights
+        model = kind(config)
+    problem = differences(model.state_dict(), state)
+    guess = f", taken for {preset}," if "source" in stored else ""
+    require(not problem, f"{path}{guess} does not fit this model; {problem}")
+    model.to_empty(device="cpu")
+    if mark == AR:                                        # a constant, and so in no checkpoint
+        model.rope = ar_model.rope_table(config.grid, config.width // config.heads)
+    model.load_state_dict(state)
+    args = stored.get("args", {})
+    return model.eval(), {"path": str(path), "preset": preset, "weights": "EMA" if part == "ema" else "raw",
+                          "step": stored.get("step"), "source": stored.get("source", "ours"),
+                          "trained_on": {name: args.get(name) for name in TRAINED_ON}}
+
+
+def in_our_form(mark, state, published, **more):
+    """A published file as a checkpoint of ours, with this state, of the preset with the most similar one."""
+    found = {(name, tensor.shape) for name, tensor in state.items()}
+    kind, _, presets = FORMATS[mark]
+
+    def unlike(preset):
+        with torch.device("meta"):
+            own = kind(presets[preset]).state_dict()
+        return len(found ^ {(name, tensor.shape) for name, tensor in own.items()})
+
+    preset = min(presets, key=unlike)
+    return {"format": mark, "source": "published", "step": published.get("global_step"), "preset": preset,
+            "config": dataclasses.asdict(presets[preset]), "model": state, **more}
+
+
+def published_tokenizer(path, published, ema):
+    """A published tokenizer, or the one in a published AR file, in our form; `ema`: of its EMA weights."""
+    state = {name.removeprefix("first_stage_model."): tensor
+             for name, tensor in published["state_dict"].items()}
+    extra = [name for name in state if not name.startswith(PUBLISHED_NAMES)]
+    require(not extra, f"{path} holds names that no published tokenizer has: {listed(extra)}")
+    averaged = below("model_ema.", state) if ema else {}
+    if averaged:
+        # One to one with the raw parameters, so that a weight too many or too few is found, also of D.
+        dotless = {name.replace(".", ""): name for name in state
+                   if name.startswith(PUBLISHED_NAMES[:3]) and not name.endswith(BUFFERS)}
+        wrong = dotless.keys() ^ (averaged.keys() - {"decay", "num_updates"})
+        require(not wrong, f"the EMA weights in {path} do not match its raw ones, in "
+                           f"{listed(dotless.get(name, name) for name in wrong)}; --raw-weights does without")
+    weights = {name: averaged.get(name.replace(".", ""), tensor) for name, tensor in state.items()
+               if name.startswith(("encoder.", "decoder."))}
+    require(weights, f"{path} holds no tokenizer: no encoder.* and no decoder.*")
+    of_images, of_clips = TOKENIZERS
+    mark = of_clips if any(WRAPPER in name for name in weights) else of_images
+    weights = {name.replace(WRAPPER, "."): tensor for name, tensor in weights.items()}
+    return in_our_form(mark, weights, published, ema=weights if averaged else {})
+
+
+def our_ar_name(name):
+    """Our name of what a published file calls `name`. A strange one is kept, and found to be too many."""
+    for theirs, ours in AR_NAMES.items():
+        if name.startswith(f"transformer.{theirs}"):
+            return ours + name.removeprefix(f"transformer.{theirs}")
+    return f"{name} (as published)"
+
+
+def published_ar(path, published):
+    """A published AR file in our form, and inside it the tokenizer that it may have."""
+    own = {our_ar_name(name): tensor for name, tensor in published["state_dict"].items()
+           if not name.startswith("first_stage_model.")}
+    inner = None
+    record = None
+    if len(own) < len(published["state_dict"]):
+        inner = published_tokenizer(path, published, False)
+        record = {"path": str(path), "weights": "raw", "preset": inner["preset"], "sha256": None}
+    return in_our_form(AR, own, published, first_stage=inner, classes=None, tokenizer=record)
 
 
 def weights_hash(model):
@@ -430,22 +408,18 @@ def get_args(argv=None):
 
 def main(args):
     """Write the smaller file."""
-    stored = read(args.checkpoint)
-    with guard(args.checkpoint):
+    def in_half(state):
+        return {name: tensor.half() for name, tensor in state.items()}
+
+    with opened(args.checkpoint) as (_, stored), runtime.atomic(args.output) as temporary:
         kept = {name: stored[name] for name in ("format", "preset", "step", "config", "classes", "tokenizer")
                 if name in stored}
         kept["args"] = {name: stored["args"].get(name) for name in TRAINED_ON}
-        kept["ema"] = {}
-        kept["model"] = {name: tensor.half() for name, tensor in (stored["ema"] or stored["model"]).items()}
+        kept.update(model=in_half(stored["ema"] or stored["model"]), ema={})
         if "first_stage" in stored:
             inner = stored["first_stage"]
-            half = {name: tensor.half() for name, tensor in inner["model"].items()}
-            kept["first_stage"] = {**inner, "model": half}
-            inner = {**kept["first_stage"], "ema": {}}
-            decoder, _ = load_own(args.output, inner, False, TOKENIZERS)
-            kept["tokenizer"] = {**stored["tokenizer"], "sha256": weights_hash(decoder)}
-        with runtime.atomic(args.output) as temporary:
-            torch.save(kept, temporary)
+            kept["first_stage"] = {**inner, "model": in_half(inner["model"])}
+        torch.save(kept, temporary)
     print(f"wrote {args.output}, {pathlib.Path(args.output).stat().st_size / 1e6:.1f} MB")
 
 

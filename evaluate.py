@@ -82,7 +82,7 @@ METRICS = {
     "fvd-float32": Metric("FVD, float32", "i3d", "{:.2f}", "the same with the official script's roundings"),
     "tokens": Metric("token distance", None, "{:.4f}", "{each} samples and as many {kind}s, {tokens} tokens"),
     "tokens-real": Metric("the same if real", None, "{:.4f}", "other {kind}s in place of samples: the bias")}
-OF_SETS = {"inception": (2048, 2023, 1008), "i3d": (400,)}            # networks of sets: D of their outputs
+OF_SETS = {"inception": (2048, 2023), "i3d": (400,)}                  # networks of sets: D of their features
 OF_SAMPLES = [key for key, metric in METRICS.items() if metric.measure and metric.measure not in OF_SETS]
 OF_RECONSTRUCTIONS = (*OF_SAMPLES, "usage", "rfid", "rfvd")           # for --metrics; usage brings two others
 OF_IMAGES = ("fid", "sfid", "inception_score", "precision", "recall", "kid", "mind")        # of samples
@@ -164,16 +164,15 @@ def read_npz(path):
                 if array is None:
                     array = np.lib.format.read_array(archive.open(entry))
                 arrays[entry.filename.removesuffix(".npy")] = array
-        if "settings" in arrays:                                       # of `cached`
+        if "settings" in arrays:                                       # of `real_statistics`
             arrays["settings"] = dict(json.loads(str(arrays["settings"])))
     except (zipfile.BadZipFile, EOFError, ValueError, TypeError) as error:
         raise runtime.UserError(f"{path} is truncated or no npz file ({error}); copy it again") from None
     return arrays
 
 
-def sample_array(path):
-    """The samples in an npz file, ADM's format: uint8 (N, H, W, 3), or for clips (N, T, H, W, 3)."""
-    arrays = read_npz(path)
+def images_of(arrays, path):
+    """arr_0 of the `arrays` in an npz file, ADM's format: uint8 (N, H, W, 3), for clips (N, T, H, W, 3)."""
     require("arr_0" in arrays, f"{path} holds no array arr_0 of images, only {', '.join(arrays)}; statistics "
             f"alone do not tell by which network and resize rule they were made")
     array = arrays["arr_0"]
@@ -201,31 +200,29 @@ def batches_of(samples, order, args, title):
         yield torch.cat([x, x[-1:].expand(size - len(x), *x.shape[1:])]), len(x), indices
 
 
-def gather_rows(rows, indices):
-    """The `rows` (n, ...) of all ranks, sorted by `indices` (n,): (N, ...) on rank 0, elsewhere None."""
-    parts = [None] * runtime.world_size() if runtime.is_main() else None
-    dist.gather_object((rows.cpu(), indices.cpu()), parts)
-    if parts:
-        rows, indices = [torch.cat(each) for each in zip(*parts)]
-        return rows[indices.argsort(stable=True)]
+def gathered(parts):
+    """All ranks' `parts`, dicts of tensors (n, ...), joined, and sorted by their "index": {name: tensor
+    (N, ...)} on rank 0, elsewhere empty. A collective."""
+    every = [None] * runtime.world_size() if runtime.is_main() else None
+    dist.gather_object(parts, every)
+    parts = [part for each in every or () for part in each]
+    joined = {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else ())}
+    return {name: tensor[joined["index"].argsort(stable=True)] for name, tensor in joined.items()}
 
 
 class FeatureStream:
     """Sends samples through the network of a metric of sets, and keeps what distances of sets need.
 
-    kept: of which indices to keep features and logits; axes (H, W): also the images themselves."""
+    kept: of which indices to keep features and logits; images: and the images themselves."""
 
-    def __init__(self, network, kept=(), rule="tf1", axes=None):
-        lengths = OF_SETS[network.name]
+    def __init__(self, network, kept=(), rule="tf1", images=False):
         self.network = network
         self.device = next(network.parameters()).device
         self.kept = kept
         self.rule = rule                                               # of `metrics.inception_input`
-        self.moments = [metrics.Moments(D, self.device) for D in lengths[:2]]       # the second for sFID
-        self.rows = {"features": [torch.empty(0, lengths[0])], "logits": [torch.empty(0, lengths[-1])]}
-        if axes:
-            self.rows["arr_0"] = [torch.empty(0, *axes, 3, dtype=torch.uint8)]
-        self.indices = [torch.empty(0, dtype=torch.long)]
+        self.moments = [metrics.Moments(D, self.device) for D in OF_SETS[network.name]]    # [1]: for sFID
+        self.images = images
+        self.parts = []
 
     @torch.no_grad()
     def add(self, samples, n, indices):
@@ -237,58 +234,40 @@ class FeatureStream:
             outputs = [torch.cat([self.network(metrics.i3d_input(clips)) for clips in inputs.split(4)])]
         for moments, output in zip(self.moments, outputs):
             moments.add(output[:n])
+        found = {"index": indices, "features": outputs[0], "logits": outputs[-1]}
+        if self.images:
+            found["arr_0"] = samples.movedim(1, -1)
         kept = torch.tensor([index in self.kept for index in indices.tolist()])
-        found = {"features": outputs[0], "logits": outputs[-1], "arr_0": samples.movedim(1, -1)}
-        for name, parts in self.rows.items():
-            parts.append(found[name][:n].cpu()[kept])
-        self.indices.append(indices[kept])
+        self.parts.append({name: each[:n].cpu()[kept] for name, each in found.items()})
 
     def finish(self):
         """{name: array} on rank 0, under ADM's names, elsewhere None: n, mean and covariance of features (mu,
         sigma) and of spatial features (mu_s, sigma_s), and what was kept. A collective."""
-        indices = torch.cat(self.indices)
-        arrays = {name: gather_rows(torch.cat(parts), indices) for name, parts in self.rows.items()}
+        arrays = {name: tensor.numpy() for name, tensor in gathered(self.parts).items()}
         for suffix, moments in zip(("", "_s"), self.moments):
             moments.n = int(runtime.all_reduce_sum(torch.tensor(moments.n)))
             moments.total = runtime.all_reduce_sum(moments.total)
             moments.outer = runtime.all_reduce_sum(moments.outer)
             if runtime.is_main():
                 arrays[f"mu{suffix}"], arrays[f"sigma{suffix}"] = moments.mean_and_covariance()
-        if runtime.is_main():
-            return {"n": self.moments[0].n, **{name: np.asarray(array) for name, array in arrays.items()}}
+        return {"n": self.moments[0].n, **arrays} if runtime.is_main() else None
 
     def run(self, samples, order, args, title):
         """Send all of samples[order] through it, and `finish`. A collective."""
         for x, n, indices in batches_of(samples, order, args, title):
+            if self.rule != "tf1":                                     # as reconstructions are shown to it
+                x = shown(pictures.to_float(x.to(self.device)), self.network, args)
             self.add(x, n, indices)
         if isinstance(samples, data.Samples):
             samples.raise_if_broken(all_ranks=True)
         return self.finish()
 
 
-def cache_path(key, args):
-    """Where `cached` keeps arrays that depend on `key`."""
-    return pathlib.Path(args.output, "references", f"{short_hash(key)}.npz")
-
-
-def cached(args, key, make, path=None):
-    """The {name: array} of `make()`, on rank 0, elsewhere None, kept in the npz file `path`. A collective.
-
-    key: all that they depend on, a JSON value, which also names the file if path is None."""
-    key = {**key, "device": args.device}                   # convolutions differ
-    path = pathlib.Path(path or cache_path(key, args))
-    known = runtime.on_main(path.exists)
-    runtime.print_main(f"cached   {path} ({'found' if known else 'made now'})")
-    arrays = None if known else make()
-    if not runtime.is_main():
-        return None
-    if not known:
-        with runtime.atomic(path) as temporary, open(temporary, "wb") as file:
-            np.savez(file, settings=np.array(json.dumps(key)), **arrays)
-    arrays = read_npz(path)
-    require("settings" in arrays, f"{path} is of another program; choose another --reference")
-    runtime.check_same(arrays["settings"], key, f"{path} exists, and")
-    return arrays
+def shown(x, network, args):
+    """What a network of sets sees of x in [-1, 1]: uint8; officially truncated, or for rFID floats 0 .. 1."""
+    if args.protocol == "official" and network.name == "inception":
+        return (x + 1) / 2
+    return pictures.to_uint8(x, truncate=args.protocol == "official")
 
 
 def distances(keys, reference, made, args):
@@ -404,26 +383,6 @@ def reconstruct(model, x, args):
     return y.clamp(-1, 1), ids
 
 
-def open_streams(samples, networks, record, args):
-    """({name: FeatureStream}, {metric: statistics}, key) for distances of sets. "real" looks at originals,
-    whose statistics serve all tokenizers, `cached` under `key`; the others look at reconstructions."""
-    streams = {}
-    references = {}
-    key = None
-    for name in {"rfid", "rfvd"} & set(args.metrics):      # one of them
-        network = networks[METRICS[name].measure]
-        kept = range(len(samples)) if name == "rfvd" else ()
-        key = {"data": record["data"], "protocol": args.protocol, "network": network.source,
-               "resize_rule": record["resize_rule"], "device": args.device}
-        for seen in ("real", name)[runtime.on_main(cache_path(key, args).exists):]:
-            streams[seen] = FeatureStream(network, kept, record["resize_rule"])
-    if args.reference:                                     # with the resize rule that its statistics have
-        real = real_samples(args, samples.axes, None, args.reference)
-        references["rfid-reference"] = real_statistics(args, networks["inception"], *real)
-        streams["rfid-reference"] = FeatureStream(networks["inception"])
-    return streams, references, key
-
-
 @torch.no_grad()
 def measure(model, samples, order, networks, record, args):
     """The measuring loop: every sample goes through the tokenizer once and is seen by every metric.
@@ -434,9 +393,18 @@ def measure(model, samples, order, networks, record, args):
     official = args.protocol == "official"
     judges = {key: networks.get(METRICS[key].measure, METRICS[key].measure)
               for key in OF_SAMPLES if key in args.metrics}
-    streams, references, key = open_streams(samples, networks, record, args)
-    rows = [torch.empty(0, 1 + len(judges), dtype=torch.float64)]
-    numbers = [torch.empty(0, dtype=torch.long)]
+    streams = {}
+    references = {}
+    for key in set(args.metrics) & {"rfid", "rfvd", "rfid-reference"}:
+        real = Real(samples, order, about=record["data"])
+        rule = record["resize_rule"]
+        if key == "rfid-reference":                                      # with the rule of its statistics
+            real = real_samples(args, samples.axes, None, args.reference)
+            rule = "tf1"
+        network = networks[METRICS[key].measure]
+        references[key] = real_statistics(args, network, real, rule)
+        streams[key] = FeatureStream(network, range(len(samples)) if key == "rfvd" else (), rule)
+    parts = []
     counts = model.quantizer.count(torch.zeros(0, dtype=torch.long, device=args.device))
     examples = {}
     for originals, n, indices in batches_of(samples, order, args, "measuring"):
@@ -450,32 +418,25 @@ def measure(model, samples, order, networks, record, args):
         made = pictures.to_uint8(y, truncate=official)
         if not official:
             y = pictures.to_float(made)
-        columns = [torch.full((len(x),), x[0, 0].numel(), dtype=torch.float64)]
-        for judge in judges.values():
+        parts.append({"index": indices, "pixels": torch.full((n,), float(x[0, 0].numel()),
+                                                            dtype=torch.float64)})
+        for key, judge in judges.items():
             pair = (x, y) if isinstance(judge, torch.nn.Module) else (real, made)
             each = judge(*map(metrics.as_frames, pair))                  # (B * T,)
-            columns.append(each.double().view(len(x), -1).mean(1).cpu())
-        rows.append(torch.stack(columns, 1)[:n])
-        numbers.append(indices)
+            parts[-1][key] = each.double().view(len(x), -1).mean(1)[:n].cpu()
         counts += model.quantizer.count(ids[:n])
-        seen = {"real": real, "rfid": made, "rfvd": made, "rfid-reference": made}
-        if official and "rfid" in streams:
-            seen.update(real=(x + 1) / 2, rfid=(y + 1) / 2)
-        for name, stream in streams.items():
-            stream.add(seen[name], n, indices)
+        for stream in streams.values():
+            stream.add(made if stream.rule == "tf1" else shown(y, stream.network, args), n, indices)
         for j, index in enumerate(indices.tolist()):
             if index in order[:8]:
                 examples[index] = [originals[j], made[j].cpu()]
     samples.raise_if_broken(all_ranks=True)
-    found = {"counts": runtime.all_reduce_sum(counts), "examples": runtime.gather_objects(examples)}
-    rows = gather_rows(torch.cat(rows), torch.cat(numbers))
-    if runtime.is_main():
-        found.update(zip(("pixels", *judges), rows.T))
-    original = cached(args, key, lambda: streams.pop("real").finish()) if key else None
-    for name, stream in streams.items():
+    found = {"counts": runtime.all_reduce_sum(counts), "examples": runtime.gather_objects(examples),
+             **gathered(parts)}
+    for key, stream in streams.items():
         own = stream.finish()
         if runtime.is_main():
-            found.update(distances([name], references.get(name, original), own, args))
+            found.update(distances([key], references[key], own, args))
     return found
 
 
@@ -515,11 +476,11 @@ def summarise(found, output, record, args):
 
 def choose_samples(args):
     """The path of the samples to judge: given, drawn now as flags say, the newest there are, or drawn now."""
-    parser = argparse.ArgumentParser()
-    sample.add_drawing_flags(parser)
-    defaults = vars(parser.parse_args([]))
-    given = [f"--{name.replace('_', '-')}" for name, default in {**defaults, "num_samples": None}.items()
-             if getattr(args, name) != default and name not in ("batch_size", "mixed_precision")]
+    defaults = vars(sample.get_args([]))
+    how = {name: value for name, value in vars(args).items() if name in {*defaults, "num_samples"}
+           and name not in ("device", "output")}
+    given = [f"--{name.replace('_', '-')}" for name, value in how.items() if value != defaults.get(name)
+             and name not in ("batch_size", "mixed_precision", "global_seed")]
     if args.samples:                                       # tokens need to know the tokenizer
         require(not given or "tokens" in args.metrics,
                 f"--samples {args.samples} is drawn already, without {', '.join(given)}")
@@ -527,12 +488,11 @@ def choose_samples(args):
     if not given and (stored := runtime.on_main(list, pathlib.Path("runs/samples").glob("**/*.npz"))):
         return max(stored, key=os.path.getmtime)
     what = "samples (*.npz) in runs/samples and no AR model"
-    args.ckpt = str(args.ckpt or runtime.latest_checkpoint("runs/ar", what))
-    n = args.num_samples or (50_000 if args.ckpt in checkpoints.PUBLISHED else 5_000)
-    how = [n, args.global_seed, *[getattr(args, name) for name in defaults]]
+    args.ckpt = how["ckpt"] = str(args.ckpt or runtime.latest_checkpoint("runs/ar", what))
+    most = 50_000 if args.ckpt in checkpoints.PUBLISHED else 5_000
+    how["num_fid_samples"] = how.pop("num_samples") or most
     path = pathlib.Path("runs/samples") / f"drawn-{short_hash(how)}.npz"
-    sample.main(argparse.Namespace(**{**vars(sample.get_args([])), **vars(args), "output": path,
-                                      "num_fid_samples": n}))
+    sample.main(argparse.Namespace(**{**defaults, **how, "device": args.device, "output": path}))
     runtime.barrier()                                      # rank 0 has joined the parts
     return path
 
@@ -540,7 +500,7 @@ def choose_samples(args):
 def open_samples(path):
     """(samples in an npz file or a folder of images, their axes ([T,] H, W), what identifies them)."""
     if not path.is_dir():
-        samples = sample_array(path)
+        samples = images_of(read_npz(path), path)
         return samples, samples.shape[1:-1], runtime.on_main(runtime.sha256_of, path)
     samples = data.Folder(path, data.View(1, crop="original"))
     sizes = set()
@@ -571,20 +531,19 @@ def generation(args):
     beside = pathlib.Path(os.path.splitext(os.path.abspath(path))[0] + ".json")
     sampling = runtime.read_json(beside) if beside.is_file() else {}
     real = real_samples(args, axes, args.max_samples or n, args.reference)
-    about = real[-1]
     output, record = plan(path, args, samples={"path": str(path), "axes": list(axes), "sha256": identity},
-                          sampling=sampling, reference=about, networks={})
+                          sampling=sampling, reference=real.about, networks={})
     runtime.print_facts(("samples", f"{path}, {n} of {' x '.join(map(str, axes))}"),
-                        ("real", f"those of {about.get('name') or args.reference}"),
+                        ("real", f"those of {real.about.get('name') or args.reference}"),
                         ("protocol", f"{args.protocol}, {runtime.world_size()} x {args.device}"))
     facts = {"n": n, "frames": axes[0], "kind": "clip" if clips else "image"}
     values = {}
     if "tokens" in args.metrics:
-        values = token_distances(samples, real[0], record, facts, args)
+        values = token_distances(samples, real.samples, record, facts, args)
     if args.metrics != ["tokens"]:
         network = load_network("i3d" if clips else "inception", args)
         record["networks"] = {network.name: network.source}
-        reference = real_statistics(args, network, *real)
+        reference = real_statistics(args, network, real)
         made = FeatureStream(network, range(n)).run(samples, range(n), args, "samples")
         if runtime.is_main():
             require(made["n"] == n, f"{n - made['n']} of {n} samples in {path} are broken; make them again")
@@ -653,50 +612,72 @@ def token_distances(samples, real, record, facts, args):
             "tokens-real": metrics.total_variation(second, first)}
 
 
+# What is compared with: samples[order], a data set or array; its record; all that its npz file holds, if any.
+Real = collections.namedtuple("Real", "samples order about stored", defaults=({},))
+
+
 def real_samples(args, axes, count, reference=None):
-    """(samples, indices, record): images in the npz `reference`, or `count` (None: all) of --data-path."""
+    """`Real`: the images in the npz file `reference`, or `count` (None: all) of --data-path."""
     if reference:
-        samples = sample_array(reference)
+        stored = read_npz(reference)
+        samples = images_of(stored, reference)
         require(samples.shape[1:-1] == axes, f"--reference {reference} is of images of {samples.shape[1:3]}, "
                 f"not {axes}; compare sets of one size (make-reference has --image-size)")
-        return samples, range(len(samples)), {**read_npz(reference).get("settings", {}), "path": reference,
-                                              "sha256": runtime.on_main(runtime.sha256_of, reference)}
+        about = {**stored.get("settings", {}), "path": reference,
+                 "sha256": runtime.on_main(runtime.sha256_of, reference)}
+        return Real(samples, range(len(samples)), about, stored)
     view = data.View(axes[-1], axes[0] if len(axes) == 3 else None, resize=args.resize)
     samples = data.build_dataset(args.data_path, args.split or "train", view, args.split_list)
     order = data.evenly_spaced(count, len(samples))
-    return samples, order, {"path": args.data_path, "name": samples.name, "split": args.split or "train",
-                            "n": len(order), "fingerprint": runtime.on_main(data.fingerprint, samples, order)}
+    return Real(samples, order, {
+        "path": args.data_path, "name": samples.name, "split": args.split or "train", "n": len(order),
+        "fingerprint": runtime.on_main(data.fingerprint, samples, order)})
 
 
-def real_statistics(args, network, samples, order, about, path=None):
-    """The statistics of `real_samples`, made once and cached, in `path` if given. A collective.
+def real_statistics(args, network, real, rule="tf1", path=None):
+    """The statistics of `real` as of `FeatureStream.finish`, made once and kept in `path`, or in a file named
+    after all that they depend on. A collective.
 
-    With features, and of a data set the images, of up to 10,000, for ADM's own evaluator to read. ADM's files
-    bring statistics of ImageNet's training set, and 10,000 images, whose features are computed here."""
-    key = {**about, "network": network.source}
-    del key["path"]                                        # wherever they lie
-    if isinstance(samples, data.Samples):
-        kept = {order[k] for k in data.evenly_spaced(10_000, len(order))}
-        stream = FeatureStream(network, kept, axes=samples.axes if len(samples.axes) == 2 else None)
-        key["protocol"] = args.protocol
-        return cached(args, key, lambda: stream.run(samples, order, args, "real"), path)
-    stored = read_npz(about["path"])
+    With features, and of a data set of images these, of up to 10,000, for ADM's own evaluator to read. ADM's
+    files bring statistics of ImageNet's training set, and 10,000 images, whose features are computed here.
+    rule: of `metrics.inception_input`; not "tf1" where originals are compared with their reconstructions."""
+    samples, order, about, stored = real
     if "settings" in stored:
         require(stored["settings"]["network"] == network.source,
                 f"--reference {about['path']} is of other Inception weights; make it again")
         return stored
-    stream = FeatureStream(network, order)
-    computed = cached(args, key, lambda: stream.run(samples, order, args, "real"))
+    key = {**about, "network": network.source, "device": args.device}  # convolutions differ
+    del key["path"]                                                    # wherever they lie
+    of_files = isinstance(samples, np.ndarray)
+    if not of_files:
+        key["protocol"] = args.protocol
+    if rule != "tf1":
+        key["resize_rule"] = rule
+    path = pathlib.Path(path or f"{args.output}/references/{short_hash(key)}.npz")
+    known = runtime.on_main(path.exists)
+    runtime.print_main(f"cached   {path} ({'found' if known else 'made now'})")
+    if not known:
+        kept = {order[k] for k in data.evenly_spaced(None if of_files else 10_000, len(order))}
+        images = not of_files and rule == "tf1" and samples.kind == "image"
+        arrays = FeatureStream(network, kept, rule, images).run(samples, order, args, "real")
+        if runtime.is_main():
+            with runtime.atomic(path) as temporary, open(temporary, "wb") as file:
+                np.savez(file, settings=np.array(json.dumps(key)), **arrays)
+    if not runtime.is_main():
+        return None
+    arrays = read_npz(path)
+    require("settings" in arrays, f"{path} is of another program; choose another --reference")
+    runtime.check_same(arrays["settings"], key, f"{path} exists, and")
     # ADM's statistics belong to the published network. Without any, it takes those of arr_0; so do we.
-    if computed and network.source != RANDOM_LABEL and {"mu", "sigma", "mu_s", "sigma_s"} <= stored.keys():
-        return {**stored, "features": computed["features"]}
-    return computed
+    if network.source != RANDOM_LABEL and {"mu", "sigma", "mu_s", "sigma_s"} <= stored.keys():
+        return {**stored, "features": arrays["features"]}
+    return arrays
 
 
 def make_reference(args):
     """Statistics of real images for `generation` to compare with, in ADM's format."""
     real = real_samples(args, (args.image_size, args.image_size), args.max_samples)
-    real_statistics(args, load_network("inception", args), *real, args.reference)
+    real_statistics(args, load_network("inception", args), real, path=args.reference)
 
 
 # ---- 5. The paper's tables: their rows lie in tables.json; those of ours name what measures them -----------

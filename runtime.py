@@ -4,6 +4,7 @@ Nothing here knows what a token is. There is one code path with and without torc
 exists (one process talks to itself through an in-memory store), so no loop asks "am I distributed?".
 """
 import argparse
+import collections
 import contextlib
 import dataclasses
 import difflib
@@ -11,6 +12,7 @@ import errno
 import hashlib
 import json
 import math
+import mmap
 import os
 import pathlib
 import re
@@ -25,11 +27,6 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
-
-try:
-    import fcntl
-except ImportError:                                        # Windows
-    fcntl = None
 
 # ---- 1. Errors that a user can fix, and flags --------------------------------------------------------------
 
@@ -189,11 +186,8 @@ def setup_process_group(device="auto"):
                 f"--nproc-per-node is larger than the {torch.cuda.device_count()} GPUs of this machine")
         torch.cuda.set_device(local_rank)
     if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-        if "RANK" in os.environ:
-            dist.init_process_group(backend)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", **alone)
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
@@ -258,9 +252,7 @@ def gather_objects(value):
 
 def distributed(module, device):
     """`module` in DistributedDataParallel: gradients are averaged over ranks, buffers are each rank's own."""
-    options = {"gradient_as_bucket_view": True}
-    if device.type == "cuda":
-        options["device_ids"] = [device]
+    options = {"gradient_as_bucket_view": True, "device_ids": [device] if device.type == "cuda" else None}
     try:
         return DistributedDataParallel(module, forward_sync_buffers=False, **options)      # torch >= 2.13
     except TypeError:
@@ -369,8 +361,10 @@ def lock(results_dir):
     folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / ".lock", "w")
     try:
-        if fcntl:                                          # lockf: workers do not inherit it, as with flock
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        import fcntl                                       # not on Windows
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)   # unlike flock: workers do not inherit it
+    except ImportError:
+        pass
     except OSError:
         raise UserError(f"another run writes to {folder}; stop it, or use another --results-dir") from None
     for temporary in folder.glob(".step-*.pt"):
@@ -402,19 +396,6 @@ def latest_checkpoint(results_dir, what="checkpoint"):
     return paths[-1]
 
 
-def resumable(args):
-    """The checkpoints that --resume may continue, best first. Without it, no run is written over."""
-    existing = list_checkpoints(args.results_dir)
-    if args.resume == "latest":
-        if not existing:
-            print_main(f"--resume: no checkpoint in {args.results_dir} yet, starting from scratch")
-        return existing[::-1]
-    require(args.resume or not existing, f"{args.results_dir} already holds a run up to "
-                                         f"{existing and existing[-1]}; continue it with --resume, or "
-                                         f"choose another --results-dir")
-    return [args.resume] if args.resume else []
-
-
 def check_same(saved, current, what, names=None):
     """Raise `UserError` that lists each key (of `names`, or all) in which two dicts differ."""
     differing = [f"{name}: {saved.get(name)!r} there, {current.get(name)!r} here"
@@ -425,11 +406,8 @@ def check_same(saved, current, what, names=None):
 
 def sha256_of(path):
     """The sha256 of a file as 64 hexadecimal digits."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return hashlib.sha256(content).hexdigest()
 
 
 def cache_dir():
@@ -526,8 +504,7 @@ class Meters:
     """Means of named scalars between two log lines, and the speed. Only `pop` waits for the device."""
 
     def __init__(self):
-        self.sums = {}
-        self.counts = {}
+        self.values = collections.defaultdict(list)
         self.times = []
 
     def update(self, *logs):
@@ -535,8 +512,7 @@ class Meters:
         self.times.append(time.perf_counter())
         for values in logs:
             for name, value in values.items():
-                self.sums[name] = self.sums.get(name, 0.0) + value.detach().double()
-                self.counts[name] = self.counts.get(name, 0) + 1
+                self.values[name].append(value.detach().double())
 
     def pop(self, batch_size):
         """The means over steps and ranks and "samples/s", a dict of floats; starts afresh. A collective.
@@ -545,9 +521,9 @@ class Meters:
         not count.
         """
         report = {}
-        if self.sums:
-            means = torch.stack([self.sums[name] / self.counts[name] for name in self.sums])
-            report = dict(zip(self.sums, all_reduce_mean(means).tolist()))
+        if self.values:
+            means = torch.stack([torch.stack(values).mean() for values in self.values.values()])
+            report = dict(zip(self.values, all_reduce_mean(means).tolist()))
         if len(self.times) > 1:
             report["samples/s"] = batch_size * (len(self.times) - 1) / (self.times[-1] - self.times[0])
         self.__init__()

@@ -405,13 +405,12 @@ def main(args):
     N = args.num_fid_samples or len(labels) * args.num_images
     how = how_from_args(args, model, info, N, for_grid)
     suffixes = [".npz"]
-    if for_grid:
-        suffixes = [".png"] if getattr(tokenizer.config, "frames", None) is None else pictures.VIDEO_FORMATS
-    path = pathlib.Path(info["path"]).resolve()
-    scales = "_".join(f"{setting.cfg_scale:g}" for setting in how.settings)
     what = N
     if for_grid:
+        suffixes = [".png"] if getattr(tokenizer.config, "frames", None) is None else pictures.VIDEO_FORMATS
         what = f"keep-{pathlib.Path(args.keep).stem}" if args.keep else "grid"
+    path = pathlib.Path(info["path"]).resolve()
+    scales = "_".join(f"{setting.cfg_scale:g}" for setting in how.settings)
     name = f"{path.parent.name}-{path.stem}-{what}-cfg{scales}-seed{args.global_seed}"
     output = pathlib.Path(args.output or f"runs/samples/{name}{suffixes[0]}")
     require(output.suffix in suffixes, f"--output {output}: this writes a {' or '.join(suffixes)} file")

@@ -68,8 +68,9 @@ def test_names_and_shapes_are_published_and_tell_the_preset(name):
     lines = sorted(f"{name} {list(tensor.shape)}" for name, tensor in state.items())
     digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
     assert digest == PUBLISHED[checkpoints.PUBLISHED[name][1]]
-    found = checkpoints.closest_preset(checkpoints.format_of(model), model.state_dict())
-    assert found == ("in1k-256" if name == "pt-256-2^18" else name, config)            # the first of two
+    found = checkpoints.in_our_form(checkpoints.format_of(model), model.state_dict(), {})
+    assert found["preset"] == ("in1k-256" if name == "pt-256-2^18" else name)            # the first of two
+    assert found["config"] == dataclasses.asdict(config)
 
 
 @pytest.mark.parametrize("config", [TINY, TINY_CLIPS], ids=["images", "clips"])

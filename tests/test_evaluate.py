@@ -561,8 +561,8 @@ def test_a_folder_and_an_npz_give_the_same_numbers(place):
     for path in ("samples.npz", "packed.npz", "folder"):
         call("generation", "--samples", path, "--reference", "samples.npz", *RANDOM)
     assert values(results()[0]) == values(results()[1]) == values(results()[2])
-    assert isinstance(evaluate.sample_array("samples.npz"), np.memmap)
-    assert np.array_equal(evaluate.sample_array("samples.npz"), evaluate.sample_array("packed.npz"))
+    assert isinstance(evaluate.read_npz("samples.npz")["arr_0"], np.memmap)
+    assert np.array_equal(evaluate.read_npz("samples.npz")["arr_0"], evaluate.read_npz("packed.npz")["arr_0"])
 
 
 # ------------------------------------------------------------------------------------------------------------

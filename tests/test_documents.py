@@ -1,0 +1,265 @@
+"""What people read: the report of their runs, and README files whose commands, links and numbers hold."""
+import base64
+import contextlib
+import html.parser
+import importlib
+import io
+import json
+import multiprocessing
+import pathlib
+import re
+import shlex
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import ar_model
+import checkpoints
+import data
+import metrics
+import pictures
+import runtime
+from helpers import ROOT, call, error_line
+
+DOCUMENTS = [ROOT / name for name in ("README.md", "results/README.md", "results/EXERCISES.md")
+             if (ROOT / name).exists()]
+README = (ROOT / "README.md").read_text()
+VOID = {"meta", "img"}
+
+
+# ---- the report -------------------------------------------------------------------------------------------
+
+class Page(html.parser.HTMLParser):
+    """Checks that tags are balanced, and collects images, text and what is called dead."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.open = []
+        self.images = []
+        self.text = ""
+        self.feed(path.read_text())
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "img":
+            self.images.append(dict(attributes)["src"])
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def make_report(folder):
+    """The page on what lies in `folder`."""
+    call(pictures, folder, "--output", folder / "report.html")
+    return Page(folder / "report.html")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """What a demo leaves, as far as a report reads it: images, clips, an unfinished run, a torn line."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name in ("tokenizer", "video", "ar", "evaluation", "samples"):
+        (folder / name).mkdir()
+    images = torch.full((6, 3, 8, 8), 100, dtype=torch.uint8)
+    images[3:] += 10                                                   # the error of a reconstruction
+    values = {"loss/l1": 0.0625, "usage": 1.0, "bit_balance": [0.5, 0.999, 0.4, 0.0], "dead_bits": 2}
+    lines = [{"step": 50, **values, "loss/l1": 0.5}, {"step": 100, **values, "val_loss/l1": float("nan")}]
+    text = "\n".join(map(json.dumps, lines)) + '\n{"step": 150, "loss'
+    for name in ("tokenizer", "video"):
+        (folder / name / "metrics.jsonl").write_text(text)
+    (folder / "ar" / "metrics.jsonl").write_text("")
+    pictures.save_samples(folder / "tokenizer" / "reconstructions-00000100.png", images, 3)
+    pictures.save_samples(folder / "video" / "reconstructions-00000100.png",
+                          images[:, :, None].repeat(1, 1, 4, 1, 1) + torch.arange(4)[:, None, None].byte(), 3)
+    pictures.save_samples(folder / "samples" / "grid.png", images, 3, ["<ball>"] * 6)
+    runtime.write_json(folder / "evaluation" / "a.json", {"n": 10, "metrics": {
+        "psnr": {"value": 26.4117, "measured_on": "<all>", "label": ""}}})
+    pictures.save_samples(folder / "evaluation" / "a.png", images, 3)
+    torch.save({"args": {"lr": 0.00123}}, folder / "tokenizer" / "step-00000100.pt")
+    np.array([[7, 7, 7, 9], [-1] * 4], "<i8").tofile(folder / "ar" / "tokens.bin")
+    runtime.write_json(folder / "ar" / "tokens.json", {"shape": [2, 1, 4], "missing": None})
+    return folder
+
+
+def test_a_report_tells_all_that_runs_left(runs):
+    page = make_report(runs)
+    for told in ("0.0625", "26.412", "<all>", "Dead bits: 1, 3", '"lr": 0.00123', "2 codes in 4 tokens"):
+        assert told in page.text, told
+    assert (runs / "report.html").read_text().count('class="bit dead"') == 4     # two in each of two runs
+
+
+def test_a_report_needs_no_other_file(runs):
+    page = make_report(runs)
+    assert [re.match("data:image/(png|webp);base64,", image)[1] for image in page.images].count("webp") == 2
+    assert not re.search("<script|https?:|<link|url\\(", (runs / "report.html").read_text())
+
+
+@pytest.mark.parametrize("folder, suffix", [("tokenizer", ".png"), ("video", ".webp")])
+def test_errors_are_four_times_the_difference(runs, folder, suffix):
+    path = runs / folder / f"reconstructions-00000100{suffix}"
+    files = re.findall('base64,([^"]+)', pictures.embed(path, errors=True))
+    with Image.open(io.BytesIO(base64.b64decode(files[1]))) as image:
+        assert set(np.unique(image.convert("RGB"))) == {0, 40}
+
+
+@pytest.mark.parametrize("kept", [(), ("tokenizer",), ("ar",), ("samples",), ("evaluation",)])
+def test_a_report_of_unfinished_runs(runs, tmp_path, kept):
+    for name in kept:
+        shutil.copytree(runs / name, tmp_path / name)
+    page = make_report(tmp_path)
+    assert ("nothing" in page.text) == (not kept)
+
+
+def test_a_report_of_no_folder_is_refused(tmp_path):
+    flags = (tmp_path / "no-runs", "--output", tmp_path / "a.html")
+    assert "no-runs is no folder" in error_line(pictures, *flags)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1280, 400])
+def test_a_report_fits_the_window(runs, width):
+    api = pytest.importorskip("playwright.sync_api")
+    make_report(runs)
+    names = ("chromium-headless-shell", "chromium", "google-chrome")
+    program = next(filter(None, map(shutil.which, names)), None)       # None: that of `playwright install`
+    with api.sync_playwright() as playwright:
+        try:
+            browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        except api.Error:
+            pytest.skip("no Chromium here")
+        page = browser.new_page(viewport={"width": width, "height": 800})
+        page.goto((runs / "report.html").as_uri())
+        page.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert page.evaluate("[...document.images].every(each => each.naturalWidth > 0)")
+        browser.close()
+
+
+# ---- commands, flags, links -------------------------------------------------------------------------------
+
+def commands(text):
+    """Every command of one of our scripts, in fenced blocks and inline code: [(script, words after it)]."""
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.S)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines() + re.findall(r"`([^`\n]+)`", text)
+    found = []
+    for line in lines:
+        words = shlex.split(line.replace("$(", "(").replace("...", ""), comments=True)
+        at = [k for k, word in enumerate(words) if re.fullmatch(r"(tests/)?[a-z_]+\.py", word)]
+        if at and (at[0] > 0 or len(words) > 1):                       # not a file's name alone
+            found.append((words[at[0]], words[at[0] + 1:]))
+    return found
+
+
+def parser_of(script):
+    """The module of a script such as tests/bench.py."""
+    return importlib.import_module(pathlib.Path(script).stem)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_commands_in_documents_are_understood(path):
+    found = commands(path.read_text())
+    assert len(found) > 10
+    for script, words in found:
+        assert (ROOT / script).exists(), script
+        try:
+            parser_of(script).get_args(words)
+        except SystemExit:
+            pytest.fail(f"{path.name}: {script} {shlex.join(words)}")
+
+
+@pytest.fixture
+def known(monkeypatch):
+    """The flags of all scripts, as their parsers know them."""
+    parsers = []
+    made = runtime.ArgumentParser.__init__
+
+    def make(parser, *values, **options):
+        parsers.append(parser)
+        made(parser, *values, **options)
+    monkeypatch.setattr(runtime.ArgumentParser, "__init__", make)
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")]:
+        if "\ndef get_args(" in path.read_text():
+            with contextlib.suppress(SystemExit):
+                parser_of(path).get_args(["--help"])
+    return {flag for parser in parsers for flag in parser._option_string_actions}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_flags_in_documents_exist(path, known):
+    inline = " ".join(re.findall(r"`([^`\n]+)`", path.read_text()))
+    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", inline))
+    assert "--ckpt" in known and flags
+    assert flags - known - {"--nproc-per-node", "--nnodes"} == set()
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_links_in_documents_lead_somewhere(path):
+    links = re.findall(r"\]\(([^)\s]+)\)", path.read_text())
+    assert len(links) > 3
+    for link in links:                                                 # the badge is a page of the host's
+        if not re.match("https?:|#|\\.\\./\\.\\./actions/", link):
+            assert (path.parent / link.split("#")[0]).exists(), link
+
+
+def test_targets_in_documents_are_in_the_makefile():
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
+    for path in [*DOCUMENTS, ROOT / "Makefile", ROOT / ".ci/run", ROOT / ".github/workflows/test.yml"]:
+        text = path.read_text()
+        named = re.findall(r"(?:`|^# |^ *- run: |^)make ([\w-]+)", text, re.M)
+        assert set(named) <= targets, path
+
+
+def test_the_readme_is_read_in_one_go():
+    assert len(README.splitlines()) <= 220
+
+
+@pytest.mark.slow
+def test_numbers_in_the_readme_are_those_of_the_demo():
+    said = {name: float(re.search(pattern, README)[1]) for name, pattern in {
+        "psnr": r"PSNR ([\d.]+) dB, SSIM", "ssim": r"SSIM ([\d.]+), usage",
+        "usage": r"usage ([\d.]+) %, [\d.]+ bits", "l1": r"\| L1 ([\d.]+),",
+        "nats": r"([\d.]+) nats a token held out",
+        "perplexity": r"perplexity ([\d.]+);", "bits": r"([\d.]+) bits a pixel; seconds"}.items()}
+    model, tokenizer, _ = checkpoints.load_ar(ROOT / "assets" / "toy.pt")    # the demo's, in half precision
+    held_out = data.build_dataset("generated-plain", "val", data.View(32))
+    x, labels, _ = next(iter(data.eval_batches(held_out, range(300), 300)))
+    with torch.no_grad():
+        ids = tokenizer.encode(pictures.to_float(x))
+        made = tokenizer.decode(ids)
+        subtokens = ar_model.ids_to_subtokens(ids.flatten(1), model.config.bits)
+        _, terms = model(subtokens, labels, return_loss=True)
+    nats = float(terms.sum())
+    usage = metrics.codebook_usage(tokenizer.quantizer.count(ids))["usage"]
+    assert metrics.psnr(x, pictures.to_uint8(made)).mean() == pytest.approx(said["psnr"], abs=0.5)
+    assert metrics.ssim(x, pictures.to_uint8(made)).mean() == pytest.approx(said["ssim"], abs=0.02)
+    assert (made - pictures.to_float(x)).abs().mean() == pytest.approx(said["l1"], abs=0.01)
+    assert 100 * usage == pytest.approx(said["usage"], abs=2)                   # of a third as many images
+    assert nats == pytest.approx(said["nats"], abs=0.05)
+    assert np.log(said["perplexity"]) == pytest.approx(said["nats"], abs=0.01)
+    assert 10 * ids[0].numel() / 32 ** 2 == pytest.approx(said["bits"], abs=0.0005)
+
+
+# ---- loaders ----------------------------------------------------------------------------------------------
+
+@pytest.mark.slow
+def test_workers_need_not_be_forked(tmp_path):
+    for i in range(4):
+        (tmp_path / "val" / f"{i % 2}").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (10 * i, 0, 0)).save(tmp_path / "val" / f"{i % 2}" / f"{i}.png")
+    folder = data.build_dataset(str(tmp_path), "val", data.View(16))
+    usual = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method("spawn", force=True)           # macOS's; 3.14 forks nowhere
+    try:
+        x, _, indices = next(iter(data.train_loader(folder, 4, seed=0, num_workers=1)))
+    finally:
+        multiprocessing.set_start_method(usual, force=True)
+    assert all(torch.equal(x[i], folder[n][0]) for i, n in enumerate(indices.tolist()))

@@ -1,0 +1,105 @@
+"""The notebook runs and shows what is stored; what exercises name exists, and their numbers are true."""
+import base64
+import copy
+import csv
+import functools
+import importlib
+import io
+import re
+import shlex
+import time
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+from PIL import Image
+
+from helpers import ROOT
+
+NOTEBOOK = ROOT / "lecture.ipynb"
+EXERCISES = (ROOT / "results" / "EXERCISES.md").read_text()
+PARTS = re.split(r"^\*\*(?=\d+\. )", EXERCISES, flags=re.MULTILINE)      # what all begin with; the twelve
+
+
+def code_cells(notebook):
+    """The cells of code of an nbformat notebook."""
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def sizes(cell):
+    """(width, height) of each picture that a cell shows."""
+    shown = [output.data["image/png"] for output in cell.outputs if "image/png" in output.get("data", {})]
+    return [Image.open(io.BytesIO(base64.b64decode(png))).size for png in shown]
+
+
+def draws(cell):
+    """How many pictures a cell ought to show: its calls outside of functions."""
+    return len(re.findall(r"^(?:show|plt\.show)\(", cell.source, re.MULTILINE))
+
+
+def numbers(text):
+    """All numbers of a text."""
+    return [float(number) for number in re.findall(r"-?\d+(?:\.\d+)?", text)]
+
+
+@pytest.fixture(scope="module")
+def committed():
+    """The notebook as it is stored."""
+    return nbformat.read(NOTEBOOK, as_version=4)
+
+
+def test_the_notebook_is_stored_with_its_pictures(committed):
+    assert NOTEBOOK.stat().st_size < 2e6
+    assert sum(draws(cell) for cell in code_cells(committed)) >= 10
+    for cell in code_cells(committed):
+        assert len(sizes(cell)) == draws(cell), cell.source
+        assert not [output for output in cell.outputs if output.output_type == "error"]
+        assert len(cell.source.splitlines()) <= 22 and max(map(len, cell.source.splitlines())) <= 110
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_and_draws_what_is_stored(committed):
+    again = copy.deepcopy(committed)
+    for cell in code_cells(again):
+        cell.outputs = []
+    start = time.time()
+    NotebookClient(again, timeout=180, resources={"metadata": {"path": str(ROOT)}}).execute()    # or raises
+    assert time.time() - start < 180
+    for cell in code_cells(again):
+        assert len(sizes(cell)) == draws(cell), cell.source
+
+
+def test_twelve_exercises_begin_at_functions_that_exist():
+    assert [int(part.split(".")[0]) for part in PARTS[1:]] == list(range(1, 13))
+    for part in PARTS[1:]:
+        begins = re.findall(r"`([\w.]+)`\s+in\s+`(\w+)\.py`", part.split("<details>")[0])
+        assert begins, part
+        for name, module in begins:
+            functools.reduce(getattr, name.split("."), importlib.import_module(module))
+
+
+def test_commands_of_exercises_parse():
+    for block in re.findall(r"```bash\n(.*?)```", EXERCISES, re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            python, script, *flags = shlex.split(line, comments=True)
+            assert python == "python"
+            importlib.import_module(script.removesuffix(".py")).get_args(flags)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", [part for part in PARTS if "# prints" in part], ids=lambda part: part[:12])
+def test_snippets_print_what_their_last_line_says(part, monkeypatch, capsys):
+    import tokenizer
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(tokenizer, "QUANTIZERS", dict(tokenizer.QUANTIZERS))
+    prelude = re.search(r"```python\n(.*?)```", PARTS[0], re.DOTALL)[1]
+    snippet = re.search(r"```python\n(.*?)# prints (.*?)\n```", part, re.DOTALL)
+    exec(prelude + snippet[1], {"__name__": "exercise"})
+    assert numbers(capsys.readouterr().out) == pytest.approx(numbers(snippet[2]), rel=0.02)
+
+
+def test_measured_numbers_of_exercises_stand_in_the_csv():
+    rows = list(csv.DictReader((ROOT / "results" / "exercises.csv").read_text().splitlines()))
+    assert {row["exercise"] for row in rows} == {"3", "4", "9"}
+    for row in rows:
+        assert row["value"] in re.findall(r"\d+(?:\.\d+)?", PARTS[int(row["exercise"])]), row
