@@ -49,18 +49,11 @@ class Tokens(data.Samples):
 
     def __init__(self, codes, dataset, indices, missing, vocabulary):
         view = dataclasses.replace(dataset.view, crop="random" if codes.shape[1] > 1 else "center")
-        super().__init__(dataset.name, dataset.classes, len(indices), view)
+        paths = [dataset.paths[i] for i in indices]
+        super().__init__(dataset.name, dataset.classes, paths, [dataset.labels[i] for i in indices], view)
         self.codes = codes
         self.vocabulary = vocabulary
-        self.dataset = dataset
-        self.indices = indices
         self.broken[torch.tensor(missing, dtype=torch.long)] = True
-
-    def path(self, index):
-        return self.dataset.path(self.indices[index])
-
-    def label(self, index):
-        return self.dataset.label(self.indices[index])
 
     def read(self, index, rng):
         """Codes (N,), int64."""
