@@ -635,17 +635,18 @@ class eval_batches:
     def __init__(self, dataset, indices, batch_size, num_workers=0):
         self.dataset = dataset
         self.num_workers = num_workers
-        pairs = [(int(index), (dataset.view.seed, int(index))) for index in indices]
-        parts = [pairs[first:first + batch_size] for first in range(0, len(pairs), batch_size)]
-        self.requests = parts[runtime.rank()::runtime.world_size()]
+        parts = [list(indices[first:first + batch_size]) for first in range(0, len(indices), batch_size)]
+        self.parts = parts[runtime.rank()::runtime.world_size()]
 
     def __len__(self):
-        return len(self.requests)
+        return len(self.parts)
 
     def __iter__(self):
-        found = batches(self.dataset, self.requests, self.num_workers)
-        for (x, labels, indices), request in zip(found, self.requests):
-            asked = indices == torch.tensor([index for index, _ in request])   # others replace broken ones
+        seed = self.dataset.view.seed
+        requests = [[(int(index), (seed, int(index))) for index in part] for part in self.parts]
+        found = batches(self.dataset, requests, self.num_workers)
+        for (x, labels, indices), part in zip(found, self.parts):
+            asked = indices == torch.tensor(part)         # others replace broken ones
             if asked.any():
                 yield x[asked], labels[asked], indices[asked]
 

@@ -312,8 +312,7 @@ def main(args):
     tokenizer.to(device)
     path = pathlib.Path(args.tokens or f"{args.results_dir}/tokens.bin")
     if not args.online:
-        known = {**made_with, "data": record["fingerprint"]}
-        dataset = stored_tokens(path, dataset, known, tokenizer, args)
+        dataset = stored_tokens(path, dataset, {**made_with, "data": record["fingerprint"]}, tokenizer, args)
     if held_out:
         path = path.with_name(f"{path.stem}-val.bin")
         held_out = stored_tokens(path, held_out, made_with, tokenizer, args, args.val_size)
