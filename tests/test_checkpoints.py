@@ -72,6 +72,13 @@ def test_names_and_shapes_are_published_and_tell_the_preset(name):
     assert found["config"] == dataclasses.asdict(config)
 
 
+def ours(config, changes=None):
+    """A checkpoint of a tokenizer as its trainer leaves it, as far as loading goes, and its two models."""
+    _, raw, ema = lightning(config)
+    more = {"step": 5, "ema": ema.state_dict(), "args": {"data_path": "x"}, **(changes or {})}
+    return stored(raw, **more), raw, ema
+
+
 def published(config):
     """A tokenizer file as the authors published theirs, and its two models."""
     state, raw, ema = lightning(config)
@@ -143,13 +150,6 @@ def test_published_names_are_downloaded_from_the_mirror(tmp_path, monkeypatch):
 
 
 # ---- our files --------------------------------------------------------------------------------------------
-
-def ours(kind, changes=None):
-    """A checkpoint of a tokenizer as its trainer leaves it, as far as loading goes, and its two models."""
-    _, raw, ema = lightning(kind)
-    more = {"step": 5, "ema": ema.state_dict(), "args": {"data_path": "x"}, **(changes or {})}
-    return stored(raw, **more), raw, ema
-
 
 @pytest.mark.parametrize("ema", [True, False], ids=["EMA", "raw"])
 def test_our_transformer_brings_its_tokenizer(tmp_path, ema):
