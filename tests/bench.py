@@ -329,8 +329,9 @@ BENCHMARKS = {"entropy": entropy, "sampling": sampling, "train-ar": train_ar_ste
 def main(args):
     """Run the chosen benchmarks one after the other."""
     device = runtime.setup_process_group(args.device)
+    unknown = set(args.names) - BENCHMARKS.keys()
+    runtime.require(not unknown, f"no benchmark {', '.join(unknown)}; choose of {', '.join(BENCHMARKS)}")
     for name in args.names or BENCHMARKS:
-        runtime.require(name in BENCHMARKS, f"no benchmark {name}; choose of {', '.join(BENCHMARKS)}")
         BENCHMARKS[name](args, device)
         print(flush=True)
 

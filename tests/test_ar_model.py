@@ -101,6 +101,7 @@ def test_greedy_sampling_with_guidance_gives_the_golden_tokens(greedy):
 def test_each_axis_turns_its_own_share_of_the_channel_pairs(grid, head_dim, shares):
     table = ar_model.rope_table(grid, head_dim)[:, 0, 0]
     assert table.shape == (1 + math.prod(grid), head_dim // 2, 2) and not table[0].any()      # the class
+    assert torch.equal(table[1], torch.tensor([1.0, 0.0]).expand_as(table[1]))
     for n, cell in enumerate(np.ndindex(*grid)):
         angles = np.concatenate([x * 10000.0 ** (-np.arange(p) / p) for x, p in zip(cell, shares)])
         np.testing.assert_allclose(table[1 + n], np.stack([np.cos(angles), np.sin(angles)], -1), atol=1e-6)
