@@ -476,7 +476,8 @@ def print_plan(args, config, made_with, dataset, held_out):
     length = runtime.to_steps(args.length, epoch)
     warmup = runtime.to_steps(args.warmup, epoch)
     with torch.device("meta"):                                           # shapes without memory
-        parameters = sum(p.numel() for p in ar_model.ARModel(config).parameters()) / 1e6
+        model = ar_model.ARModel(config)
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
     grid = " x ".join(map(str, config.grid))
     bits = " + ".join(map(str, config.bits))
     runtime.print_facts(
@@ -486,6 +487,14 @@ def print_plan(args, config, made_with, dataset, held_out):
         ("batch", f"{batch} = {runtime.world_size()} ranks x {args.accumulation} x {micro_batch}, a step of "
                   f"{batch * flops_per_image(config) / 1e12:.3g} TFLOP"),
         ("length", f"{length:,} steps = {length / epoch:.1f} epochs, {warmup:,} of them warm-up"))
+    if args.dry_run:
+        def loss(model):
+            ids = torch.zeros(micro_batch, config.tokens, dtype=torch.long)
+            return model(ar_model.ids_to_subtokens(ids, config.bits), ids[:, 0], return_loss=True)[0]
+
+        model.checkpointing = args.activation_checkpointing
+        cost = runtime.describe_cost((model,), loss, 20 if args.ema_decay else 16, args)    # with Adam's two
+        runtime.print_facts(("cost", cost))
     return length, warmup
 
 
