@@ -236,8 +236,7 @@ PRESETS = {
     # Minutes on a laptop: a run this short never sees an image often enough to need dropout of activations.
     "toy": ARConfig(width=128, heads=4, inter_blocks=4, intra_blocks=1, bits=(5, 5), grid=(8, 8),
                     num_classes=10, ffn_multiple=32,
-                    token_dropout=0.0, attention_dropout=0.0, ffn_dropout=0.0),
-}
+                    token_dropout=0.0, attention_dropout=0.0, ffn_dropout=0.0)}
 
 
 class ARModel(nn.Module):
@@ -287,8 +286,7 @@ class ARModel(nn.Module):
 
         embeddings = [table(ids) for table, ids in zip(self.token_embeddings, subtokens)] # M x (B, N, D)
         start = self.class_embedding(labels).unsqueeze(1)                                 # (B, 1, D)
-        x = torch.cat([start, sum(embeddings)[:, :-1]], dim=1)                            # (B, N, D)
-        x = self.token_dropout(x)
+        x = self.token_dropout(torch.cat([start, sum(embeddings)[:, :-1]], dim=1))        # (B, N, D)
         for block in self.inter_blocks:                 # eq. 5: position t becomes the context C_t
             x = run(block, x, self.rope[:N], attention)                                   # (B, N, D)
 
@@ -419,8 +417,7 @@ def sample(model, labels, noise, settings):
 
     model: in eval mode; noise (N, M, B) float64 in [0, 1), a number a draw; settings: M `Settings`. This is
     what one writes first: a pass of the whole model for every draw, in 2B rows, of which the first B know the
-    class and the others do not. What is not drawn yet is 0, and nobody sees it. sample.py draws the same
-    tokens, faster.
+    class and the others do not. What is not drawn yet is 0 and unseen. sample.py draws the same, faster.
     """
     N, M, B = noise.shape
     both = torch.cat([labels, torch.full_like(labels, model.config.num_classes)])         # (2B,)

@@ -40,7 +40,6 @@ import torchvision
 import torchvision.transforms.functional as TF
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, default_collate
-from torchvision.datasets.folder import make_dataset
 from tqdm import tqdm
 
 import pictures
@@ -126,6 +125,9 @@ def as_rgb(image):
     return image.convert("RGB")
 
 
+print_once = functools.cache(print)
+
+
 def video_frames(path):
     """Yield the frames of a video as functions that give them as PIL RGB images.
 
@@ -150,7 +152,7 @@ def video_frames(path):
             packets += packet.size > 0
             started = started or packet.is_keyframe
             if not started:                               # a frame without one to build on would be grey
-                tell_once(f"{path}: frames before the first key frame are left out")
+                print_once(f"{path}: frames before the first key frame are left out", file=sys.stderr)
                 continue
             expected += packet.size > 0 and not packet.is_discard      # which an editor cut off: unseen
             for frame in packet.decode():
@@ -159,12 +161,6 @@ def video_frames(path):
         # Encoders miscount by one or two; 0 is "unknown".
         if packets < 0.9 * stream.frames or count < 0.9 * expected:
             raise ValueError(f"truncated: {count} of {max(expected, stream.frames)} frames")
-
-
-@functools.cache
-def tell_once(text):
-    """Print a warning the first time that it is given."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def frame_rate(path):
@@ -186,32 +182,27 @@ class Samples(Dataset):
     once on stderr and counted in `broken`, one flag a sample, in memory that worker processes share; the next
     readable one stands in for it, with its own index, or None once more than 1 % are broken.
 
-    A subclass sets lists `paths` and `labels` (0 without classes), and `read(index, rng)` returns the tensor
-    or raises anything. `classes` are the names in label order.
+    A subclass knows `paths` and `labels` (0 without classes) of all samples, and `classes`, the names in
+    label order; its `read(index, rng)` returns what the view shows of a sample, or raises anything.
     """
 
-    def __init__(self, name, classes, length, view):
+    def __init__(self, name, classes, paths, labels, view):
         self.name = name
         self.classes = classes
+        self.paths = paths
+        self.labels = labels
         self.view = view
         self.kind = "clip" if view.frames else "image"     # what messages call a sample
         side = view.image_size
         self.axes = (view.frames, side, side) if view.frames else (side, side)
-        self.broken = torch.zeros(length, dtype=torch.bool).share_memory_()
+        self.broken = torch.zeros(len(paths), dtype=torch.bool).share_memory_()
 
     def __len__(self):
-        return len(self.broken)
-
-    def path(self, index):
-        return self.paths[index]
-
-    def label(self, index):
-        return self.labels[index]
+        return len(self.paths)
 
     def __getitem__(self, index):
-        if not 0 <= index < len(self):                    # also ends a plain `for` loop
-            raise IndexError(f"index {index} of a data set of {len(self)} {self.kind}s")
-        return self.__getitems__([(int(index), (self.view.seed, int(index)))])[0]
+        index = range(len(self))[index]                   # its IndexError also ends a plain `for` loop
+        return self.__getitems__([(index, (self.view.seed, index))])[0]
 
     def __getitems__(self, requests):
         """Samples for (index, seed) pairs, a seed being a tuple of integers; what a DataLoader calls."""
@@ -220,15 +211,16 @@ class Samples(Dataset):
     def readable(self, index, seed):
         """(tensor, label, index) of this or the next readable sample; None once too many are broken."""
         random = self.view.crop == "random" or self.view.flip
-        while not self.too_many_broken():
+        while True:
             try:
                 if not self.broken[index]:
                     rng = np.random.default_rng(seed) if random else None
-                    return self.read(index, rng), self.label(index), index
+                    return self.read(index, rng), self.labels[index], index
             except Exception as error:                    # decoders raise almost anything on damaged bytes
                 self.report_broken(index, error)
+            if self.too_many_broken():                    # asked only here: it counts all flags
+                return None
             index = (index + 1) % len(self)
-        return None
 
     def report_broken(self, index, error):
         """Count sample `index` as broken and say so, unless another worker was faster."""
@@ -237,7 +229,7 @@ class Samples(Dataset):
             reason = "not an image"
         if not self.broken[index]:
             self.broken[index] = True
-            print(f"broken {self.kind} skipped: {self.path(index)} ({reason})", file=sys.stderr, flush=True)
+            print(f"broken {self.kind} skipped: {self.paths[index]} ({reason})", file=sys.stderr, flush=True)
 
     def too_many_broken(self):
         return int(self.broken.sum()) > BROKEN_LIMIT * len(self)
@@ -248,62 +240,55 @@ class Samples(Dataset):
             self.broken |= runtime.all_reduce_sum(self.broken.int()) > 0
         require(not self.too_many_broken(),
                 f"{int(self.broken.sum())} of the {len(self)} {self.kind}s of {self.name} are broken, more "
-                f"than 1 %, such as {self.path(int(self.broken.int().argmax()))}; copy or download the data "
+                f"than 1 %, such as {self.paths[int(self.broken.int().argmax())]}; copy or download the data "
                 f"again, or remove the broken files")
 
 
 class Folder(Samples):
     """A folder with a subfolder for each class (files at any depth below it), or a flat one without labels.
 
-    Images, or videos where the view has frames. Class names are the sorted names of the subfolders that hold
-    any, or `classes`, those of the training split. Whatever is hidden is ignored (macOS leaves a "._name.jpg"
-    beside "name.jpg"), and what links lead to a second time. split_list: an official UCF-101 list of the
-    files to use. Raises `UserError` where there is nothing, or both readings are possible.
+    Images, or videos where the view has frames. train: the folder that decides on the classes, if it is not
+    this one. split_list: an official UCF-101 list of the files to use. Raises `UserError` where there is
+    nothing, or both readings are possible.
     """
 
-    def __init__(self, folder, view, classes=None, split_list=None):
+    def __init__(self, folder, view, train=None, split_list=None):
         folder = str(pathlib.Path(folder))
         kind = "videos" if view.frames else "images"
         suffixes = VIDEO_SUFFIXES if view.frames else IMAGE_SUFFIXES
-        own = class_names(folder, suffixes)
-        strange = [name for name in own if classes and name not in classes]
-        require(not strange, f"--data-path: {folder} has class folders that train/ lacks, which decides on "
-                             f"labels: {', '.join(strange[:5])}; rename or remove them")
-        classes = classes or own
-        if split_list:
-            classes = official_order(classes, split_list)
-        number = {name: i for i, name in enumerate(classes)}
-        found = make_dataset(folder, number, suffixes, allow_empty=True) if classes else []
-        first = {}                                        # links may lead back: each real folder once
-        for place in dict.fromkeys(os.path.dirname(path) for path, _ in found):
-            first.setdefault(os.path.realpath(place), place)
-        places = set(first.values())
-        found = [item for item in found if os.path.dirname(item[0]) in places]
-        flat = sorted((item.path, 0) for item in os.scandir(folder) if item.name.lower().endswith(suffixes))
-        found, flat = [[item for item in each if "/." not in item[0][len(folder):]] for each in (found, flat)]
+        files = files_by_class(folder, suffixes)
+        flat = files.pop(".", [])
         hint = ""
         if any(pathlib.Path(folder).glob("*.tar")):
             hint = "; for its tar files, give a pattern such as 'shards-{000..127}.tar'"
-        require(found or flat, f"--data-path {folder} holds no {kind} ({' '.join(suffixes)}){hint}")
-        require(not (found and flat), f"--data-path {folder} holds {kind} in class subfolders and "
+        require(files or flat, f"--data-path {folder} holds no {kind} ({' '.join(suffixes)}){hint}")
+        require(not (files and flat), f"--data-path {folder} holds {kind} in class subfolders and "
                 f"{len(flat)} beside them, such as {flat[:1]}; move all into subfolders, or none")
+        classes = list(files)
+        if files and train and str(train) != folder:
+            classes = [name for name in files_by_class(train, suffixes) if name != "."] or classes
+        strange = [name for name in files if name not in classes]
+        require(not strange, f"--data-path: {folder} has class folders that train/ lacks, which decides on "
+                             f"labels: {', '.join(strange[:5])}; rename or remove them")
         if split_list:
-            names = re.findall(r"^(\S+\.\w+)", pathlib.Path(split_list).read_text(), re.MULTILINE)
-            listed = {os.path.join(folder, name) for name in names}
-            require(listed, f"--split-list {split_list} names no clips")
-            missing = sorted(listed - dict(found).keys())
+            classes, listed = read_split_list(split_list, classes)
+            listed = {os.path.join(folder, name) for name in listed}
+            missing = sorted(listed.difference(*files.values()))
             require(not missing, f"--data-path {folder} lacks {len(missing)} of the {len(listed)} clips of "
                     f"--split-list, such as {missing[:1]}; give the folder that holds the class folders")
-            found = [item for item in found if item[0] in listed]
-        self.paths, self.labels = zip(*(found or flat))
-        super().__init__(folder, classes if found else [], len(self.paths), view)
-        if view.frames and not all(path.lower().endswith(pictures.PILLOW_FORMATS) for path in self.paths):
+            files = {name: [path for path in files[name] if path in listed] for name in files}
+        paths = flat
+        labels = [0] * len(flat)
+        for name in files:
+            paths += files[name]
+            labels += [classes.index(name)] * len(files[name])
+        super().__init__(folder, classes, paths, labels, view)
+        if view.frames and not all(path.lower().endswith(pictures.PILLOW_FORMATS) for path in paths):
             pictures.import_av()                          # to miss it now, not in the middle of an epoch
         # Numbers of frames, once known: an index of a file is not reliable, so the first visit decodes all.
         self.lengths = torch.zeros(len(self), dtype=torch.int32).share_memory_()
 
     def read(self, index, rng):
-        """What the view shows of the file."""
         view = self.view
         if view.frames is None:
             return view_pixels(decode(self.paths[index]), view, rng)
@@ -333,34 +318,47 @@ def subfolder_names(folder):
     return sorted(item.name for item in os.scandir(folder) if item.is_dir() and not item.name.startswith("."))
 
 
-def class_names(folder, suffixes):
-    """Sorted names of the subfolders of `folder` that hold files of these suffixes; says which hold none."""
-    names = subfolder_names(folder)
-    empty = []
-    for name in names:
-        path = os.path.join(folder, name)
-        require(os.access(path, os.R_OK | os.X_OK), f"--data-path: {path} may not be read; let it be")
-        if not any(file.lower().endswith(suffixes) for _, _, files in os.walk(path, followlinks=True)
-                   for file in files):
-            empty.append(name)
+def files_by_class(folder, suffixes):
+    """{class: paths of its files}, in order, "." for what is in no class folder; says which hold none.
+
+    Ignored is whatever is hidden (macOS leaves a "._name.jpg" beside "name.jpg"), and what links lead to a
+    second time.
+    """
+    def refuse(error):
+        raise UserError(f"--data-path: {error.filename} may not be read; let it be")
+
+    files = {}
+    seen = set()                                          # links may lead back: each real folder once
+    for place, subfolders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        real = os.path.realpath(place)
+        subfolders[:] = [] if real in seen else sorted(name for name in subfolders if name[0] != ".")
+        found = [name for name in names if name.lower().endswith(suffixes) and name[0] != "."]
+        if found and real not in seen:
+            name = os.path.relpath(place, folder).split(os.sep)[0]
+            files.setdefault(name, []).extend(os.path.join(place, file) for file in found)
+        seen.add(real)
+    empty = [name for name in subfolder_names(folder) if name not in files]
     if empty:
         runtime.print_main(f"{folder}: {len(empty)} subfolders hold no file that can be read "
                            f"({' '.join(suffixes)}), so they are no classes: {', '.join(empty[:5])}")
-    return [name for name in names if name not in empty]
+    return {name: sorted(paths, key=os.path.split) for name, paths in files.items()}
 
 
-def official_order(classes, split_list):
-    """UCF-101's classes by number: of classInd.txt beside `split_list`, or of its lines "Class/clip.avi 7".
+def read_split_list(path, classes):
+    """(`classes` in UCF-101's order, the clips listed) of one of its official lists.
 
-    Without numbers, by name, which is another order for four of them (HammerThrow, Hammering, ..).
+    A class is numbered by classInd.txt beside the list, or by its lines "Class/clip.avi 7". Without numbers,
+    names decide, which is another order for four of them (HammerThrow, Hammering, ..).
     """
-    require(os.path.isfile(split_list), f"--split-list {split_list} does not exist; check the path")
-    index = pathlib.Path(split_list).with_name("classInd.txt")
-    lines = re.findall(r"^(\S+)/\S+ +(\d+)", pathlib.Path(split_list).read_text(), re.MULTILINE)
+    path = pathlib.Path(path)
+    require(path.is_file(), f"--split-list {path} does not exist; check the path")
+    clips = re.findall(r"^(\S+\.\w+)", path.read_text(), re.MULTILINE)
+    require(clips, f"--split-list {path} names no clips")
+    number = dict(re.findall(r"^(\S+)/\S+ +(\d+)", path.read_text(), re.MULTILINE))
+    index = path.with_name("classInd.txt")
     if index.exists():
-        lines = [(name, i) for i, name in re.findall(r"^(\d+) +(\S+)", index.read_text(), re.MULTILINE)]
-    number = dict(lines)
-    return sorted(classes, key=lambda name: (int(number.get(name, sys.maxsize)), name))
+        number = {name: i for i, name in re.findall(r"^(\d+) +(\S+)", index.read_text(), re.MULTILINE)}
+    return sorted(classes, key=lambda name: (int(number.get(name, sys.maxsize)), name)), clips
 
 
 class TarShards(Samples):
@@ -375,34 +373,29 @@ class TarShards(Samples):
         missing = [shard for shard in shards if not os.path.isfile(shard)]
         require(not missing, f"--data-path {pattern}: {len(missing)} of {len(shards)} shards missing "
                              f"({', '.join(missing[:5])}); check the path and the range")
-        silent = None if runtime.is_main() else True      # None: a progress bar on a terminal
-        progress = tqdm(shards, "reading shards", leave=False, disable=silent)
-        self.members = [member for shard in progress for member in index_shard(shard)]
-        require(self.members, f"--data-path {pattern} holds no images ({' '.join(IMAGE_SUFFIXES)})")
-        self.paths = [f"{shard}:{name}" for shard, name, *_ in self.members]
-        self.labels = [label for *_, label in self.members]
-        unlabelled = [path for path, label in zip(self.paths, self.labels) if label is None]
-        require(len(unlabelled) in (0, len(self.labels)), f"--data-path {pattern}: {len(unlabelled)} of "
-                f"{len(self.labels)} images have no .cls member, such as {unlabelled[:1]}; label all or none")
-        names = [] if unlabelled else [str(i) for i in range(max(self.labels) + 1)]
-        used = set(self.labels)
-        empty = [name for i, name in enumerate(names) if i not in used]
+        progress = tqdm(shards, "reading shards", leave=False, disable=not runtime.is_main() or None)
+        images = [image for shard in progress for image in index_shard(shard)]
+        require(images, f"--data-path {pattern} holds no images ({' '.join(IMAGE_SUFFIXES)})")
+        paths, self.places, labels = zip(*images)
+        unlabelled = [path for path, label in zip(paths, labels) if label is None]
+        require(len(unlabelled) in (0, len(paths)), f"--data-path {pattern}: {len(unlabelled)} of "
+                f"{len(paths)} images have no .cls member, such as {unlabelled[:1]}; label all or none")
+        labels = [label or 0 for label in labels]
+        classes = [] if unlabelled else [str(i) for i in range(max(labels) + 1)]
+        empty = sorted(set(range(len(classes))) - set(labels))
         if empty:
-            runtime.print_main(f"{pattern}: no image has the class {', '.join(empty[:10])}")
-        if unlabelled:
-            self.labels = [0] * len(self.labels)
-        super().__init__(pattern, names, len(self.labels), view)
+            runtime.print_main(f"{pattern}: no image has the class {', '.join(map(str, empty[:10]))}")
+        super().__init__(pattern, classes, paths, labels, view)
 
     def read(self, index, rng):
-        """What the view shows of the image."""
-        shard, _, offset, size, _ = self.members[index]
+        shard, offset, size = self.places[index]
         with open(shard, "rb") as file:                   # opened anew: workers must not share a position
             file.seek(offset)
             return view_pixels(decode(io.BytesIO(file.read(size))), self.view, rng)
 
 
 def index_shard(shard):
-    """The images of a tar file: a list of (shard, name, offset, bytes, class or None)."""
+    """The images of a tar file: a list of (path to show, (shard, offset, bytes), class or None)."""
     images = []
     classes = {}
     try:
@@ -412,7 +405,8 @@ def index_shard(shard):
                 if not member.isfile() or os.path.basename(stem).startswith("."):
                     continue
                 if suffix.lower() in IMAGE_SUFFIXES:
-                    images.append((stem, member.name, member.offset_data, member.size))
+                    place = (shard, member.offset_data, member.size)
+                    images.append((stem, f"{shard}:{member.name}", place))
                 elif suffix.lower() == ".cls":
                     text = tar.extractfile(member).read().decode(errors="replace").strip()
                     require(re.fullmatch(r"\d{1,6}", text), f"{shard}:{member.name} holds {text[:20]!r}, but "
@@ -431,7 +425,7 @@ def index_shard(shard):
                                f"with tar --concatenate")
     orphans = sorted(classes.keys() - {stem for stem, *_ in images})
     require(not orphans, f"shard {shard}: {' '.join(orphans[:1])}.cls has no image of just this name")
-    return [(shard, *image, classes.get(stem)) for stem, *image in images]
+    return [(path, place, classes.get(stem)) for stem, path, place in images]
 
 
 def expand_braces(pattern):
@@ -457,9 +451,9 @@ class Generated(Samples):
         self.plain = plain
         length = length or (1_000 if split != "train" else 10_000 if view.frames else 20_000)
         name = "generated-plain" if plain else "generated"
-        super().__init__(name, list(shapes.MOTIONS if view.frames else shapes.SHAPES), length, view)
-        self.paths = [f"{name}[{index}]" for index in range(length)]
-        self.labels = [index % len(self.classes) for index in range(length)]
+        classes = list(shapes.MOTIONS if view.frames else shapes.SHAPES)
+        paths = [f"{name}[{index}]" for index in range(length)]
+        super().__init__(name, classes, paths, [index % len(classes) for index in range(length)], view)
 
     def __getitems__(self, requests):
         """Drawn together, which is faster."""
@@ -482,8 +476,8 @@ class Generated(Samples):
 class Torchvision(Samples):
     """An image data set of torchvision by its name, such as CIFAR10, with its own splits and class names.
 
-    It is downloaded on first use to `runtime.cache_dir()`. Grey images become RGB. Raises `UserError` for an
-    unknown name, and without a connection.
+    It is downloaded on first use to `runtime.cache_dir()`. Raises `UserError` for an unknown name, and
+    without a connection.
     """
 
     def __init__(self, name, split, view):
@@ -492,38 +486,33 @@ class Torchvision(Samples):
         require(isinstance(kind, type) and not view.frames, f"--data-path torchvision:{name} is no set of "
                 f"images of torchvision; close names: {', '.join(close) or 'none'}")
         takes = inspect.signature(kind).parameters
-        options = {"root": os.path.join(runtime.cache_dir(), "torchvision")} if "root" in takes else {}
         unknown = [key for key, value in takes.items() if value.default is value.empty and key != "root"]
         require(not unknown, f"--data-path torchvision:{name} needs more than a folder "
                              f"({', '.join(unknown)}); unpack it, and give the folder")
-        choices = {"train": ("train", "trainval"), "val": ("val", "valid", "test"), "test": ("test", "val")}
-        attempts = [{}]
-        if "train" in takes:
-            attempts = [{"train": split == "train"}]
-        elif "split" in takes:
-            attempts = [{"split": choice} for choice in choices[split]]
-        self.source = runtime.main_first(lambda: self.open(kind, options, attempts, "download" in takes))
-        source = self.source
-        attributes = [key for key in ("targets", "labels", "_labels") if hasattr(source, key)]
-        labels = getattr(source, attributes[0]) if attributes else (item[1] for item in source)
-        self.labels = [int(label) for label in labels]
-        names = getattr(source, "classes", None) or [str(i) for i in range(max(self.labels) + 1)]
-        self.paths = [f"torchvision:{name}[{i}]" for i in range(len(source))]
-        super().__init__(f"torchvision:{name}", [str(each) for each in names], len(source), view)
+        folder = os.path.join(runtime.cache_dir(), "torchvision")
+        parts = {"train": ("train", "trainval"), "val": ("val", "valid", "test"), "test": ("test", "val")}
+        wishes = {"root": [folder], "download": [True], "train": [split == "train"], "split": parts[split]}
+        wishes = {key: values for key, values in wishes.items() if key in takes}
 
-    def open(self, kind, options, attempts, download):
-        """The data set with the first options that it takes, downloaded unless it is there."""
-        error = None
-        for attempt in attempts:
-            try:
-                return kind(**options, **attempt, **({"download": True} if download else {}))
-            except (ValueError, OSError, RuntimeError) as problem:
-                error = error or problem
-        raise UserError(f"--data-path torchvision:{kind.__name__} cannot be opened or downloaded "
-                        f"({' '.join(str(error).split())[:200]}); put its files into {options['root']}")
+        def opened():
+            """The data set with the first options that it takes, downloaded unless it is there."""
+            problems = []
+            for values in itertools.product(*wishes.values()):
+                try:
+                    return kind(**dict(zip(wishes, values)))
+                except (ValueError, OSError, RuntimeError) as problem:
+                    problems.append(" ".join(str(problem).split())[:200])
+            raise UserError(f"--data-path torchvision:{name} cannot be opened or downloaded ({problems[0]}); "
+                            f"put its files into {folder}")
+
+        self.source = source = runtime.main_first(opened)
+        labels = [getattr(source, key) for key in ("targets", "labels", "_labels") if hasattr(source, key)]
+        labels = [int(label) for label in (labels[0] if labels else (item[1] for item in source))]
+        classes = getattr(source, "classes", None) or range(max(labels) + 1)
+        paths = [f"torchvision:{name}[{i}]" for i in range(len(source))]
+        super().__init__(f"torchvision:{name}", list(map(str, classes)), paths, labels, view)
 
     def read(self, index, rng):
-        """What the view shows of the image."""
         return view_pixels(as_rgb(self.source[index][0]), self.view, rng)
 
 
@@ -548,9 +537,8 @@ def build_dataset(data_path, split, view, split_list=None, length=None):
         return Torchvision(path.partition(":")[2], split, view)
     require(length is None, f"--data-path {path}: only the generated sets can be given a number of samples")
     if os.path.isdir(path):
-        suffixes = VIDEO_SUFFIXES if view.frames else IMAGE_SUFFIXES
-        folder, classes = (path, None) if split_list else choose_split(pathlib.Path(path), split, suffixes)
-        return Folder(folder, view, classes, split_list)
+        folder, train = (path, None) if split_list else choose_split(pathlib.Path(path), split)
+        return Folder(folder, view, train, split_list)
     require(not view.frames, f"--data-path {path} is no folder of videos; check the path")
     if path.endswith(".tar") or "{" in path:
         return TarShards(path, view)
@@ -559,8 +547,8 @@ def build_dataset(data_path, split, view, split_list=None, length=None):
                     f"'shards-{{000..127}}.tar'")
 
 
-def choose_split(folder, split, suffixes):
-    """(the folder that holds `split`, its class names or None for "as found there").
+def choose_split(folder, split):
+    """(the folder that holds `split`, train/ beside it or None).
 
     All splits have the class names of train/, so that a label means the same in each.
     """
@@ -579,7 +567,7 @@ def choose_split(folder, split, suffixes):
     chosen = [name for name in wanted if name in present]
     require(chosen, f"--data-path {folder} has {' and '.join(present)} but no {' or '.join(wanted)} folder; "
             f"add one, or {advice}")
-    return folder / chosen[0], class_names(folder / "train", suffixes) if "train" in present else None
+    return folder / chosen[0], folder / "train" if "train" in present else None
 
 
 def evenly_spaced(count, length):
@@ -595,8 +583,8 @@ def evenly_spaced(count, length):
 
 def fingerprint(dataset, indices):
     """sha256 of view, labels, file sizes and 16 of `dataset[indices]`: the same where data has moved."""
-    paths = [dataset.path(i) for i in indices]
-    facts = [dataclasses.astuple(dataset.view), len(dataset), [dataset.label(i) for i in indices],
+    paths = [dataset.paths[i] for i in indices]
+    facts = [dataclasses.astuple(dataset.view), len(dataset), [dataset.labels[i] for i in indices],
              [os.path.getsize(path) for path in paths if os.path.exists(path)]]
     digest = hashlib.sha256(json.dumps(facts).encode())
     for i in evenly_spaced(16, len(indices)):
@@ -638,31 +626,27 @@ def train_loader(dataset, global_batch_size, seed, start_step=0, accumulation=1,
 
 
 class eval_batches:
-    """One pass over `dataset[indices]` in batches as of `train_loader`: an iterator, `len` is the number.
+    """One pass over `dataset[indices]` in batches as of `train_loader`; its `len` is their number.
 
     Batch k goes to rank k mod R, so that a sample's neighbours, and the last bits of its results, do not
     depend on R. Ranks may differ in number (do not communicate inside the loop). Broken samples are left out.
     """
 
     def __init__(self, dataset, indices, batch_size, num_workers=0):
+        self.dataset = dataset
+        self.num_workers = num_workers
         parts = [list(indices[first:first + batch_size]) for first in range(0, len(indices), batch_size)]
         self.parts = parts[runtime.rank()::runtime.world_size()]
-        self.iterator = self.asked_for(dataset, num_workers)
 
     def __len__(self):
         return len(self.parts)
 
     def __iter__(self):
-        return self.iterator
-
-    def __next__(self):
-        return next(self.iterator)
-
-    def asked_for(self, dataset, num_workers):
-        """The batches without what replaces broken samples."""
-        requests = [[(int(i), (dataset.view.seed, int(i))) for i in part] for part in self.parts]
-        for (x, labels, indices), part in zip(batches(dataset, requests, num_workers), self.parts):
-            asked = indices == torch.tensor(part)
+        seed = self.dataset.view.seed
+        requests = [[(int(index), (seed, int(index))) for index in part] for part in self.parts]
+        found = batches(self.dataset, requests, self.num_workers)
+        for (x, labels, indices), part in zip(found, self.parts):
+            asked = indices == torch.tensor(part)         # others replace broken ones
             if asked.any():
                 yield x[asked], labels[asked], indices[asked]
 
@@ -713,7 +697,7 @@ def main(args):
     view = View(args.image_size, args.frames, args.crop, args.flip, args.resize)
     dataset = build_dataset(args.data_path, args.split, view)
     require(args.frames or args.output.lower().endswith(".png"), f"--output {args.output} is no .png")
-    by_class = sorted(range(len(dataset)), key=dataset.label)           # a row for each of ten classes
+    by_class = sorted(range(len(dataset)), key=dataset.labels.__getitem__)        # a row for each of ten
     chosen = [by_class[i] for i in evenly_spaced(40 if args.frames else 80, len(dataset))]
     start = time.perf_counter()
     shown = [dataset[index] for index in chosen]
@@ -723,17 +707,16 @@ def main(args):
         for _ in tqdm(everything, "reading", disable=None):
             pass
     dataset.raise_if_broken()
-    counts = np.bincount(list(map(dataset.label, by_class)), minlength=len(dataset.classes))
-    names = [f"{name} {count}" for name, count in zip(dataset.classes, counts)][:10]
+    classes = [f"{name} {dataset.labels.count(i)}" for i, name in enumerate(dataset.classes[:10])]
     runtime.print_facts(
         ("data", dataset.name),
         (f"{dataset.kind}s", f"{len(dataset)}, {milliseconds:.2f} ms to read one, "
                              f"{int(dataset.broken.sum())} known to be broken"),
-        ("classes", f"{len(dataset.classes)}: {', '.join(names)}"),
+        ("classes", f"{len(dataset.classes)}: {', '.join(classes)}"),
         ("seen as", f"{' x '.join(map(str, dataset.axes))}, {view.crop} crop"))
-    labels = [dataset.classes[label] if dataset.classes else str(index) for _, label, index in shown]
-    shown = torch.stack([x for x, _, _ in shown])
-    written = pictures.save_samples(args.output, shown, max(1, len(chosen) // 10), labels)
+    captions = [dataset.classes[label] if dataset.classes else str(index) for _, label, index in shown]
+    images = torch.stack([x for x, _, _ in shown])
+    written = pictures.save_samples(args.output, images, max(1, len(chosen) // 10), captions)
     print(f"wrote    {', '.join(map(str, written))}")
 
 

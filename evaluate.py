@@ -409,7 +409,7 @@ def measure(model, samples, order, networks, record, args):
     examples = {}
     for originals, n, indices in batches_of(samples, order, args, "measuring"):
         if args.original_resolution:
-            check_size(originals.shape, samples.path(int(indices[0])), args)
+            check_size(originals.shape, samples.paths[int(indices[0])], args)
         x = pictures.to_float(originals.to(args.device))                 # (B, 3, [T,] H, W)
         y, ids = reconstruct(model, x, args)                             # as x, (B, [t,] h, w)
         # clean: every metric sees the pixels that an image file would hold. official: truncated ones, the

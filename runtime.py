@@ -6,6 +6,7 @@ exists (one process talks to itself through an in-memory store), so no loop asks
 import argparse
 import collections
 import contextlib
+import copy
 import dataclasses
 import difflib
 import errno
@@ -185,6 +186,7 @@ def setup_process_group(device="auto"):
         require(local_rank < torch.cuda.device_count(),
                 f"--nproc-per-node is larger than the {torch.cuda.device_count()} GPUs of this machine")
         torch.cuda.set_device(local_rank)
+        torch.backends.cudnn.allow_tf32 = False            # fp32 means fp32: ten bits would flip codes near 0
     if not dist.is_initialized():
         alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", **alone)
@@ -498,6 +500,46 @@ def report_skipped(step, in_a_row, logs, results_dir):
     require(in_a_row < 10, f"{guilty} was not finite in 10 steps in a row; weights may have grown too large "
                            f"before step {step - 9}: --resume an earlier checkpoint in {results_dir}, with a "
                            f"smaller --lr, or without --mixed-precision fp16 if that is on")
+
+
+def describe_cost(networks, loss, bytes_a_parameter, args):
+    """For --dry-run: a line on the memory and time of a step on a GPU, counted without one.
+
+    loss(*networks): a scalar of one micro-batch, on fake tensors of a GPU, which have shapes but no values.
+    Counted: `bytes_a_parameter` that learns, 4 of others (LPIPS); what autograd keeps for backward, eagerly;
+    operations, backward as two forward passes (one, where nothing learns). A network may be None.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode           # here: importing them takes a second
+    from torch.utils.flop_counter import FlopCounterMode
+    kept = {}                                              # storages, each of them once
+
+    def keep(tensor):
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    fakes = [network and copy.deepcopy(network).to("meta") for network in networks]
+    dtype = AUTOCAST_DTYPES[args.mixed_precision]
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"), \
+            FlopCounterMode(display=False) as counter, \
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), \
+            torch.autocast("cpu", enabled=False):          # at its end, all casts of weights are forgotten
+        fakes = [fake and fake.to_empty(device="cuda") for fake in fakes]
+        torch.set_autocast_dtype("cuda", dtype or torch.float16)
+        torch.set_autocast_enabled("cuda", dtype is not None)          # torch.autocast asks for a real GPU
+        try:
+            total = loss(*fakes)                           # holds the graph, and so what is kept
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+    flops = state = 0
+    for fake in filter(None, fakes):
+        once = sum(counter.get_flop_counts()[type(fake).__name__].values())
+        flops += args.accumulation * once * (3 if any(p.requires_grad for p in fake.parameters()) else 1.5)
+        state += sum(p.numel() * (bytes_a_parameter if p.requires_grad else 4) for p in fake.parameters())
+        for p in fake.parameters():
+            kept.pop(p.untyped_storage()._cdata, None)
+    activations = sum(storage.nbytes() for storage in kept.values())
+    return (f"{(state + activations) / 2 ** 30:.3g} GiB a rank, {activations / 2 ** 30:.3g} of them activations; "
+            f"{flops / 1e12:.3g} TFLOP a step, {flops / 4e14:.2g} s at 40 % of an H100's peak in bf16")
 
 
 class Meters:

@@ -307,24 +307,17 @@ def depth_to_space(x, block):
     The order is DCR: output channel c at (dy, dx) comes from input channel (dy * block_x + dx) * C + c.
     `nn.PixelShuffle` is the other order (CRD), and published weights turn to noise with it.
     """
-    batch, channels, *sizes = x.shape
-    channels //= math.prod(block)
-    axes = len(sizes)
-    x = x.reshape(batch, *block, channels, *sizes)                         # (B, dy, dx, C, H, W)
-    order = [0, 1 + axes]                                                  # (B, C, H, dy, W, dx)
-    for axis in range(axes):
-        order += [2 + axes + axis, 1 + axis]
-    return x.permute(order).reshape(batch, channels, *[s * b for s, b in zip(sizes, block)])
+    for axis, size in enumerate(block, start=2):                           # (B, dy * dx * C, H, W)
+        x = x.unflatten(1, (size, -1)).movedim(1, axis + 1)                # (B, dx * C, H, dy, W)
+        x = x.flatten(axis, axis + 1)                                      # (B, dx * C, H * dy, W)
+    return x
 
 
 def space_to_depth(x, block):
     """The inverse of `depth_to_space`: (B, C, *(S * block)) to (B, prod(block) * C, *S)."""
-    batch, channels, *sizes = x.shape
-    axes = len(sizes)
-    split = [part for size, b in zip(sizes, block) for part in (size // b, b)]
-    x = x.reshape(batch, channels, *split)                                 # (B, C, H, dy, W, dx)
-    order = [0, *[3 + 2 * i for i in range(axes)], 1, *[2 + 2 * i for i in range(axes)]]
-    return x.permute(order).reshape(batch, channels * math.prod(block), *split[::2])
+    for axis, size in reversed(list(enumerate(block, start=2))):
+        x = x.unflatten(axis, (-1, size)).movedim(axis + 1, 1).flatten(1, 2)
+    return x
 
 
 class Upsample(nn.Module):
@@ -593,7 +586,7 @@ def parts_of(shape, frames, tile):
     quarter, along which one fades into the next. frames, tile None: not cut.
     """
     *time, H, W = shape[1:]
-    T = time[0] if time else 1
+    T = math.prod(time)
     overlap = (tile or 0) // 4
 
     def spans(length):                                     # [(start, end, weights)], which add up to 1
@@ -611,8 +604,8 @@ def parts_of(shape, frames, tile):
     for first in range(0, T, frames or T):
         for rows, down in spans(H):
             for columns, across in spans(W):
-                frames_here = slice(first, min(T, first + (frames or T)))
-                yield (slice(None), frames_here, rows, columns), down[:, None] * across
+                window = slice(first, first + (frames or T))
+                yield (slice(None), window, rows, columns), down[:, None] * across
 
 
 def to_tokens(model, x, tile=None):
@@ -627,15 +620,13 @@ def to_tokens(model, x, tile=None):
     device = next(model.parameters()).device
     ids = []
     for index, _ in parts_of(x.shape, frames, tile):
-        part = x.reshape(3, -1, *x.shape[-2:])[index]                     # (3, t, h, w)
-        spare = [0, -part.shape[-1] % stride, 0, -part.shape[-2] % stride]
-        if max(part.shape[-2:]) <= stride:
+        part = pictures.to_float(x.view(3, -1, *x.shape[-2:])[index].to(device))[None]    # (1, 3, t, h, w)
+        t, h, w = part.shape[2:]
+        spare = [0, -w % stride, 0, -h % stride, 0, (1 - t) % getattr(model.config, "time_stride", 1)]
+        if max(h, w) <= stride:
             spare[1] += stride
-        if frames:
-            spare += [0, -(part.shape[1] - 1) % model.config.time_stride]
-        else:
-            part = part[:, 0]
-        ids.append(model.encode(F.pad(pictures.to_float(part.to(device))[None], spare, mode="replicate")))
+        part = F.pad(part, spare, mode="replicate")
+        ids.append(model.encode(part if frames else part[:, :, 0]))
     return ids
 
 
@@ -681,8 +672,8 @@ def read_samples(files, config):
             raise
         except Exception as error:                         # decoders raise almost anything on damaged bytes
             print(f"broken file left out: {path} ({error})")
-            continue
-        yield f"{i}-{path.stem}", x, fps
+        else:
+            yield f"{i}-{path.stem}", x, fps
 
 
 def write_sample(folder, name, x, fps):
@@ -740,16 +731,16 @@ def main(args):
     print(f"{ckpt}: {info['preset']}, {info['weights']} weights of step {info['step']}")
     identity = checkpoints.weights_hash(model)
     folder = args.output or "runs/reconstructions"
-    runtime.require(args.files or args.command != "decode", "decode needs files: the npz that encode wrote")
-    for path in args.files if args.command == "decode" else ():
-        with checkpoints.guard(path), np.load(path) as file:
-            about = json.loads(str(file["about"]))
-            runtime.require(about["tokenizer"] == identity, f"{path} was encoded by another tokenizer, "
-                                                            f"{about['ckpt']}; name it with --ckpt")
-            for k, (name, shape, fps, count, tile) in enumerate(about["samples"]):
-                ids = [torch.from_numpy(file[f"{k}-{i}"].astype(np.int64)).to(device) for i in range(count)]
-                print(write_sample(folder, name, from_tokens(model, ids, shape, tile), fps))
     if args.command == "decode":
+        runtime.require(args.files, "decode needs files: the npz that encode wrote")
+        for path in args.files:
+            with checkpoints.guard(path), np.load(path) as file:
+                about = json.loads(str(file["about"]))
+                runtime.require(about["tokenizer"] == identity, f"{path} was encoded by another tokenizer, "
+                                                                f"{about['ckpt']}; name it with --ckpt")
+                for k, (name, shape, fps, count, tile) in enumerate(about["samples"]):
+                    ids = [torch.from_numpy(file[f"{k}-{i}"]).to(device) for i in range(count)]
+                    print(write_sample(folder, name, from_tokens(model, ids, shape, tile), fps))
         return
     arrays = {}
     samples = []

@@ -37,7 +37,6 @@ import sample
 # ---- 1. Tokens: the data set, encoded once -----------------------------------------------------------------
 
 MISSING = -1                          # stands where codes are not there yet, or where an image is unreadable
-CROPS_AT_ONCE = {"image": 64, "clip": 16}                  # what the tokenizer encodes in one batch
 
 
 class Tokens(data.Samples):
@@ -49,18 +48,11 @@ class Tokens(data.Samples):
 
     def __init__(self, codes, dataset, indices, missing, vocabulary):
         view = dataclasses.replace(dataset.view, crop="random" if codes.shape[1] > 1 else "center")
-        super().__init__(dataset.name, dataset.classes, len(indices), view)
+        paths = [dataset.paths[i] for i in indices]
+        super().__init__(dataset.name, dataset.classes, paths, [dataset.labels[i] for i in indices], view)
         self.codes = codes
         self.vocabulary = vocabulary
-        self.dataset = dataset
-        self.indices = indices
         self.broken[torch.tensor(missing, dtype=torch.long)] = True
-
-    def path(self, index):
-        return self.dataset.path(self.indices[index])
-
-    def label(self, index):
-        return self.dataset.label(self.indices[index])
 
     def read(self, index, rng):
         """Codes (N,), int64."""
@@ -87,13 +79,15 @@ def stored_tokens(path, dataset, made_with, tokenizer, args, limit=None):
 
     path: of one memory map of all codes, int64 (rows, n, N). The JSON file beside it says what they are and,
     when all is done, which rows are missing. Raises `UserError` that names both sides if it holds others.
+    made_with: the record of the tokenizer and, if it is known, the fingerprint of the "data".
     """
     indices = data.evenly_spaced(limit, len(dataset))
+    fingerprint = made_with.get("data") or runtime.on_main(data.fingerprint, dataset, indices)
     grid = tokenizer.config.latent_grid(*dataset.axes)
     shape = (len(indices), 10 if dataset.view.crop == "ten" else 1, math.prod(grid))
-    wanted = {"tokenizer": made_with["sha256"], "data": runtime.on_main(data.fingerprint, dataset, indices),
-              "grid": list(grid), "crops": dataset.view.crop, "precision": args.token_precision,
-              "shape": list(shape), "origin": f"{made_with['path']} of {dataset.name}"}
+    wanted = {"tokenizer": made_with["sha256"], "data": fingerprint, "grid": list(grid), "shape": list(shape),
+              "crops": dataset.view.crop, "precision": args.token_precision,
+              "origin": f"{made_with['path']} of {dataset.name}"}
     header = path.with_suffix(".json")
     if runtime.is_main() and not header.exists():
         # Made whole, full of MISSING, and its header last: a kill leaves what can be continued, or no header.
@@ -122,7 +116,7 @@ def fill(codes, dataset, indices, tokenizer, args):
     A batch has the same rows whoever encodes it, and after any kill: with the same neighbours, an image has
     the same codes, to the last bit."""
     rows, n, N = codes.shape
-    size = max(1, CROPS_AT_ONCE[dataset.kind] // n)
+    size = max(1, (16 if dataset.view.frames else 64) // n)              # images or clips of 1 or 10 crops
     todo = [row for first in range(0, rows, size) if (codes[first:first + size] == MISSING).any()
             for row in range(first, min(first + size, rows))]
     runtime.barrier()                                     # nobody writes while others look for MISSING
@@ -218,10 +212,9 @@ def prepare(args):
             if getattr(args, name) is None and not (name == "resize" and args.ten_crop and not frames):
                 setattr(args, name, value)                               # ten crops of images bring their own
     args.image_size = args.image_size or tokenizer.config.resolution
-    sizes = {"resolution": args.image_size}
-    if frames:
-        args.frames = sizes["frames"] = args.frames or frames
-    dataclasses.replace(tokenizer.config, **sizes)                       # raises where it cannot take them
+    args.frames = args.frames or frames
+    sizes = {"frames": args.frames} if frames else {}
+    dataclasses.replace(tokenizer.config, resolution=args.image_size, **sizes)    # raises if it cannot be
     runtime.require(args.online or not args.flip, "--flip goes with --online; stored tokens have --ten-crop")
     runtime.require(bool(args.split_list) == bool(args.val_split_list), "--split-list and --val-split-list "
                     "are a pair, such as trainlist01.txt and testlist01.txt; give both or neither")
@@ -270,8 +263,8 @@ def start_from(path, model, classes, made_with):
         runtime.print_main(f"start    {len(set(classes) & set(known))} of {len(classes)} classes are known")
     if (info["tokenizer"] or {}).get("sha256") != made_with["sha256"]:
         runtime.print_main("start    these are tokens of another tokenizer: their meaning is learned anew")
-    what = f"the {info['weights']} weights of {path} ({info['preset']})"
-    checkpoints.load_partly(model, state, ("token_embeddings.", "heads."), what)
+    checkpoints.load_partly(model, state, ("token_embeddings.", "heads."),
+                            f"the {info['weights']} weights of {path} ({info['preset']})")
 
 
 # ---- 3. The training loop ----------------------------------------------------------------------------------
@@ -319,7 +312,7 @@ def main(args):
     tokenizer.to(device)
     path = pathlib.Path(args.tokens or f"{args.results_dir}/tokens.bin")
     if not args.online:
-        dataset = stored_tokens(path, dataset, made_with, tokenizer, args)
+        dataset = stored_tokens(path, dataset, {**made_with, "data": record["fingerprint"]}, tokenizer, args)
     if held_out:
         path = path.with_name(f"{path.stem}-val.bin")
         held_out = stored_tokens(path, held_out, made_with, tokenizer, args, args.val_size)
@@ -476,14 +469,15 @@ def draw_samples(model, tokenizer, classes, step, args):
 def print_plan(args, config, made_with, dataset, held_out):
     """Say what is about to happen, before anything takes time. Returns (steps, those of the warm-up)."""
     batch = args.global_batch_size
-    micro_batch = runtime.micro_batch_size(args.global_batch_size, args.accumulation)
+    micro_batch = runtime.micro_batch_size(batch, args.accumulation)
     epoch = len(dataset) // batch                                        # steps
     runtime.require(epoch, f"--global-batch-size {batch} is more than the {len(dataset)} {dataset.kind}s of "
                            f"{dataset.name}; lower it")
     length = runtime.to_steps(args.length, epoch)
     warmup = runtime.to_steps(args.warmup, epoch)
     with torch.device("meta"):                                           # shapes without memory
-        parameters = sum(p.numel() for p in ar_model.ARModel(config).parameters()) / 1e6
+        model = ar_model.ARModel(config)
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
     grid = " x ".join(map(str, config.grid))
     bits = " + ".join(map(str, config.bits))
     runtime.print_facts(
@@ -493,6 +487,14 @@ def print_plan(args, config, made_with, dataset, held_out):
         ("batch", f"{batch} = {runtime.world_size()} ranks x {args.accumulation} x {micro_batch}, a step of "
                   f"{batch * flops_per_image(config) / 1e12:.3g} TFLOP"),
         ("length", f"{length:,} steps = {length / epoch:.1f} epochs, {warmup:,} of them warm-up"))
+    if args.dry_run:
+        def loss(model):
+            ids = torch.zeros(micro_batch, config.tokens, dtype=torch.long)
+            return model(ar_model.ids_to_subtokens(ids, config.bits), ids[:, 0], return_loss=True)[0]
+
+        model.checkpointing = args.activation_checkpointing
+        cost = runtime.describe_cost((model,), loss, 20 if args.ema_decay else 16, args)    # with Adam's two
+        runtime.print_facts(("cost", cost))
     return length, warmup
 
 

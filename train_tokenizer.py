@@ -529,8 +529,28 @@ def print_plan(args, model, discriminator, dataset):
         ("running", f"{next(model.parameters()).device}, {args.mixed_precision}"
                     f"{', compiled' if args.compile else ''}"),
         ("results", args.results_dir))
+    if args.dry_run:
+        runtime.print_facts(("cost", cost_of_step(args, model, discriminator, dataset.axes)))
     return length, {"warmup": warmup, "schedule": args.lr_schedule, "final": args.final_lr,
                     "milestones": milestones}
+
+
+def cost_of_step(args, model, discriminator, axes):
+    """The line of `runtime.describe_cost`, of all terms of the loop's objective together."""
+    def loss(model, discriminator, perceptual):
+        x = torch.zeros(runtime.micro_batch_size(args.global_batch_size, args.accumulation), 3, *axes)
+        x_hat, z, q, _ = model(x)
+        terms, _ = model.quantizer.losses(z, q, args.tau, args.entropy_eps, None, args.entropy)
+        terms.update(l1=(x - x_hat).abs().mean(), l2=(x - x_hat).square().mean())
+        if perceptual:
+            terms["perceptual"] = perceptual(metrics.as_frames(x), metrics.as_frames(x_hat)).mean()
+        if discriminator:
+            terms["gan"] = non_saturating_loss(discriminator(x_hat))
+            terms["hinge"] = hinge_loss(discriminator(x), discriminator(x_hat.detach()))
+        return sum(terms.values())
+
+    perceptual = metrics.LPIPS() if args.perceptual_weight else None
+    return runtime.describe_cost((model, discriminator, perceptual), loss, 20, args)   # with Adam's two, EMA
 
 
 @torch.no_grad()

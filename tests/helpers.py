@@ -240,6 +240,13 @@ def error_line(script, *flags):
     return lines[0]
 
 
+def refused(words, function, *args, kind=runtime.UserError, **named):
+    """Assert that a call is refused as a user's mistake, in one line that matches `words`."""
+    with pytest.raises(kind, match=words) as caught:
+        function(*args, **named)
+    assert "\n" not in str(caught.value)
+
+
 def logged(directory):
     """metrics.jsonl without what depends on the clock: {step: {name: value}}, lines of a step merged."""
     lines = {}

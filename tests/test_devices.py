@@ -1,70 +1,139 @@
-"""No tensor is made on the wrong device: fake tensors on a GPU, which need none, refuse to meet a CPU's.
+"""What a GPU would do, proven without one: places of tensors, graphs, compiled regions, half precision.
 
-Forward passes and losses; the backward pass asks for a real GPU.
+tests/gpu.py asks a real one.
 """
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from helpers import GOLDEN, ROOT, call, error_line, logged, newest, run_script
 
 import ar_model
+import gpu
 import metrics
+import runtime
 import tokenizer
+import train_ar
 import train_tokenizer
-import video
 
-CLIPS = dataclasses.replace(video.PRESETS["toy-video"], resolution=16)
-
-
-@pytest.mark.parametrize("changes", [
-    {}, {"groups": 2}, {"upsampler": "nearest", "downsampler": "average", "adaptive_norm": False},
-    *[{"quantizer": name} for name in tokenizer.QUANTIZERS if name != "lfq"], CLIPS], ids=str)
-def test_a_step_of_stage_one_stays_on_the_gpu(changes):
-    with FakeTensorMode():
-        with torch.device("cuda"):
-            if changes is CLIPS:
-                model = video.VideoTokenizer(CLIPS)
-                critic = train_tokenizer.PatchGAN3D()
-                x = torch.rand(2, 3, 17, 16, 16)
-            else:
-                model = tokenizer.Tokenizer(dataclasses.replace(tokenizer.PRESETS["toy"], **changes))
-                critic = train_tokenizer.BlurPoolDiscriminator()
-                x = torch.rand(2, 3, 32, 32)
-            perceptual = metrics.LPIPS("alex")
-            lecam = torch.zeros(2)
-        x_hat, z, q, _ = model(x)
-        terms, report = model.quantizer.losses(z, q, 0.1, 0.0, None, "groups")
-        loss = sum(terms.values()) + train_tokenizer.non_saturating_loss(critic(x_hat))
-        if changes is not CLIPS:
-            loss = loss + perceptual(torch.nn.functional.interpolate(x, (64, 64)),
-                                     torch.nn.functional.interpolate(x_hat, (64, 64))).mean()
-        real, fake = critic(x), critic(x_hat.detach())
-        lecam = train_tokenizer.update_lecam(lecam, real, fake)
-        judged = train_tokenizer.hinge_loss(real, fake) + train_tokenizer.lecam_loss(lecam, real, fake)
-        assert all(tensor.is_cuda for tensor in (x_hat, z, q, lecam, loss, judged, *report.values()))
+IMAGES = ["--image-size", 16, "--blocks", 1, "--bits", 6, "--global-batch-size", 4, "--warmup", 0, "--log-every",
+          1, "--length", 2, "--lr", 1e-4, "--gan-weight", 0.1, "--discriminator", "blurpool", "--lecam-weight",
+          0.05, "--entropy-weight", 0.1]
+CLIPS = ["--preset", "toy-video", *IMAGES, "--frames", 5, "--discriminator", "patchgan-3d"]
+AR = ["--split", 3, 3, "--width", 32, "--heads", 2, "--inter-blocks", 2, "--global-batch-size", 4, "--val-size",
+      4, "--length", 2, "--log-every", 1, "--warmup", 0, "--token-dropout", 0.1, "--online"]
+SHAPE = dataclasses.replace(ar_model.PRESETS["toy"], width=32, heads=2, inter_blocks=2, bits=(3, 4), grid=(3, 4))
 
 
-@pytest.mark.parametrize("changes", [{}, {"separate_heads": True}, {"bits": (4, 3, 3)}], ids=str)
-def test_a_step_of_stage_two_stays_on_the_gpu(changes):
-    config = dataclasses.replace(ar_model.PRESETS["toy"], **changes)
-    with FakeTensorMode():
-        with torch.device("cuda"):
-            model = ar_model.ARModel(config)
-            ids = torch.zeros(2, config.tokens, dtype=torch.long)
-            labels = torch.zeros(2, dtype=torch.long)
-        loss, terms = model(ar_model.ids_to_subtokens(ids, config.bits), labels, return_loss=True)
-        assert loss.is_cuda and terms.is_cuda
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A tokenizer and a transformer of a few steps."""
+    folder = tmp_path_factory.mktemp("trained")
+    call(train_tokenizer, *IMAGES, "--results-dir", folder / "tokenizer")
+    tokens = str(runtime.latest_checkpoint(folder / "tokenizer"))
+    call(train_ar, *AR, "--tokenizer", tokens, "--results-dir", folder / "ar")
+    return tokens, str(runtime.latest_checkpoint(folder / "ar"))
+
+
+# ---- no tensor is made on the wrong device, and graphs draw the same -------------------------------------
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chosen", ["stage_one", "every_script or stage_two", "not stage and not every_script"])
+def test_everything_runs_on_a_mock_of_a_gpu(chosen):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", GOLDEN.parent / "mock_devices.py",
+               "-k", chosen]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+# ---- compiled regions -------------------------------------------------------------------------------------
+
+def regions():
+    """{name: (module, inputs)} of what --compile compiles, beside what tests/gpu.py has of it."""
+    hidden = torch.rand(2, SHAPE.tokens, 2, 32)
+    block = ar_model.ARModel(SHAPE).intra_blocks[0]
+    return {"patchgan": (train_tokenizer.PatchGAN(), (torch.rand(2, 3, 32, 32),)),
+            "lpips": (metrics.LPIPS("alex"), (torch.rand(2, 3, 64, 64), torch.rand(2, 3, 64, 64))),
+            "intra block": (block, (hidden, ar_model.rope_table((2,), 16)[:2], ar_model.attention_within_token))}
 
 
 @pytest.mark.slow
-def test_the_networks_of_the_metrics_stay_on_the_gpu():
-    with FakeTensorMode():
-        with torch.device("cuda"):
-            inception, i3d = metrics.FIDInception().eval(), metrics.I3D().eval()
-            images = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
-            clips = torch.zeros(1, 3, 9, 64, 64, dtype=torch.uint8)
-        for rule in ("tf1", "half-pixel", "half-pixel-antialiased"):
-            assert all(output.is_cuda for output in inception(metrics.inception_input(images, rule)))
-        assert i3d(metrics.i3d_input(clips)).is_cuda
-        assert metrics.psnr(images, images).is_cuda and metrics.ssim(images, images).is_cuda
+@pytest.mark.parametrize("name", regions())
+def test_compiled_regions_are_one_graph_of_equal_gradients(name):
+    region, (x, *more) = regions()[name]
+    torch._dynamo.reset()
+    results = []
+    backend = "inductor" if name == "intra block" else "aot_eager"               # convolutions would take minutes
+    for run in (region, torch.compile(region, fullgraph=True, dynamic=False, backend=backend)):
+        region.zero_grad()
+        leaf = x.clone().requires_grad_()
+        out = run(leaf, *more)
+        out.square().mean().backward()
+        results.append([out.detach(), leaf.grad, *[p.grad for p in region.parameters() if p.grad is not None]])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+
+
+# ---- half precision ---------------------------------------------------------------------------------------
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script, flags, dtype", [
+    (train_tokenizer, [*IMAGES, "--adaptive-gan-weight"], "bf16"), (train_tokenizer, IMAGES, "fp16"),
+    (train_tokenizer, CLIPS, "bf16"), (train_ar, AR, "bf16"), (train_ar, AR, "fp16")],
+    ids=["images-bf16", "images-fp16", "clips-bf16", "transformer-bf16", "transformer-fp16"])
+def test_a_half_precision_step_is_close_to_float32(tmp_path, trained, script, flags, dtype):
+    flags = [*flags, "--length", 1, "--lr", 1e-3]
+    if script is train_ar:
+        flags += ["--tokenizer", trained[0]]
+    for precision in ("fp32", dtype):
+        call(script, *flags, "--mixed-precision", precision, "--results-dir", tmp_path / precision)
+    full, half = logged(tmp_path / "fp32")[1], logged(tmp_path / dtype)[1]
+    assert half["skipped_steps"] == 0
+    for name in full:
+        if name.startswith("loss") and name != "loss/lecam" or name.endswith("_bits"):    # squares of logits
+            assert half[name] == pytest.approx(full[name], rel=0.05, abs=0.03), name
+    state = newest(tmp_path / dtype)["model"]
+    for name, tensor in newest(tmp_path / "fp32")["model"].items():        # Adam's first step: lr at most, each
+        assert state[name].dtype == tensor.dtype
+        assert (state[name] - tensor).abs().max() <= 2.1e-3, name
+
+
+# ---- what --dry-run says, and tests/gpu.py ----------------------------------------------------------------
+
+@pytest.mark.slow
+def test_counted_activations_are_those_that_autograd_keeps(tmp_path, capsys):
+    call(train_tokenizer, "--dry-run", "--results-dir", tmp_path)
+    counted = float(capsys.readouterr().out.split(" of them activations")[0].split()[-1]) * 2 ** 30
+    model = tokenizer.Tokenizer(tokenizer.PRESETS["toy"])
+    own = {p.data_ptr() for p in model.parameters()}
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.update({x.untyped_storage().data_ptr(): x}) or x,
+                                                  lambda x: x):
+        x = torch.rand(32, 3, 32, 32) * 2 - 1
+        x_hat, z, q, _ = model(x)
+        terms, _ = model.quantizer.losses(z, q, 0.1, 0.0, None)
+        total = sum(terms.values()) + (x - x_hat).abs().mean() + (x - x_hat).square().mean()
+    real = sum(x.untyped_storage().nbytes() for pointer, x in kept.items() if pointer not in own)
+    assert total.requires_grad and counted == pytest.approx(real, rel=0.05)
+
+
+@pytest.mark.slow
+def test_operations_are_those_of_the_formula():
+    config = dataclasses.replace(SHAPE, width=128)
+    model = ar_model.ARModel(config)
+
+    def loss(model):
+        ids = torch.zeros(2, config.tokens, dtype=torch.long)
+        return model([ids] * 2, ids[:, 0], return_loss=True)[0]
+    line = runtime.describe_cost((model,), loss, 16, train_ar.get_args(["--mixed-precision", "bf16"]))
+    counted = float(line.split(" TFLOP")[0].split()[-1]) * 1e12
+    assert counted == pytest.approx(2 * train_ar.flops_per_image(config), rel=0.05)
+
+
+@pytest.mark.slow
+def test_the_script_for_gpus_finds_the_cpu_equal_to_itself():
+    done = run_script("tests/gpu.py", "--device", "cpu", "--tiny", "--skip-figures", forked=False)
+    assert done.stdout.count("equal") == 15
+    if not torch.cuda.is_available():
+        assert error_line(gpu, "--device", "cuda").startswith("error: no CUDA GPU is visible")

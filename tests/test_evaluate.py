@@ -10,7 +10,7 @@ import helpers
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, run_script, stored
+from helpers import ROOT, refused, run_script, stored
 from PIL import Image
 
 import ar_model
@@ -42,11 +42,30 @@ def values(result):
     return {name: entry["value"] for name, entry in result["metrics"].items()}
 
 
+def reconstruct(ckpt, *flags):
+    """Judge a tokenizer; the JSON."""
+    call("reconstruction", "--ckpt", ckpt, *flags)
+    return results()[-1]
+
+
+def generate(samples, *flags):
+    """Judge samples, with random networks; the JSON."""
+    call("generation", "--samples", samples, *flags, *RANDOM)
+    return results()[-1]
+
+
 def write_samples(path, count=8, shape=(32, 32), seed=0):
     """An npz file in ADM's format with random images or clips."""
     pixels = np.random.default_rng(seed).integers(0, 256, (count, *shape, 3), dtype=np.uint8)
     np.savez(path, pixels)
     return pixels
+
+
+def write_images(folder, count, size=(20, 20)):
+    """PNG files of different reds."""
+    pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        Image.new("RGB", size, (60 * i, 0, 0)).save(f"{folder}/{i}.png")
 
 
 def save(path, model, **more):
@@ -117,9 +136,9 @@ def expected_frechet(x, y):
 @pytest.mark.parametrize("protocol", ["clean", "official"])
 def test_metrics_are_those_of_frames_features_and_codes(files, place, kind, protocol):
     distance = {"images": "rfid", "clips": "rfvd"}[kind]
-    call("reconstruction", "--ckpt", files[kind], "--max-samples", 6, "--metrics", "psnr", "ssim", "usage",
-         distance, "--protocol", protocol, "--split", "val", "--image-size", 32, *RANDOM, "--batch-size", 6)
-    result, = results()
+    result = reconstruct(files[kind], "--max-samples", 6, "--metrics", "psnr", "ssim", "usage", distance,
+                         "--protocol", protocol, "--split", "val", "--image-size", 32, *RANDOM,
+                         "--batch-size", 6)
     model, _ = checkpoints.load_tokenizer(files[kind])
     clips = kind == "clips"
     official = protocol == "official"
@@ -148,6 +167,8 @@ def test_metrics_are_those_of_frames_features_and_codes(files, place, kind, prot
             features = [network(metrics.inception_input(each, "half-pixel"))[0] for each in pair]
     assert measured[distance] == pytest.approx(expected_frechet(*features), rel=1e-5)
     assert measured["usage"] == len(ids.unique()) / 64
+    counted = f"{ids.numel()} tokens of 64 codes, 6 {kind} of generated, val split"
+    assert counted in result["metrics"]["usage"]["measured_on"]
     assert measured["bits_per_pixel"] == pytest.approx(6 * ids[0].numel() / x[0, 0].numel())
     assert result["metrics"][distance]["label"] == LABEL and result["metrics"]["psnr"]["label"] == ""
     assert result["n"] == 6 and ("truncated" in result["metrics"]["psnr"]["measured_on"]) == official
@@ -204,12 +225,10 @@ def test_originals_statistics_are_reused_and_give_the_same_rfid(files, place, mo
     seen = []
     forward = Quick.forward
     monkeypatch.setattr(Quick, "forward", lambda self, x: seen.append(len(x)) or forward(self, x))
-    flags = ("reconstruction", "--ckpt", files["images"], "--max-samples", 4, "--metrics", "rfid", *RANDOM)
-    call(*flags)
-    before, = results()
-    call(*flags)
-    after, = results()                                                 # the same run has the same file
+    before, after = [reconstruct(files["images"], "--max-samples", 4, "--metrics", "rfid", *RANDOM)
+                     for _ in range(2)]
     assert seen == [4, 4, 4] and values(after) == values(before)
+    assert len(results()) == 1                                         # the same run has the same file
     assert len(list(pathlib.Path("runs/evaluation/references").glob("*.npz"))) == 1
 
 
@@ -218,14 +237,12 @@ def test_the_fid_against_a_reference_is_one_of_its_own_name_and_rule(files, plac
     pixels = write_samples("reference.npz", 6, (32, 32))
     call("make-reference", "--image-size", 32, "--split", "val", "--max-samples", 5, "--reference", "own.npz",
          *RANDOM)
-    for reference in ("reference.npz", "own.npz"):
-        call("reconstruction", "--ckpt", files["images"], "--max-samples", 6, "--image-size", 32, "--metrics",
-             "rfid", "--reference", reference, *RANDOM, "--batch-size", 6)
-    first, second = results()
+    first, second = [reconstruct(files["images"], "--max-samples", 6, "--image-size", 32, "--metrics", "rfid",
+                                 "--reference", reference, *RANDOM, "--batch-size", 6)
+                     for reference in ("reference.npz", "own.npz")]
     model, _ = checkpoints.load_tokenizer(files["images"])
     dataset = data.build_dataset(None, "val", data.View(32))
-    chosen = data.evenly_spaced(6, 1000)
-    x = torch.stack([dataset[i][0] for i in chosen])
+    x = torch.stack([dataset[i][0] for i in data.evenly_spaced(6, 1000)])
     real = torch.from_numpy(pixels).movedim(-1, 1)
     with torch.no_grad():
         made = pictures.to_uint8(model.decode(model.encode(pictures.to_float(x))))
@@ -234,34 +251,30 @@ def test_the_fid_against_a_reference_is_one_of_its_own_name_and_rule(files, plac
     assert values(first)["rfid-reference"] == pytest.approx(expected_frechet(*features), rel=1e-5)
     assert values(first)["rfid"] == values(second)["rfid"] != values(second)["rfid-reference"] > 0
     assert "tf1" in first["metrics"]["rfid-reference"]["measured_on"]
-    with pytest.raises(runtime.UserError, match="--reference is for images of one size"):
-        call("reconstruction", "--ckpt", files["images"], "--original-resolution", "--reference", "own.npz",
-             *RANDOM)
-    with pytest.raises(runtime.UserError, match="own.npz is of images of .32, 32., not .16, 16."):
-        call("reconstruction", "--ckpt", files["images"], "--reference", "own.npz", *RANDOM)
+    for more, words in ((["--original-resolution"], "--reference is for images of one size"),
+                        ([], "own.npz is of images of .32, 32., not .16, 16.")):
+        refused(words, reconstruct, files["images"], *more, "--reference", "own.npz", *RANDOM)
 
 
-def test_usage_says_over_what_it_was_counted(files, place, capsys):
-    call("reconstruction", "--ckpt", files["images"], "--max-samples", 5, "--metrics", "usage")
-    assert "80 tokens of 64 codes, 5 images of generated, val split" in capsys.readouterr().out
-
-
-def test_pictures_of_the_training_are_called_so(files, place, capsys):
-    for part in ("flat", "own/train", "own/val"):
-        pathlib.Path(part).mkdir(parents=True)
-        for i in range(3):
-            Image.new("RGB", (20, 20), (80 * i, 0, 0)).save(f"{part}/{i}.png")
-    stored = torch.load(files["images"])
-    for trained, more, part in (("flat", (), "training pictures"), ("own", (), "val split"),
-                                ("own", ("--split", "train"), "training pictures"),
-                                ("own", ("--data-path", "own/train"), "training pictures"),
-                                ("own", ("--data-path", "flat"), "val split"),
-                                ("generated", ("--max-samples", 4), "val split"),
-                                ("generated", ("--max-samples", 4, "--split", "train"), "training pictures")):
-        torch.save({**stored, "args": {"data_path": trained}}, "trained.pt")
-        call("reconstruction", "--ckpt", "trained.pt", "--metrics", "psnr", *more)
-        assert f", {part}, size 16" in capsys.readouterr().out
-        assert results()[-1]["part"] == part
+@pytest.mark.parametrize("trained, more, part, resize", [
+    ("flat", (), "training pictures", 24), ("own", (), "val split", 24),
+    ("own", ("--split", "train"), "training pictures", 24),
+    ("own", ("--data-path", "own/train"), "training pictures", None),
+    ("own", ("--data-path", "flat"), "val split", None), ("generated", (), "val split", 24),
+    ("generated", ("--split", "train"), "training pictures", 24)])
+def test_default_data_are_what_was_learned_if_possible_held_out(files, place, capsys, trained, more, part,
+                                                                resize):
+    counts = {"flat": 3, "own/val": 2, "own/train": 4}
+    for folder, count in counts.items():
+        write_images(folder, count)
+    args = {"data_path": trained, "resize": 24}
+    torch.save({**torch.load(files["images"]), "args": args}, "trained.pt")
+    result = reconstruct("trained.pt", "--metrics", "psnr", "--max-samples", 5, *more)
+    path = more[1] if "--data-path" in more else trained
+    split = "train" if "--split" in more else "val"
+    assert result["n"] == counts.get(path, counts.get(f"{path}/{split}", 5)) and result["part"] == part
+    assert result["data"]["path"] == path and result["data"]["resize"] == resize
+    assert f", {part}, size 16" in capsys.readouterr().out
 
 
 class Identity(torch.nn.Module):
@@ -325,20 +338,6 @@ def test_without_flags_it_judges_what_training_left(files, monkeypatch, capsys):
     assert {"date", "arguments", "versions", "resize_rule", "networks"} <= result.keys()
 
 
-def test_default_data_are_held_out_samples_of_what_was_learned(files, place):
-    for split, count in (("val", 3), ("train", 4)):
-        (place / "own" / split).mkdir(parents=True)
-        for i in range(count):
-            Image.new("RGB", (40, 40), (80 * i, 0, 0)).save(place / "own" / split / f"{i}.png")
-    stored = torch.load(files["images"])
-    torch.save({**stored, "args": {"data_path": str(place / "own"), "resize": 24}}, "trained.pt")
-    call("reconstruction", "--ckpt", "trained.pt")
-    call("reconstruction", "--ckpt", "trained.pt", "--data-path", "generated", "--max-samples", 4)
-    own, generated = results()
-    assert (own["n"], own["data"]["path"], own["data"]["resize"]) == (3, str(place / "own"), 24)
-    assert (generated["n"], generated["data"]["name"], generated["data"]["resize"]) == (4, "generated", None)
-
-
 def write_clips(folder, counts):
     """Animations of 9 frames, of one class, in each split."""
     for split, count in counts.items():
@@ -351,10 +350,8 @@ def write_clips(folder, counts):
 @pytest.mark.slow
 def test_official_clips_are_10000_of_the_training_split(files, place, monkeypatch):
     write_clips(place / "clips", {"train": 5, "test": 3})
-    for protocol in ("clean", "official"):
-        call("reconstruction", "--ckpt", files["clips"], "--data-path", "clips", "--metrics", "psnr",
-             "--protocol", protocol)
-    clean, official = results()
+    clean, official = [reconstruct(files["clips"], "--data-path", "clips", "--metrics", "psnr", "--protocol",
+                                   protocol) for protocol in ("clean", "official")]
     assert (clean["n"], clean["data"]["crop"]) == (3, "center")
     assert (official["n"], official["data"]["crop"]) == (10, "random")                 # five clips twice
     assert official["data"]["split"] == "train" and values(clean) != values(official)
@@ -373,17 +370,14 @@ def test_a_broken_sample_is_left_out_and_counted(files, place, capfd):
     for i in range(120):
         content = b"GIF89a, cut" if i == chosen[2] else (folder / "000.gif").read_bytes()
         (folder / f"{i:03d}.gif").write_bytes(content)
-    for size in (2, 3):
-        call("reconstruction", "--ckpt", files["clips"], "--data-path", "clips", "--batch-size", size,
-             "--metrics", "psnr", "usage", "--max-samples", 6)
-    first, second = results()
+    first, second = [reconstruct(files["clips"], "--data-path", "clips", "--batch-size", size, "--metrics",
+                                 "psnr", "usage", "--max-samples", 6) for size in (2, 3)]
     assert (first["n"], first["data"]["n"]) == (5, 6) and "broken clip skipped" in capfd.readouterr().err
     # Convolutions of another batch size add in another order, which may tip a pixel to the next level.
     assert values(first) == pytest.approx(values(second), rel=1e-6)
     for i in chosen[:2]:
         (folder / f"{i:03d}.gif").write_bytes(b"GIF89a, cut")
-    with pytest.raises(runtime.UserError, match="more than 1 %"):
-        call("reconstruction", "--ckpt", files["clips"], "--data-path", "clips", "--metrics", "psnr")
+    refused("more than 1 %", reconstruct, files["clips"], "--data-path", "clips", "--metrics", "psnr")
 
 
 def test_tokens_tell_apart_without_a_network_and_say_what_real_ones_have(files, place, monkeypatch):
@@ -418,19 +412,16 @@ def test_tokens_tell_apart_without_a_network_and_say_what_real_ones_have(files, 
 
 def test_tokens_of_clips_and_of_unnamed_models(files, place):
     write_samples("clips.npz", 4, (9, 32, 32))
-    with pytest.raises(runtime.UserError, match="no AR model"):
-        call("generation", "--samples", "clips.npz", "--metrics", "tokens")
-    with pytest.raises(ValueError) as error:                           # clips for a tokenizer of images
-        call("generation", "--samples", "clips.npz", "--metrics", "tokens", "--ckpt", files["ar"])
-    assert "\n" not in str(error.value)
+    flags = ("clips.npz", "--metrics", "tokens")
+    refused("no AR model", generate, *flags)
+    refused("image|clip", generate, *flags, "--ckpt", files["ar"], kind=ValueError)
     stored = torch.load(files["ar"])
     clips = torch.load(files["clips"])
     inner = {name: clips[name] for name in ("format", "config", "model")}
     config = {**stored["config"], "grid": (5, 16, 16)}
     model = ar_model.ARModel(ar_model.ARConfig(**config))
     torch.save({**stored, "config": config, "model": model.state_dict(), "first_stage": inner}, "ar.pt")
-    call("generation", "--samples", "clips.npz", "--metrics", "tokens", "--ckpt", "ar.pt")
-    assert 0 < values(results()[0])["tokens"] <= 1
+    assert 0 < values(generate(*flags, "--ckpt", "ar.pt"))["tokens"] <= 1
 
 
 @pytest.mark.slow
@@ -439,25 +430,20 @@ def test_tokens_of_clips_and_of_unnamed_models(files, place):
 def test_only_the_metrics_asked_for_are_measured(place, asked):
     write_samples("samples.npz", 5)
     write_samples("reference.npz", 6, seed=1)
-    call("generation", "--samples", "samples.npz", "--reference", "reference.npz", "--metrics", *asked,
-         *RANDOM)
-    assert values(results()[0]).keys() == set(asked)
-    with pytest.raises(runtime.UserError, match="fid, sfid.* and tokens are for what samples.npz holds"):
-        call("generation", "--samples", "samples.npz", "--metrics", "fvd", *RANDOM)
+    result = generate("samples.npz", "--reference", "reference.npz", "--metrics", *asked)
+    assert values(result).keys() == set(asked)
 
 
 @pytest.mark.slow
 def test_any_path_can_be_measured(files, place, monkeypatch):
     long = "a" * 240
     for folder in ("here", long, "späße & co"):
-        pathlib.Path(folder).mkdir()
-        for i in range(4):
-            Image.new("RGB", (16, 16), (60 * i, 0, 0)).save(f"{folder}/{i}.png")
+        write_images(folder, 4)
     for folder in (long, "späße & co", "here/."):
-        call("generation", "--samples", folder, "--metrics", "fid", *RANDOM)
+        generate(folder, "--metrics", "fid")
     monkeypatch.chdir("here")
-    call("generation", "--samples", ".", "--metrics", "fid", *RANDOM)
-    call("reconstruction", "--ckpt", files["images"], "--data-path", ".", "--metrics", "psnr")
+    generate(".", "--metrics", "fid")
+    reconstruct(files["images"], "--data-path", ".", "--metrics", "psnr")
     assert len(results()) == 2 and len(results("../runs/evaluation")) == 3
     assert "generation-here-" in str(list(pathlib.Path("runs/evaluation").glob("*.json")))
 
@@ -465,27 +451,27 @@ def test_any_path_can_be_measured(files, place, monkeypatch):
 @pytest.mark.slow
 def test_samples_are_at_distance_0_from_themselves(place, capsys):
     write_samples("same.npz", 6)
-    call("generation", "--samples", "same.npz", "--reference", "same.npz", *RANDOM)
-    measured = values(results()[0])
+    result = generate("same.npz", "--reference", "same.npz")
+    measured = values(result)
     assert 0 <= measured["fid"] < 1e-9 and 0 <= measured["sfid"] < 1e-9 and measured["mind"] < 1e-9
     assert measured["kid"] < 0                    # unbiased: an image does not count as its own neighbour
     assert measured["precision"] == measured["recall"] == 1 and measured["inception_score"] >= 1
-    assert {entry["label"] for entry in results()[0]["metrics"].values()} == {LABEL}
+    assert {entry["label"] for entry in result["metrics"].values()} == {LABEL}
     printed = capsys.readouterr().out
     assert "of 50,000 samples, these are of 6" in printed and "biased upwards" in printed and LABEL in printed
     write_samples("other.npz", 5, seed=1)
-    call("generation", "--samples", "same.npz", "--reference", "other.npz", "--protocol", "official", *RANDOM)
+    result = generate("same.npz", "--reference", "other.npz", "--protocol", "official")
     assert "6 samples are compared with 5 real ones" in capsys.readouterr().out
-    assert "fp16" in results()[1]["metrics"]["recall"]["measured_on"]
+    assert "fp16" in result["metrics"]["recall"]["measured_on"]
 
 
 @pytest.mark.slow
 def test_a_reference_is_made_once_and_has_adms_format(place, monkeypatch):
-    flags = ("make-reference", "--image-size", 32, "--split", "val", "--max-samples")
-    call(*flags, 5, *RANDOM)
+    flags = ("make-reference", "--image-size", 32, "--split", "val", *RANDOM, "--max-samples")
+    call(*flags, 5)
     path, = pathlib.Path("runs/evaluation/references").glob("*.npz")
     written = path.stat().st_mtime_ns
-    call(*flags, 5, *RANDOM)
+    call(*flags, 5)
     assert path.stat().st_mtime_ns == written
     with np.load(path) as file:
         arrays = dict(file)
@@ -494,26 +480,22 @@ def test_a_reference_is_made_once_and_has_adms_format(place, monkeypatch):
     # The same images as samples: at distance 0 from the statistics, and from those made of arr_0.
     np.savez("plain.npz", arrays["arr_0"])
     for reference in (path, "plain.npz"):
-        call("generation", "--samples", "plain.npz", "--reference", reference, *RANDOM)
-        assert abs(values(results()[-1])["fid"]) < 1e-9
-    call(*flags, 4, "--reference", "own.npz", *RANDOM)
-    with pytest.raises(runtime.UserError, match="own.npz exists.*n: 4 there, 5 here"):
-        call(*flags, 5, "--reference", "own.npz", *RANDOM)
+        assert abs(values(generate("plain.npz", "--reference", reference))["fid"]) < 1e-9
+    call(*flags, 4, "--reference", "own.npz")
+    refused("own.npz exists.*n: 4 there, 5 here", call, *flags, 5, "--reference", "own.npz")
     load = checkpoints.load_network
     monkeypatch.setattr(checkpoints, "load_network", lambda *more: (load(*more)[0], "6726825d"))
-    with pytest.raises(runtime.UserError, match="other Inception weights"):
-        call("generation", "--samples", "plain.npz", "--reference", "own.npz", *RANDOM)
+    refused("other Inception weights", generate, "plain.npz", "--reference", "own.npz")
     mean = np.full(2048, 1e3)                     # with real weights, statistics that ADM stores count
     np.savez("adm.npz", **{key: arrays[key] for key in ("arr_0", "sigma", "mu_s", "sigma_s")}, mu=mean)
-    call("generation", "--samples", "plain.npz", "--reference", "adm.npz", *RANDOM)
-    assert values(results()[-1])["fid"] > 1e8 and values(results()[-1])["precision"] == 1
+    measured = values(generate("plain.npz", "--reference", "adm.npz"))
+    assert measured["fid"] > 1e8 and measured["precision"] == 1
 
 
 def test_fvd_is_the_distance_from_as_many_real_clips(place):
     drawn = write_samples("runs-clips.npz", 7, (9, 32, 32))
     pathlib.Path("runs-clips.json").write_text('{"cfg_scale": 2}')
-    call("generation", "--samples", "runs-clips.npz", "--protocol", "official", *RANDOM)
-    result, = results()
+    result = generate("runs-clips.npz", "--protocol", "official")
     dataset = data.build_dataset(None, "train", data.View(32, 9))
     real = torch.stack([dataset[k][0] for k in data.evenly_spaced(7, 10_000)])
     with torch.no_grad():
@@ -526,26 +508,22 @@ def test_fvd_is_the_distance_from_as_many_real_clips(place):
 
 @pytest.mark.slow
 def test_samples_drawn_here_measure_like_those_of_sample(files, place):
-    how = ("--ckpt", files["ar"], "--cfg-scale", 1.5, 3, "--top-k", 20, "--global-seed", 5, "--batch-size", 4)
-    sample.main(sample.get_args([*map(str, how), "--num-fid-samples", "10", "--output", "samples.npz"]))
+    how = ("--ckpt", files["ar"], "--cfg-scale", 1.5, 3, "--top-k", 20, "--global-seed", 5)
+    helpers.call(sample, *how, "--batch-size", 4, "--num-fid-samples", 10, "--output", "samples.npz")
     write_samples("reference.npz", 6, (16, 16))
-    common = ("--reference", "reference.npz", "--allow-random-weights")
-    call("generation", "--samples", "samples.npz", "--global-seed", 5, "--batch-size", 4, *common)
-    call("generation", *how, "--num-samples", 10, *common)
-    stored, drawn = results()
+    stored = generate("samples.npz", "--reference", "reference.npz", "--global-seed", 5)
+    call("generation", *how, "--num-samples", 10, "--reference", "reference.npz", *RANDOM)
+    drawn = results()[-1]
     assert values(drawn) == values(stored) and drawn["sampling"] == stored["sampling"]
     assert [setting["cfg_scale"] for setting in drawn["sampling"]["settings"]] == [1.5, 3]
 
 
 @pytest.mark.slow
 def test_without_flags_generation_takes_the_newest_npz_else_draws(files, place, monkeypatch):
-    with pytest.raises(runtime.UserError, match="no samples .* no AR model .* in runs/ar"):
-        call("generation", *RANDOM)
+    refused("no samples .* no AR model .* in runs/ar", call, "generation", *RANDOM)
     monkeypatch.chdir(files["ar"].parents[2])
     call("generation", "--num-samples", 5, *RANDOM, "--output", place)
     call("generation", *RANDOM, "--output", place)
-    with pytest.raises(runtime.UserError, match="--samples x.npz is drawn already, without --ckpt, --top-p"):
-        call("generation", "--samples", "x.npz", "--ckpt", "some.pt", "--top-p", 0.9, *RANDOM)
     drawn, newest = results(place)
     assert drawn["n"] == newest["n"] == 5 and drawn["samples"] == newest["samples"]
     assert drawn["sampling"]["checkpoint"]["path"].endswith(files["ar"].name)
@@ -558,11 +536,11 @@ def test_a_folder_and_an_npz_give_the_same_numbers(place):
     pathlib.Path("folder").mkdir()
     for i, image in enumerate(pixels):
         Image.fromarray(image).save(f"folder/{i}.png")
-    for path in ("samples.npz", "packed.npz", "folder"):
-        call("generation", "--samples", path, "--reference", "samples.npz", *RANDOM)
-    assert values(results()[0]) == values(results()[1]) == values(results()[2])
-    assert isinstance(evaluate.read_npz("samples.npz")["arr_0"], np.memmap)
-    assert np.array_equal(evaluate.read_npz("samples.npz")["arr_0"], evaluate.read_npz("packed.npz")["arr_0"])
+    stored, packed, folder = [values(generate(path, "--reference", "samples.npz"))
+                              for path in ("samples.npz", "packed.npz", "folder")]
+    assert stored == packed == folder
+    mapped, read = [evaluate.read_npz(path)["arr_0"] for path in ("samples.npz", "packed.npz")]
+    assert isinstance(mapped, np.memmap) and np.array_equal(mapped, read)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -581,60 +559,63 @@ def test_wrong_flags_of_reconstruction_are_one_line(files, place, monkeypatch, k
     def offline(*args, **kwargs):
         raise urllib.error.URLError("no network")
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    with pytest.raises(ValueError, match=words) as error:
-        call("reconstruction", "--ckpt", files[kind], *flags)
-    assert "\n" not in str(error.value)
+    refused(words, reconstruct, files[kind], *flags, kind=ValueError)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("samples, reference, words", [
-    ("float", "good", "float32.*uint8"), ("first", "good", "N, H, W, 3.*transpose"),
-    ("grey", "good", "4, 32, 32"), ("named", "good", "arr_0.*only images"),
-    ("few", "good", "3 samples.*four"),
-    ("cut", "good", "cut.*truncated"), ("none", "good", "none.npz does not exist"),
-    ("good", "none", "none.npz does not exist.*make-reference"),
-    ("good", "large", r"\(64, 64\).*\(32, 32\)"), ("good", "few", "more than 3 images"),
-    ("good", "statistics", "arr_0.*mu, sigma.*resize rule"), ("good", "cut", "cut.npz is truncated"),
-    ("short", None, "9 frames or more, not 8"), ("wide", None, "make square ones"),
-    ("clips", "good", r"images of \(32, 32\), not \(9, 32, 32\)"),
-    ("mixed", "good", r"mixes the sizes.*8, 8.*8, 9")])
-def test_wrong_samples_and_references_are_named(place, samples, reference, words):
+@pytest.fixture(scope="module")
+def wrong_files(tmp_path_factory):
+    """A folder of samples and references that have something wrong, each named after it, and good.npz."""
+    folder = tmp_path_factory.mktemp("wrong")
+    for name, shape in {"first": (4, 3, 32, 32), "grey": (4, 32, 32), "few": (3, 32, 32, 3),
+                        "good": (4, 32, 32, 3), "large": (4, 64, 64, 3), "short": (4, 8, 32, 32, 3),
+                        "wide": (4, 9, 32, 40, 3), "clips": (4, 9, 32, 32, 3)}.items():
+        np.savez(folder / f"{name}.npz", np.zeros(shape, np.uint8))
     good = np.zeros((4, 32, 32, 3), np.uint8)
-    shapes = {"first": (4, 3, 32, 32), "grey": (4, 32, 32), "few": (3, 32, 32, 3), "good": (4, 32, 32, 3),
-              "large": (4, 64, 64, 3), "short": (4, 8, 32, 32, 3), "wide": (4, 9, 32, 40, 3),
-              "clips": (4, 9, 32, 32, 3)}
-    for name, shape in shapes.items():
-        np.savez(f"{name}.npz", np.zeros(shape, np.uint8))
-    np.savez("float.npz", good.astype(np.float32))
-    np.savez("named.npz", images=good)
-    np.savez("statistics.npz", mu=np.zeros(2048), sigma=np.eye(2048))
-    pathlib.Path("cut.npz").write_bytes(pathlib.Path("good.npz").read_bytes()[:-200])
-    pathlib.Path("mixed").mkdir()
-    for size in (8, 9):
-        Image.new("RGB", (size, 8)).save(f"mixed/{size}.png")
-    flags = ("--reference", f"{reference}.npz") if reference else ()
-    with pytest.raises(ValueError, match=words) as error:
-        call("generation", "--samples", samples if samples == "mixed" else f"{samples}.npz", *flags, *RANDOM)
-    assert "\n" not in str(error.value) and not results()
+    np.savez(folder / "float.npz", good.astype(np.float32))
+    np.savez(folder / "named.npz", images=good)
+    np.savez(folder / "foreign.npz", arr_0=good, settings=np.array(3))
+    np.savez(folder / "statistics.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    (folder / "cut.npz").write_bytes((folder / "good.npz").read_bytes()[:-200])
+    for name, content in (("empty", b""), ("png", b"\x89PNG\r\n\x1a\n, cut"), ("gif", b"GIF89a, cut")):
+        write_images(folder / name, 5)
+        (folder / name / "3.png").write_bytes(content)
+    write_images(folder / "mixed", 4)
+    Image.new("RGB", (20, 21)).save(folder / "mixed" / "4.png")
+    return folder
+
+
+@pytest.mark.parametrize("samples, flags, words", [
+    ("float.npz", (), "float32.*uint8"), ("first.npz", (), "N, H, W, 3.*transpose"),
+    ("grey.npz", (), "4, 32, 32"), ("named.npz", (), "arr_0.*only images"),
+    ("few.npz", (), "3 samples.*four"),
+    ("cut.npz", (), "cut.*truncated"), ("none.npz", (), "none.npz does not exist"),
+    ("short.npz", (), "9 frames or more, not 8"), ("wide.npz", (), "make square ones"),
+    ("mixed", (), "mixes the sizes.*20, 20.*21, 20"),
+    *[(folder, (), f"{folder}/3.png is empty or no image") for folder in ("empty", "png", "gif")],
+    ("good.npz", ("--reference", "none.npz"), "none.npz does not exist.*make-reference"),
+    ("good.npz", ("--reference", "large.npz"), r"\(64, 64\).*\(32, 32\)"),
+    ("good.npz", ("--reference", "few.npz"), "more than 3 images"),
+    ("good.npz", ("--reference", "statistics.npz"), "arr_0.*mu, sigma.*resize rule"),
+    ("good.npz", ("--reference", "cut.npz"), "cut.npz is truncated"),
+    ("good.npz", ("--reference", "foreign.npz"), "foreign.npz is truncated or no npz file"),
+    ("clips.npz", ("--reference", "good.npz"), r"images of \(32, 32\), not \(9, 32, 32\)"),
+    ("good.npz", ("--metrics", "fvd"), "fid, sfid.* and tokens are for what good.npz holds"),
+    ("good.npz", ("--ckpt", "some.pt", "--top-p", 0.9),
+     "--samples good.npz is drawn already, without --ckpt, --top-p")])
+def test_wrong_samples_and_references_are_named(place, wrong_files, monkeypatch, samples, flags, words):
+    monkeypatch.chdir(wrong_files)
+    if not flags and samples not in ("short.npz", "wide.npz"):
+        flags = ("--reference", "good.npz")
+    refused(words, generate, samples, *flags, "--output", place, kind=ValueError)
+    assert not results(place)
 
 
 @pytest.mark.parametrize("metric, least", [("ssim", 7), ("lpips-alex", 32)])
 def test_an_image_that_is_too_small_is_named(files, place, metric, least):
-    for i, size in enumerate((40, least - 1, 40)):
-        Image.new("RGB", (40, size)).save(place / f"{i}.png")
-    with pytest.raises(runtime.UserError, match=f"1.png: --metrics {metric} needs {least} .*not {least - 1}"):
-        call("reconstruction", "--ckpt", files["images"], "--original-resolution", "--data-path", ".",
-             "--metrics", metric, *RANDOM)
-
-
-@pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n, cut", b"GIF89a, cut"])
-def test_a_broken_file_among_samples_is_named(place, content):
-    pathlib.Path("folder").mkdir()
-    for i in range(5):
-        Image.new("RGB", (16, 16)).save(f"folder/{i}.png")
-    pathlib.Path("folder/3.png").write_bytes(content)
-    with pytest.raises(runtime.UserError, match="folder/3.png is empty or no image"):
-        call("generation", "--samples", "folder", *RANDOM)
+    write_images(".", 3, (40, 40))
+    Image.new("RGB", (40, least - 1)).save("1.png")
+    refused(f"1.png: --metrics {metric} needs {least} .*not {least - 1}", reconstruct, files["images"],
+            "--original-resolution", "--data-path", ".", "--metrics", metric, *RANDOM)
 
 
 @pytest.mark.slow
@@ -642,28 +623,13 @@ def test_a_broken_file_among_samples_is_named(place, content):
 def test_torn_and_foreign_records_are_named_or_passed_over(place, capsys, text):
     write_samples("samples.npz", 4)
     pathlib.Path("samples.json").write_text(text, errors="surrogatepass")
-    with pytest.raises(runtime.UserError, match="samples.json is damaged"):
-        call("generation", "--samples", "samples.npz", *RANDOM)
+    refused("samples.json is damaged", generate, "samples.npz")
     pathlib.Path("samples.json").write_text('{"checkpoint": "model.pt"}')            # of another program
-    call("generation", "--samples", "samples.npz", "--metrics", "fid", *RANDOM)
+    generate("samples.npz", "--metrics", "fid")
     pathlib.Path("runs/evaluation/torn.json").write_text(text, errors="surrogatepass")
     pathlib.Path("runs/evaluation/foreign.json").write_text('{"metrics": {}, "date": "2025"}')
     call("table", 5)
     assert "not yet" in capsys.readouterr().out
-    np.savez("foreign.npz", arr_0=np.zeros((4, 32, 32, 3), np.uint8), settings=np.array(3))
-    with pytest.raises(runtime.UserError, match="foreign.npz is truncated or no npz file"):
-        call("generation", "--samples", "samples.npz", "--reference", "foreign.npz", *RANDOM)
-
-
-def test_tables_prefer_complete_results(place, capsys):
-    common = {"command": "reconstruction", "n": 50_000, "protocol": "clean", "networks": {},
-              "checkpoint": {"preset": "in1k-256"}, "data": {"path": "data/imagenet", "size": 256}}
-    every = {"rfid": {"value": 1.234}, "psnr": {"value": 22.01}, "usage": {"value": 1.0}}
-    runtime.write_json("runs/evaluation/one.json", {**common, "date": "2025-01-01", "metrics": every})
-    some = {"usage": {"value": 0.9}}
-    runtime.write_json("runs/evaluation/two.json", {**common, "date": "2026-01-01", "metrics": some})
-    call("table", 4)
-    assert "1.234 / 22.01 / 100.00%" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("number, rows, commands, some", [
@@ -706,12 +672,14 @@ def test_tables_1_and_2_say_what_presets_have(row):
     ({}, True), ({"protocol": "official"}, False), ({"networks": {"inception": LABEL}}, False),
     ({"data": {"path": "data/imagenet", "size": 128}}, False), ({"data": {"path": None, "size": 256}}, False),
     ({"checkpoint": {"preset": "toy"}}, False)])
-def test_tables_show_only_results_of_their_rows(place, capsys, changes, shown):
+def test_tables_show_complete_results_of_their_rows(place, capsys, changes, shown):
     result = {"command": "reconstruction", "n": 50_000, "protocol": "clean", "date": "2025-01-01",
               "data": {"path": "data/imagenet", "size": 256}, "networks": {"inception": "6726825d"},
               "checkpoint": {"preset": "in1k-256"}, **changes,
               "metrics": {"rfid": {"value": 1.234}, "psnr": {"value": 22.01}, "usage": {"value": 1.0}}}
     runtime.write_json("runs/evaluation/one.json", result)
+    newer = {**result, "date": "2026-01-01", "metrics": {"usage": {"value": 0.9}}}           # not complete
+    runtime.write_json("runs/evaluation/two.json", newer)
     call("table", 4)
     printed = capsys.readouterr().out
     assert ("1.234 / 22.01 / 100.00% (50000, clean)" in printed) == shown

@@ -16,7 +16,7 @@ import sample
 import tokenizer as tok
 import video
 from ar_model import ARModel, sampling_settings
-from helpers import call, error_line, published_ar_name, stored
+from helpers import call, error_line, published_ar_name, refused, stored
 from sample import How, Sampler, image_noise
 from test_ar_model import build, equal, random_tokens, shape, small_config          # noqa: F401, a fixture
 
@@ -111,8 +111,7 @@ def test_weights_that_are_not_finite_draw_nothing():
     model = build(small_config())
     with torch.no_grad():
         model.heads[1].weight[3] = math.nan
-    with pytest.raises(runtime.UserError, match="logits are not finite"):
-        fast(model, torch.tensor([0, 1]), sampling_settings(2))
+    refused("logits are not finite", fast, model, torch.tensor([0, 1]), sampling_settings(2))
 
 
 def test_buffers_are_allocated_once_and_as_large_as_needed():
@@ -181,8 +180,7 @@ def test_an_image_follows_its_own_seed_wherever_it_stands(shape, scale):
 
 def test_impossible_labels_and_guidance_are_user_errors():
     for label in (-1, 5):
-        with pytest.raises(runtime.UserError, match="--classes"):
-            fast(build(small_config()), torch.tensor([label]), sampling_settings(2))
+        refused("--classes", fast, build(small_config()), torch.tensor([label]), sampling_settings(2))
     fast(build(small_config()), torch.tensor([4]), sampling_settings(2))             # 4: no class
     with pytest.raises(runtime.UserError, match="--cfg-scale"):
         Sampler(build(small_config(num_classes=0)), 2, sampling_settings(2, cfg_scale=2.0))
@@ -290,8 +288,7 @@ def test_an_image_is_completed_below_its_kept_rows(tmp_path, saved):
     Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(tmp_path / "photo.png")
     flags = ["--ckpt", ckpt, "--keep", tmp_path / "photo.png", "--output", tmp_path / "a.png"]
     if len(checkpoints.load_ar(ckpt)[0].config.grid) == 3:
-        with pytest.raises(runtime.UserError, match="--keep completes images"):
-            call(sample, *flags[:4])
+        refused("--keep completes images", call, sample, *flags[:4])
         return
     call(sample, *flags, "--classes", "ant,cat")
     grid = np.asarray(Image.open(tmp_path / "a.png"))
@@ -299,15 +296,13 @@ def test_an_image_is_completed_below_its_kept_rows(tmp_path, saved):
     kept = grid[2:98, 100:196]
     assert (kept[:48] == grid[2:50, 2:98]).all() and (kept[48:] == 128).all()
     for more, message in ((["--rows", 99], "--rows 99"), (["--keep", ckpt], "cannot be read as an image")):
-        with pytest.raises(runtime.UserError, match=message):
-            call(sample, *flags, *more)
+        refused(message, call, sample, *flags, *more)
 
 
 @pytest.mark.slow
 def test_defaults_classes_and_files(tmp_path, saved, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(runtime.UserError, match="no AR model .*runs/ar"):
-        call(sample)
+    refused("no AR model .*runs/ar", call, sample)
     (tmp_path / "runs" / "ar").mkdir(parents=True)
     (tmp_path / "runs" / "ar" / "step-00000020.pt").symlink_to(saved[0])
     for flags in ([], ["--temperature", 0, "--mixed-precision", "bf16"], ["--raw-weights"]):
@@ -319,8 +314,7 @@ def test_defaults_classes_and_files(tmp_path, saved, monkeypatch):
     call(sample, "--ckpt", ckpt, "--num-fid-samples", 5, "--output", "a.npz")
     assert samples_of("a.npz").shape == (5, 16, 16, 3)
     for flags, message in ((["--classes", 0], "unconditional"), (["--cfg-scale", 2], "--cfg-scale")):
-        with pytest.raises(runtime.UserError, match=message):
-            call(sample, "--ckpt", ckpt, *flags, "--output", "b.png")
+        refused(message, call, sample, "--ckpt", ckpt, *flags, "--output", "b.png")
 
 
 @pytest.mark.slow
@@ -332,8 +326,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path, saved):
             (["--ckpt", other[0]], r"draws tokens of 128 codes on a grid \(.*\), but .* has 64 codes"),
             (["--ckpt", published], "AR.ckpt contains no whole tokenizer; .*--tokenizer"),
             (["--ckpt", published, "--tokenizer", own], "draws tokens of 1024 codes")):
-        with pytest.raises(runtime.UserError, match=message):
-            call(sample, *flags)
+        refused(message, call, sample, *flags)
     sample.load(sample.get_args(["--ckpt", str(ckpt), "--tokenizer", str(own)]))       # the right one
 
 
@@ -363,8 +356,7 @@ def test_classes_go_by_number_or_by_name():
     for word, names, message in (("crane", ["bird", "crane", "lift", "Crane"], r"the classes \[1, 3\]"),
                                  ("1000", imagenet, "'1000' is none of the 1000 classes"),
                                  ("retriever", imagenet, "'retriever' .* golden retriever")):
-        with pytest.raises(runtime.UserError, match=message):
-            sample.find_classes(word, names)
+        refused(message, sample.find_classes, word, names)
 
 
 @pytest.mark.parametrize("flags, message", [

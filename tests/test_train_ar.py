@@ -17,7 +17,7 @@ import runtime
 import tokenizer as tok
 import train_ar
 import video
-from helpers import call, error_line, logged, newest, stored
+from helpers import call, error_line, logged, newest, refused, stored
 
 # A model so small that a step takes milliseconds, for tokens of 4 x 4 and 3 + 3 bits.
 TINY = ["--split", 3, 3, "--width", 32, "--heads", 2, "--inter-blocks", 1, "--global-batch-size", 4,
@@ -145,8 +145,7 @@ def test_tokens_of_clips_come_in_t_y_x_order(tmp_path):
     assert newest(tmp_path / "b")["config"]["grid"] == (2, 2, 2)
     for flags, message in ((["--frames", 10], "frames 10"), (["--split-list", "a.txt"], "--val-split-list"),
                            (["--data-path", "generated", "--ten-crop"], "mirror|--ten-crop")):
-        with pytest.raises(ValueError, match=message):
-            train(tmp_path / "d", "--tokenizer", path, *flags)
+        refused(message, train, tmp_path / "d", "--tokenizer", path, *flags, kind=ValueError)
 
 
 @pytest.mark.slow
@@ -158,8 +157,7 @@ def test_broken_images_stay_missing_and_are_skipped(tmp_path):
     codes, header = tokens_in(tmp_path / "run")
     assert header["missing"] == [43] and (codes[43] == train_ar.MISSING).all() and codes[44].max() < 64
     (images / "train" / "bee" / "04.png").write_bytes(b"no image")
-    with pytest.raises(runtime.UserError, match="broken, more than 1 %"):
-        train(tmp_path / "other", *flags)
+    refused("broken, more than 1 %", train, tmp_path / "other", *flags)
     assert tokens_in(tmp_path / "other")[1]["missing"] is None           # not complete
 
 
@@ -175,8 +173,7 @@ def test_tokens_of_32_bits_are_stored_and_the_largest_is_not_missing(tmp_path, s
     log = logged(tmp_path / "run")
     assert log[1]["bits"] == pytest.approx(32) and math.isfinite(log[2]["val_loss"])
     assert (tmp_path / "run" / "samples-00000002.png").exists()          # drawn ids fit the tokenizer
-    with pytest.raises(ValueError, match="24 bits at most"):
-        train(tmp_path / "other", *flags, "--split", 25, 7)
+    refused("24 bits at most", train, tmp_path / "other", *flags, "--split", 25, 7, kind=ValueError)
 
 
 def test_damaged_codes_are_not_trained_on(tmp_path, stage1):
@@ -185,8 +182,7 @@ def test_damaged_codes_are_not_trained_on(tmp_path, stage1):
     codes = np.fromfile(tmp_path / "tokens.bin", np.int64)
     codes[:] = 64                                                        # of 2^6 codes, none has this number
     codes.tofile(tmp_path / "tokens.bin")
-    with pytest.raises(runtime.UserError, match="more than 1 %"):
-        train(tmp_path / "b", *flags)
+    refused("more than 1 %", train, tmp_path / "b", *flags)
 
 
 @pytest.mark.slow
@@ -208,14 +204,12 @@ def test_other_tokens_and_runs_are_refused_with_both_names(tmp_path, stage1):
             ("a", ["--resume", "--ema-decay", 0.9, "--weight-decay", 0], "ema_decay.*weight_decay"),
             ("a", ["--resume", "--tokenizer", other], "the tokenizer differs"),
             ("a", ["--resume", "--data-path", others], "the dataset differs")):
-        with pytest.raises(runtime.UserError, match=message):
-            train(tmp_path / folder, *flags, *more)
+        refused(message, train, tmp_path / folder, *flags, *more)
     moved = pathlib.Path(images).rename(tmp_path / "moved")              # the same images in another place
     train(tmp_path / "a", *flags, "--data-path", moved, "--resume", "--length", 2)
     moved.rename(images)
     tokens.write_bytes(tokens.read_bytes()[:-1])
-    with pytest.raises(runtime.UserError, match="tokens.*not what it claims to be"):
-        train(tmp_path / "d", *flags)
+    refused("tokens.*not what it claims to be", train, tmp_path / "d", *flags)
 
 
 # ---- training ---------------------------------------------------------------------------------------------
@@ -311,8 +305,7 @@ def test_every_training_flag_runs(tmp_path, stage1, flags):
 
 def test_no_flags_take_the_newest_tokenizer_and_its_data(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(runtime.UserError, match="no tokenizer .*runs/tokenizer"):
-        call(train_ar)
+    refused("no tokenizer .*runs/tokenizer", call, train_ar)
     pathlib.Path("runs/tokenizer").mkdir(parents=True)
     save_tokenizer("runs/tokenizer/step-00000001.pt", "nowhere")
     save_tokenizer("runs/tokenizer/step-00000002.pt", "generated-plain", bits=10, resolution=32)
@@ -344,5 +337,4 @@ def test_codes_must_be_a_power_of_two(tmp_path, stage1):
         if entries == 64:
             train(tmp_path / "run", *flags)
     assert "val_loss" not in logged(tmp_path / "run")[2]                 # a flat folder: nothing is held out
-    with pytest.raises(runtime.UserError, match="60 codes .*have 5.907"):
-        train(tmp_path / "other", *flags)
+    refused("60 codes .*have 5.907", train, tmp_path / "other", *flags)
