@@ -2,6 +2,7 @@
 # make demo-video  the same for clips: an image tokenizer, inflated to one of clips, and a transformer that draws clips
 # make test        install into .venv with the test tools, run all tests; make test-fast those of seconds
 # make report      one page of all that lies in runs/, to open in a browser: runs/report.html
+# make claims      the paper's claims on small models, three seeds each: hours; results/claims.md
 # make bench       time and memory of what this project claims to do fast
 # PYTHON picks the interpreter that makes .venv (3.10 or newer).
 
@@ -13,7 +14,7 @@ RUN := GOMP_SPINCOUNT=10000 $(VENV)/bin/python
 # Tests are many small runs: two at a time, one thread each; who has none left takes some of the other's.
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo demo-video report test test-fast bench clean
+.PHONY: demo demo-video report test test-fast claims bench clean
 
 demo: $(VENV)/installed
 	$(RUN) train_tokenizer.py --resume
@@ -39,6 +40,10 @@ test-fast: $(VENV)/tested
 
 report: $(VENV)/installed
 	$(RUN) pictures.py runs --output runs/report.html
+
+claims: $(VENV)/installed
+	$(VENV)/bin/python -m pip install --quiet --editable '.[curves]'
+	$(RUN) results/claims.py
 
 bench: $(VENV)/installed
 	$(RUN) tests/bench.py

@@ -122,6 +122,17 @@ def import_av():
     return av
 
 
+def import_pyplot():
+    """matplotlib.pyplot, set to draw into files: needed for curves only, and so not at the top."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise runtime.UserError("curves need matplotlib; install it with: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    return pyplot
+
+
 def write_video(path, frames, fps=25):
     """Write frames, uint8 array (T, H, W, 3), atomically, in the format of the suffix.
 
@@ -314,12 +325,7 @@ def main(args):
     """Draw one panel for each of `args.values`, with a line for each run that has logged it; or a report."""
     if args.output.endswith(".html"):
         return write_report(args)
-    try:
-        import matplotlib
-    except ImportError:
-        raise runtime.UserError("curves need matplotlib; install it with: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    pyplot = import_pyplot()
     runs = {pathlib.Path(path).name: read_metrics(path) for path in args.runs}
     known = sorted({name for curves in runs.values() for name in curves})
     require(known, f"{' '.join(args.runs)}: nothing is logged there yet")

@@ -38,6 +38,7 @@ MEASURE = ["evaluate.py reconstruction --ckpt {0}", "tests/judge.py {0}"]
 TRAIN_16 = TRAIN + "--channel-multipliers 1 1 2 "                # 16 tokens an image, for transformers
 TOKENS = "train_ar.py --length 1 --tokenizer {0} "                         # encodes 20,000 images, once
 TRAIN_AR = "train_ar.py --length 600 --tokenizer {0} --tokens {1.tokens} "
+TOKENS_DRAWN = "evaluate.py generation --metrics tokens --data-path generated-plain --samples {3.samples}"
 DRAW = ["sample.py --num-fid-samples 300 --ckpt {2} --cfg-scale ", "tests/judge.py {3.samples}"]
 
 LEVELS = {6: "8 8", 8: "4 8 8", 10: "4 4 8 8", 12: "8 8 8 8", 14: "4 8 8 8 8"}
@@ -87,8 +88,8 @@ CLAIMS = {
     "factorisation": Claim(
         "Section 2.3: sub-tokens, predicted one after the other, replace one large softmax.",
         settings(factorisation=SPLITS),
-        lambda row: [TRAIN_16 + BSQ.get(row["factorisation"], ""), TOKENS, TRAIN_AR + SPLITS[row["factorisation"]], DRAW[0] + "2",
-                     DRAW[1]],
+        lambda row: [TRAIN_16 + BSQ.get(row["factorisation"], ""), TOKENS,
+                     TRAIN_AR + SPLITS[row["factorisation"]], DRAW[0] + "2", DRAW[1]],
         ["val_bits", "agreement", "samples/s", "parameters"], "factorisation", None, model_size),
     "scaling": Claim(
         "Table 5: larger transformers have a lower loss.",
@@ -100,7 +101,7 @@ CLAIMS = {
         "Table 5's settings: guidance trades the variety of samples for their likeness to the class.",
         settings(guidance=(1, 1.5, 2, 3, 4, 6)),
         lambda row: [TRAIN_16, TOKENS, TRAIN_AR + SPLITS["5 + 5"], DRAW[0] + str(row["guidance"]), DRAW[1],
-                     "evaluate.py generation --metrics tokens --samples {3.samples} --data-path generated-plain"],
+                     TOKENS_DRAWN],
         ["agreement", "precision", "recall", "mind", "tokens", "tokens-real"], "guidance"),
     "memory": Claim(
         "The entropy cliff (arXiv 2605.06207): log2(N) / K tokens tell N training images apart.",
@@ -132,9 +133,8 @@ def missing(name, setting):
 
 # ---- 2. Runs -----------------------------------------------------------------------------------------------
 
-TRAINED = "--resume --results-dir {}"
-OUTPUT = {"train_tokenizer.py": TRAINED, "train_ar.py": TRAINED, "evaluate.py": "--output {}",
-          "sample.py": "--output {}/samples.npz",
+OUTPUT = {"train_tokenizer.py": "--resume --results-dir {}", "train_ar.py": "--resume --results-dir {}",
+          "evaluate.py": "--output {}", "sample.py": "--output {}/samples.npz",
           "tests/judge.py": "--classifier {0}/../classifier.pt --output {0}/judge.json"}
 
 
@@ -208,7 +208,7 @@ def get_args(argv=None):
     parser.add_argument("--seeds", type=runtime.positive_int, default=3, help="runs of each setting")
     parser.add_argument("--jobs", type=runtime.positive_int, default=os.cpu_count(), help="at once")
     parser.add_argument("--add", help="CSV of your own runs, to be drawn beside the stored ones")
-    parser.add_argument("--scale", type=runtime.bounded(float, 0), default=1.0, help="of lengths, for a trial")
+    parser.add_argument("--scale", type=runtime.bounded(float, 0), default=1, help="of lengths: for a trial")
     parser.add_argument("--runs-dir", default="runs/claims", help="for checkpoints and logs")
     parser.add_argument("--csv-dir", default="results", help="for CSVs and claims.md")
     parser.add_argument("--figures-dir", default="assets/claims", help="for figures")
@@ -217,11 +217,7 @@ def get_args(argv=None):
 
 def main(args):
     """Run what has no row yet, then draw everything that has rows."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise runtime.UserError("figures need matplotlib; install it with: pip install matplotlib") from None
-    matplotlib.use("Agg")
+    pictures.import_pyplot()                                          # missing after hours would be a pity
     os.chdir(ROOT)
     paths = {name: pathlib.Path(args.csv_dir) / f"{name}.csv" for name in CLAIMS}
     locks = collections.defaultdict(threading.Lock)

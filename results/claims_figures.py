@@ -4,6 +4,7 @@ import csv
 import numpy as np
 
 import checkpoints
+import pictures
 import runtime
 
 
@@ -47,7 +48,7 @@ def read_rows(claim, path):
     whole, _, _ = path.read_text().rpartition("\n")
     header, *lines = csv.reader(whole.splitlines() or [",".join(columns(claim))])
     runtime.require(header == columns(claim), f"{path}: its columns are not "
-                    f"{', '.join(columns(claim))}; it is of another claim, or of another version: move it away")
+                    f"{', '.join(columns(claim))}; it is of another claim or version: move it away")
     return [dict(zip(header, line)) for line in lines]
 
 
@@ -90,7 +91,7 @@ def table(name, claim, rows):
 def draw(claim, sources, path):
     """Write a claim's figure: a panel for each figure, whiskers of one deviation; dots for the stored rows in
     `sources`, crosses for the reader's own."""
-    from matplotlib import pyplot
+    pyplot = pictures.import_pyplot()
     names = list(claim.settings[0])
     numbers = claim.x in claim.figures or isinstance(claim.settings[0][claim.x], (int, float))
     shown = [figure for figure in claim.figures if figure not in (claim.x, "flops")]

@@ -5,9 +5,9 @@
     python tests/judge.py runs/tokenizer/step-00001200.pt  # what a tokenizer leaves of held-out samples
 
 It learns the ten shapes of `generated-plain`, or for clips the ten motions of the generated clips, in under
-two minutes, and says how many of the samples it agrees on: number n should be of class n mod 10. How good it is
-itself, on held-out data, is printed beside. Its last features (128 a sample) also serve where others take
-Inception's, so that distances of sets can be had without a download; they compare with nothing but themselves.
+two minutes, and says how many of the samples it agrees on: number n should be of class n mod 10. How good it
+is itself, on held-out data, is printed beside. Its last features (128 a sample) also serve where others take
+Inception's: distances of sets without a download, which compare with nothing but themselves.
 """
 import pathlib
 import sys
@@ -100,7 +100,7 @@ def compare(net, real, labels, samples, wanted):
             "frechet": metrics.frechet_distance(*moments[0].mean_and_covariance(),
                                                 *moments[1].mean_and_covariance()),
             "mind": metrics.mind(*sets), "precision": precision, "recall": recall,
-            "sharpness": float(edges[1] / edges[0])}                  # steps between neighbours: 1 is as sharp
+            "sharpness": float(edges[1] / edges[0])}              # steps between neighbours: 1 is as sharp
 
 
 def trained(args, dataset):
@@ -148,8 +148,9 @@ def main(args):
     print(f"samples: {found['agreement']:.0%} of {count} are of the class asked for (chance 10 %)")
     right = (net.classes(samples) == wanted).float()
     print(", ".join(f"{name} {right[wanted == label].mean():.0%}" for label, name in enumerate(val.classes)))
-    print(f"in its features, against as many held-out {val.kind}s: Frechet distance {found['frechet']:.3f}, MIND "
-          f"{found['mind']:.3f}, precision {found['precision']:.2f}, recall {found['recall']:.2f}")
+    print(f"in its features, against as many held-out {val.kind}s: "
+          f"Frechet distance {found['frechet']:.3f}, MIND {found['mind']:.3f}, "
+          f"precision {found['precision']:.2f}, recall {found['recall']:.2f}")
     if args.output:
         runtime.write_json(args.output, found)
 
@@ -157,7 +158,7 @@ def main(args):
 def get_args(argv=None):
     """Parse the command line."""
     parser = runtime.ArgumentParser(__doc__)
-    parser.add_argument("samples", help="npz of sample.py --num-fid-samples, or a tokenizer, of generated data")
+    parser.add_argument("samples", help="npz of sample.py --num-fid-samples, or a tokenizer")
     parser.add_argument("--num-samples", type=runtime.positive_int, default=500, help="of both sets, at most")
     parser.add_argument("--steps", type=runtime.positive_int, default=400, help="to train the classifier")
     parser.add_argument("--classifier", help="file to keep the classifier in, or to take it from")

@@ -153,7 +153,7 @@ def commands(text):
     found = []
     for line in lines:
         words = shlex.split(line.replace("$(", "(").replace("...", ""), comments=True)
-        at = [k for k, word in enumerate(words) if re.fullmatch(r"(tests/)?[a-z_]+\.py", word)]
+        at = [k for k, word in enumerate(words) if re.fullmatch(r"((tests|results)/)?[a-z_]+\.py", word)]
         if at and (at[0] > 0 or len(words) > 1):                       # not a file's name alone
             found.append((words[at[0]], words[at[0] + 1:]))
     return found
@@ -186,7 +186,7 @@ def known(monkeypatch):
         parsers.append(parser)
         made(parser, *values, **options)
     monkeypatch.setattr(runtime.ArgumentParser, "__init__", make)
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")]:
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py"), *ROOT.glob("results/*.py")]:
         if "\ndef get_args(" in path.read_text():
             with contextlib.suppress(SystemExit):
                 parser_of(path).get_args(["--help"])

@@ -30,17 +30,17 @@ def judged(classify, path, count, *flags):
     call(sample, "--ckpt", path, "--num-fid-samples", count, *flags)
     with np.load(flags[-1]) as file:
         images = torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2)
-    return judge.agreement(classify, images, torch.arange(count) % 10)
+    return judge.agreement(classifier, images, torch.arange(count) % 10)
 
 
 def test_samples_are_of_the_class_asked_for(trained, tmp_path):
-    classify = judge.learn_classes(data.build_dataset("generated-plain", "train", data.View(SIDE)), steps=250)
+    classifier = judge.learn_classes(data.build_dataset("generated-plain", "train", data.View(SIDE)), steps=250)
     held_out = data.build_dataset("generated-plain", "val", data.View(SIDE))
     images, labels, _ = next(iter(data.eval_batches(held_out, range(200), 200)))
-    assert judge.agreement(classify, images, labels) > 0.9
+    assert judge.agreement(classifier, images, labels) > 0.9
     assert judged(classify, trained, 200, "--cfg-scale", 2, "--output", tmp_path / "a.npz") > 0.25
 
 
 def test_the_weights_beside_the_code_draw_what_is_asked_for(tmp_path):
-    classify = judge.learn_classes(data.build_dataset("generated-plain", "train", data.View(32)), steps=150)
+    classifier = judge.learn_classes(data.build_dataset("generated-plain", "train", data.View(32)), steps=150)
     assert judged(classify, ROOT / "assets" / "toy.pt", 100, "--output", tmp_path / "a.npz") >= 0.9

@@ -1,0 +1,105 @@
+"""The claims: their commands exist, a CSV is continued where it ends, and figures need nothing but it."""
+import importlib
+import pathlib
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import claims
+import claims_figures
+import runtime
+from helpers import ROOT, call
+
+STORED = [name for name in claims.CLAIMS if (ROOT / "results" / f"{name}.csv").exists()]
+
+
+class Named(claims.Done):
+    """What a command would leave, without it."""
+
+    def __format__(self, _):
+        return "a.pt"
+
+
+@pytest.mark.parametrize("name", claims.CLAIMS)
+def test_commands_of_claims_are_understood(name):
+    for setting in claims.CLAIMS[name].settings:
+        for command in claims.CLAIMS[name].commands(setting):
+            script, *words = command.format(*[Named(ROOT)] * 5).split()
+            words += claims.OUTPUT[script].format("a").split()
+            importlib.import_module(pathlib.Path(script).stem).get_args(words)
+
+
+def test_an_interrupted_csv_is_continued(tmp_path, monkeypatch):
+    measured = []
+
+    def measure(name, setting, seed, *_):
+        measured.append((setting["size"], seed))
+        return {**setting, "seed": seed, "psnr": "20.5", "seconds": 1, "version": "1"}
+
+    monkeypatch.setattr(claims, "measure", measure)
+    flags = ("resolution", "--seeds", 2, "--jobs", 1, "--csv-dir", tmp_path, "--figures-dir", tmp_path)
+    call(claims, *flags)
+    assert len(measured) == 6
+    path = tmp_path / "resolution.csv"
+    path.write_text(path.read_text()[:-7])                                # the last line, cut off
+    call(claims, *flags)
+    assert measured[6:] == [("64, trained there", 1)]
+    assert len(path.read_text().splitlines()) == 7
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_figures_come_from_the_stored_csv_alone(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(claims, "measure", None)
+    own = tmp_path / f"{name}.csv"
+    own.write_text((ROOT / "results" / f"{name}.csv").read_text())
+    call(claims, "draw", "--csv-dir", tmp_path, "--figures-dir", tmp_path)
+    stored = np.asarray(Image.open(tmp_path / f"{name}.png"))
+    assert stored.std() > 10
+    call(claims, "draw", "--csv-dir", tmp_path, "--figures-dir", tmp_path, "--add", own)
+    assert (np.asarray(Image.open(tmp_path / f"{name}.png")) != stored).any()
+    assert f"## {name}" in (tmp_path / "claims.md").read_text()
+
+
+def test_a_foreign_csv_is_refused_and_kept(tmp_path):
+    (tmp_path / "codebook.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(runtime.UserError, match="codebook.csv: its columns are not"):
+        call(claims, "draw", "--csv-dir", tmp_path, "--figures-dir", tmp_path)
+    assert (tmp_path / "codebook.csv").read_text() == "a,b\n1,2\n"
+
+
+def test_prefixes_tell_images_apart(tmp_path):
+    codes = np.zeros((1003, 16), "<i8")
+    codes[1, 3:] = 1                                                      # tokens 0, 1, 2 are shared
+    codes[2] = 2
+    codes[3:, 5:] = 7                                                     # new ones share five with the first
+    codes.tofile(tmp_path / "tokens.bin")
+    found = claims_figures.prefixes({"bits": 10, "images": 3}, [None, claims.Done(tmp_path)])
+    assert found["tokens needed"] == pytest.approx((4 + 4 + 1) / 3) and found["tokens shared"] == 5
+
+
+@pytest.mark.slow
+def test_a_claim_runs_from_commands_to_a_row(tmp_path, monkeypatch):
+    claim = claims.CLAIMS["resolution"]
+    monkeypatch.setitem(claims.CLAIMS, "resolution", claim._replace(settings=claim.settings[1:2]))
+    flags = ("resolution", "--seeds", 1, "--scale", 0.02, "--runs-dir", tmp_path, "--csv-dir", tmp_path,
+             "--figures-dir", tmp_path)
+    call(claims, *flags)
+    (row,) = claims_figures.read_rows(claim, tmp_path / "resolution.csv")
+    assert row["size"] == "64, without training" and 3 < float(row["psnr"]) < 30 and float(row["seconds"]) > 1
+    finished = [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("*/finished.json"))]
+    (tmp_path / "resolution.csv").unlink()
+    call(claims, *flags)                                                  # runs are not done again
+    assert finished == [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("*/finished.json"))]
+
+
+@pytest.mark.parametrize("path", ["README.md", "results/README.md"])
+def test_sentences_quote_the_means_of_the_csvs(path):
+    quoted = re.findall(r"([\d.]+)[^\d<]*<!-- (\w+): ([^;]+); (\S+) -->", (ROOT / path).read_text())
+    assert quoted
+    for number, name, setting, figure in quoted:
+        claim = claims.CLAIMS[name]
+        means = claims_figures.means(claim, claims_figures.read_rows(claim, ROOT / "results" / f"{name}.csv"))
+        digits = len(number.partition(".")[2])
+        assert round(means[tuple(setting.split(" / "))][figure][0], digits) == float(number), (name, setting)
