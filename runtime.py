@@ -538,7 +538,8 @@ def describe_cost(networks, loss, bytes_a_parameter, args):
         for p in fake.parameters():
             kept.pop(p.untyped_storage()._cdata, None)
     activations = sum(storage.nbytes() for storage in kept.values())
-    return (f"{(state + activations) / 2 ** 30:.3g} GiB a rank, {activations / 2 ** 30:.3g} of them activations; "
+    gib = 2 ** 30
+    return (f"{(state + activations) / gib:.3g} GiB a rank, {activations / gib:.3g} of them activations; "
             f"{flops / 1e12:.3g} TFLOP a step, {flops / 4e14:.2g} s at 40 % of an H100's peak in bf16")
 
 

@@ -1,11 +1,11 @@
 """Ask a GPU whether it computes what the CPU does, and how fast it is:
 
-    python tests/gpu.py                           # 15 minutes; exit status 1 where a result is wrong, 2 without GPU
+    python tests/gpu.py             # 15 minutes; exit status 1 where a result is wrong, 2 without a GPU
     python tests/gpu.py --skip-figures            # equal results only, 3 minutes
     python tests/gpu.py --device cpu --tiny       # tries this script itself out
 
-Weights are random. fp32 results may differ from the CPU's by 1e-4 of the largest value. The floors beside the figures
-were counted for an H100 or H200, from what must be computed and read: below them, something is not as designed.
+Weights are random. fp32 results may differ from the CPU's by 1e-4 of the largest value. The floors beside the
+figures are estimates for an H100 or H200, about half of what computing and reading memory would allow.
 """
 import copy
 import dataclasses
@@ -21,7 +21,6 @@ import torch                                                               # noq
 import torch.distributed as dist                                           # noqa: E402
 
 import ar_model                                                            # noqa: E402
-import checkpoints                                                         # noqa: E402
 import helpers                                                             # noqa: E402
 import metrics                                                             # noqa: E402
 import runtime                                                             # noqa: E402
@@ -33,7 +32,7 @@ import video                                                               # noq
 
 CPU = torch.device("cpu")
 SMALL = ["--image-size", 16, "--bits", 6, "--blocks", 1, "--global-batch-size", 4, "--gan-weight", 0.1,
-         "--discriminator", "blurpool", "--length", 6, "--checkpoint-every", 3, "--log-every", 1, "--lr", 1e-4]
+         "--discriminator", "blurpool", "--length", 6, "--checkpoint-every", 3, "--lr", 1e-4]
 
 
 # ---- 1. Equal results -------------------------------------------------------------------------------------
@@ -48,15 +47,17 @@ def difference(a, b):
 
 def stage_one(preset):
     """(networks, function of them and a batch to the objective) of a step of stage I, without LPIPS."""
+    critic = "patchgan-3d" if preset in video.PRESETS else "blurpool"
     flags = train_tokenizer.get_args(["--preset", preset, "--perceptual-weight", "0", "--gan-weight", "0.1",
-                                      "--discriminator", "patchgan-3d" if preset in video.PRESETS else "blurpool"])
+                                      "--discriminator", critic])
     model, critic, _ = train_tokenizer.build_networks(flags, CPU)
 
     def loss(networks, x):
         model, critic = networks
         x_hat, z, q, _ = model(x)
         terms, _ = model.quantizer.losses(z, q, flags.tau, 0.0, None)
-        return (sum(terms.values()) + (x - x_hat).abs().mean() + train_tokenizer.hinge_loss(critic(x), critic(x_hat)))
+        judged = train_tokenizer.hinge_loss(critic(x), critic(x_hat))
+        return sum(terms.values()) + (x - x_hat).abs().mean() + judged
     return torch.nn.ModuleList([model, critic]), loss
 
 
@@ -65,15 +66,15 @@ def stage_two(config):
     def loss(networks, ids):
         subtokens = ar_model.ids_to_subtokens(ids, config.bits)
         return networks[0](subtokens, ids[:, 0] % config.num_classes, return_loss=True)[0]
-    model = ar_model.ARModel(dataclasses.replace(config, token_dropout=0.0, attention_dropout=0.0, ffn_dropout=0.0,
-                                                 label_dropout=0.0))
+    model = ar_model.ARModel(dataclasses.replace(config, token_dropout=0.0, attention_dropout=0.0,
+                                                 ffn_dropout=0.0, label_dropout=0.0))
     for head in model.heads:
         torch.nn.init.normal_(head.weight, std=0.02)
     return torch.nn.ModuleList([model]), loss
 
 
 def gradients(networks, loss, batch, device, backend=None):
-    """The loss and all gradients on `device`; backend: the compiler's, of the regions that --compile compiles."""
+    """The loss and all gradients on `device`; backend: the compiler's, for what --compile compiles."""
     networks = copy.deepcopy(networks).to(device)
     regions = [*networks[1:], *[getattr(networks[0], name) for name in ("encoder", "decoder")
                                 if hasattr(networks[0], name)],
@@ -90,7 +91,8 @@ def compare_networks(device, tiny):
     for preset in ("toy", "toy-video") if tiny else ("toy", "toy-video", "in1k-128"):
         config = train_tokenizer.TOKENIZER_PRESETS[preset]
         networks, loss = stage_one(preset)
-        x = torch.rand(2, 3, *([5] if preset in video.PRESETS else []), config.resolution, config.resolution) * 2 - 1
+        frames = [5] if preset in video.PRESETS else []
+        x = torch.rand(2, 3, *frames, config.resolution, config.resolution) * 2 - 1
         there = copy.deepcopy(networks[0]).to(device)
         yield f"{preset}: z of the encoder", difference(there.encoder(x.to(device)), networks[0].encoder(x))
         ids = networks[0].encode(x)
@@ -150,7 +152,8 @@ def compare_two_ranks(device):
     context = torch.multiprocessing.get_context("spawn")
     queue = context.SimpleQueue()
     port = 20000 + time.time_ns() % 20000
-    spawned = torch.multiprocessing.spawn(two_ranks, (port, device, networks, loss_of_toy, batch, queue), 2, join=False)
+    arguments = port, device, networks, loss_of_toy, batch, queue
+    spawned = torch.multiprocessing.spawn(two_ranks, arguments, 2, join=False)
     found = [torch.from_numpy(gradient) for gradient in queue.get()]
     spawned.join()
     yield "gradients of two ranks on one device", difference(found, expected)
@@ -214,14 +217,16 @@ def sampling_figures(device, tiny):
 
 
 def training_figures(device, tiny):
-    """Yield (what, figure, floor) of training steps in bf16, and of their memory beside what --dry-run counts."""
+    """Yield (what, figure, floor) of training steps in bf16, and of their memory."""
     config = ar_model.PRESETS["toy" if tiny else "AR-B"]
-    ar_step = (*stage_two(config), torch.randint(2 ** sum(config.bits), (2 if tiny else 64, config.tokens)), 0 if tiny else 690)
+    ids = torch.randint(2 ** sum(config.bits), (2 if tiny else 64, config.tokens))
+    ar_step = (*stage_two(config), ids, 0 if tiny else 690)
     steps = {"toy" if tiny else "AR-B": ar_step}
     for preset, batch, floor in (("toy-video", 1, 0),) if tiny else (("in1k-256", 8, 120), ("ucf-128", 1, 6)):
         shape = train_tokenizer.TOKENIZER_PRESETS[preset]
         axes = [shape.frames] if hasattr(shape, "frames") else []
-        steps[preset] = (*stage_one(preset), torch.rand(batch, 3, *axes, shape.resolution, shape.resolution), floor)
+        x = torch.rand(batch, 3, *axes, shape.resolution, shape.resolution)
+        steps[preset] = (*stage_one(preset), x, floor)
     for name, (networks, loss, batch, floor) in steps.items():
         networks.to(device)
         batch = batch.to(device)
@@ -237,7 +242,8 @@ def training_figures(device, tiny):
         speed = len(batch) / seconds(step, device)
         yield f"training {name}: samples/s", speed, floor
         if name == "AR-B":
-            yield "training AR-B: MFU of an H100's bf16", speed * train_ar.flops_per_image(config) / 989e12, 0.3
+            flops = speed * train_ar.flops_per_image(config)
+            yield "training AR-B: MFU of an H100's bf16", flops / 989e12, 0.3
         yield f"training {name}, batch {len(batch)}: GiB", gib(device), 0
         networks.to("cpu")
 
@@ -249,7 +255,7 @@ def other_figures(device, tiny):
     def entropy():
         per_token, codebook = tokenizer.lfq_entropies(z)
         (per_token - codebook).backward()
-    yield f"entropy term, forward and backward, N = {len(z):,}: times a second", 1 / seconds(entropy, device), 50
+    yield f"entropy term and gradient, N = {len(z):,}: times a second", 1 / seconds(entropy, device), 50
     batch = 1 if tiny else 64
     with torch.no_grad():
         inception, i3d = metrics.FIDInception().eval().to(device), metrics.I3D().eval().to(device)
@@ -275,7 +281,8 @@ def main(args):
     for part in () if args.skip_figures else (sampling_figures, training_figures, other_figures):
         for name, figure, floor in part(device, args.tiny):
             below = device.type == "cuda" and figure < floor
-            print(f"{'BELOW' if below else '     '}  {figure:8.3g}  {name} (floor: {floor or 'none'})", flush=True)
+            verdict = "BELOW" if below else "     "
+            print(f"{verdict}  {figure:8.3g}  {name} (floor: {floor or 'none'})", flush=True)
     if wrong:
         raise SystemExit(1)
 

@@ -1,5 +1,5 @@
-"""Tests on the device of mock_gpu.py. test_devices.py runs them in a process of their own: a mock cannot be undone,
-and where there is one, torch's fake tensors cannot be of a GPU."""
+"""Tests on the device of mock_gpu.py. test_devices.py runs them in a process of their own: a mock cannot be
+undone, and where there is one, torch's fake tensors cannot be of a GPU."""
 import contextlib
 import dataclasses
 
@@ -69,7 +69,8 @@ def test_the_mock_refuses_what_a_gpu_refuses():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [
-    ["--image-size", 64, "--patch", 8, "--perceptual-weight", 1, "--adaptive-gan-weight", "--accumulation", 2],
+    ["--image-size", 64, "--patch", 8, "--perceptual-weight", 1, "--adaptive-gan-weight",
+     "--accumulation", 2],
     ["--quantizer", "bsq", "--groups", 2, "--upsampler", "nearest", "--downsampler", "average"],
     ["--quantizer", "vq", "--no-adaptive-norm"], ["--quantizer", "fsq"],
     ["--quantizer", "simvq", "--activation-checkpointing"], CLIPS],
@@ -117,8 +118,9 @@ def test_every_script_runs_on_its_device(tmp_path, mock, trained, monkeypatch, s
 
 def functions_of_metrics():
     """{name: (function, arguments)} of all that takes tensors."""
-    images = torch.randint(256, (2, 8, 3, 12, 12), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    x, y = torch.randn(2, 40, 6, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (2, 8, 3, 12, 12), dtype=torch.uint8, generator=generator)
+    x, y = torch.randn(2, 40, 6, generator=generator)
     counts = torch.tensor([[3, 0, 1], [2, 2, 0]])
     moments = metrics.Moments
 

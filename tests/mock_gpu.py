@@ -1,9 +1,9 @@
-"""A device that is not the CPU, for machines without one: it keeps and computes its tensors on the CPU, really.
+"""A device that is not the CPU, for machines without one; in truth, it computes on the CPU.
 
-Like a GPU it refuses to compute with tensors of both devices. So with `device("mock")`, whole scripts, backward
-passes and optimizers included, show each tensor that is made in the wrong place. `Graph` stands for
-torch.cuda.CUDAGraph: capturing computes nothing, and refuses what a CUDA graph cannot do; a replay repeats the
-operations of the capture on the very same memory, whatever has become of Python's variables.
+Like a GPU it refuses to compute with tensors of both devices. So with `device("mock")`, whole scripts,
+backward passes and optimizers included, show each tensor that is made in the wrong place. `Graph` stands for
+torch.cuda.CUDAGraph: capturing computes nothing, and refuses what a CUDA graph cannot do; a replay repeats
+the operations of the capture on the very same memory, whatever has become of Python's variables.
 """
 import contextlib
 
@@ -58,7 +58,7 @@ class Mock(TorchDispatchMode):
     """`with Mock():` tensors can be made on the device."""
 
     def __enter__(self):
-        torch._C._set_only_lift_cpu_tensors(True)           # torch.tensor(.., device=..): made here, then moved
+        torch._C._set_only_lift_cpu_tensors(True)           # torch.tensor: made here, then moved
         return super().__enter__()
 
     def __exit__(self, *error):
@@ -84,7 +84,6 @@ def compute(function, args, kwargs):
     if Graph.capturing:
         Graph.check(function, tensors, target)
     args, kwargs = tree_map(lambda x: x.inner if isinstance(x, OnMock) else x, (args, kwargs))
-    run = Graph.capturing.record if Graph.capturing else lambda function, args, kwargs: function(*args, **kwargs)
     if function is aten._fused_sdp_choice.default:
         return 0                                            # the attention that is made of other operators
 
@@ -92,7 +91,9 @@ def compute(function, args, kwargs):
         if not isinstance(x, torch.Tensor) or target.type == "cpu":
             return x
         return on_mock.get(id(x)) if id(x) in on_mock else OnMock(x)        # itself, if changed in place
-    return tree_map(wrapped, run(function, args, kwargs))
+    if Graph.capturing:
+        return tree_map(wrapped, Graph.capturing.record(function, args, kwargs))
+    return tree_map(wrapped, function(*args, **kwargs))
 
 
 class Graph:
@@ -128,8 +129,9 @@ class Graph:
         if any(result.alias_info for result in function._schema.returns):   # a view; or in place
             out = args[0] if function._schema.is_mutable else function(*args, **kwargs)
         else:
-            zeros = tree_map(lambda x: torch.zeros_like(x) if isinstance(x, torch.Tensor) else x, (args, kwargs))
-            out = function(*zeros[0], **zeros[1])
+            def empty(x):
+                return torch.zeros_like(x) if isinstance(x, torch.Tensor) else x
+            out = function(*tree_map(empty, args), **tree_map(empty, kwargs))
         self.calls.append((function, args, kwargs, out))
         return out
 

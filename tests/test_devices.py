@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from helpers import GOLDEN, ROOT, call, error_line, logged, newest, run_script
+from helpers import ROOT, call, error_line, logged, newest, run_script
 
 import ar_model
 import gpu
@@ -18,13 +18,14 @@ import tokenizer
 import train_ar
 import train_tokenizer
 
-IMAGES = ["--image-size", 16, "--blocks", 1, "--bits", 6, "--global-batch-size", 4, "--warmup", 0, "--log-every",
-          1, "--length", 2, "--lr", 1e-4, "--gan-weight", 0.1, "--discriminator", "blurpool", "--lecam-weight",
-          0.05, "--entropy-weight", 0.1]
+IMAGES = ["--image-size", 16, "--blocks", 1, "--bits", 6, "--global-batch-size", 4, "--warmup", 0,
+          "--log-every", 1, "--length", 2, "--lr", 1e-4, "--gan-weight", 0.1, "--discriminator", "blurpool",
+          "--lecam-weight", 0.05, "--entropy-weight", 0.1]
 CLIPS = ["--preset", "toy-video", *IMAGES, "--frames", 5, "--discriminator", "patchgan-3d"]
-AR = ["--split", 3, 3, "--width", 32, "--heads", 2, "--inter-blocks", 2, "--global-batch-size", 4, "--val-size",
-      4, "--length", 2, "--log-every", 1, "--warmup", 0, "--token-dropout", 0.1, "--online"]
-SHAPE = dataclasses.replace(ar_model.PRESETS["toy"], width=32, heads=2, inter_blocks=2, bits=(3, 4), grid=(3, 4))
+AR = ["--split", 3, 3, "--width", 32, "--heads", 2, "--inter-blocks", 2, "--global-batch-size", 4,
+      "--val-size", 4, "--length", 2, "--log-every", 1, "--warmup", 0, "--token-dropout", 0.1, "--online"]
+SHAPE = dataclasses.replace(ar_model.PRESETS["toy"], width=32, heads=2, inter_blocks=2, bits=(3, 4),
+                            grid=(3, 4))
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +41,10 @@ def trained(tmp_path_factory):
 # ---- no tensor is made on the wrong device, and graphs draw the same -------------------------------------
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chosen", ["stage_one", "every_script or stage_two", "not stage and not every_script"])
+@pytest.mark.parametrize("chosen", ["stage_one", "every_script or stage_two",
+                                    "not stage and not every_script"])
 def test_everything_runs_on_a_mock_of_a_gpu(chosen):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", GOLDEN.parent / "mock_devices.py",
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/mock_devices.py",
                "-k", chosen]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -56,7 +58,8 @@ def regions():
     block = ar_model.ARModel(SHAPE).intra_blocks[0]
     return {"patchgan": (train_tokenizer.PatchGAN(), (torch.rand(2, 3, 32, 32),)),
             "lpips": (metrics.LPIPS("alex"), (torch.rand(2, 3, 64, 64), torch.rand(2, 3, 64, 64))),
-            "intra block": (block, (hidden, ar_model.rope_table((2,), 16)[:2], ar_model.attention_within_token))}
+            "intra block": (block, (hidden, ar_model.rope_table((2,), 16)[:2],
+                                    ar_model.attention_within_token))}
 
 
 @pytest.mark.slow
@@ -65,13 +68,14 @@ def test_compiled_regions_are_one_graph_of_equal_gradients(name):
     region, (x, *more) = regions()[name]
     torch._dynamo.reset()
     results = []
-    backend = "inductor" if name == "intra block" else "aot_eager"               # convolutions would take minutes
+    backend = "inductor" if name == "intra block" else "aot_eager"     # others would take minutes
     for run in (region, torch.compile(region, fullgraph=True, dynamic=False, backend=backend)):
         region.zero_grad()
         leaf = x.clone().requires_grad_()
         out = run(leaf, *more)
         out.square().mean().backward()
-        results.append([out.detach(), leaf.grad, *[p.grad for p in region.parameters() if p.grad is not None]])
+        learned = [p.grad for p in region.parameters() if p.grad is not None]
+        results.append([out.detach(), leaf.grad, *learned])
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
 
 
@@ -94,7 +98,7 @@ def test_a_half_precision_step_is_close_to_float32(tmp_path, trained, script, fl
         if name.startswith("loss") and name != "loss/lecam" or name.endswith("_bits"):    # squares of logits
             assert half[name] == pytest.approx(full[name], rel=0.05, abs=0.03), name
     state = newest(tmp_path / dtype)["model"]
-    for name, tensor in newest(tmp_path / "fp32")["model"].items():        # Adam's first step: lr at most, each
+    for name, tensor in newest(tmp_path / "fp32")["model"].items():    # Adam's first step: lr at most
         assert state[name].dtype == tensor.dtype
         assert (state[name] - tensor).abs().max() <= 2.1e-3, name
 
@@ -108,8 +112,11 @@ def test_counted_activations_are_those_that_autograd_keeps(tmp_path, capsys):
     model = tokenizer.Tokenizer(tokenizer.PRESETS["toy"])
     own = {p.data_ptr() for p in model.parameters()}
     kept = {}
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.update({x.untyped_storage().data_ptr(): x}) or x,
-                                                  lambda x: x):
+
+    def keep(x):
+        kept[x.untyped_storage().data_ptr()] = x
+        return x
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         x = torch.rand(32, 3, 32, 32) * 2 - 1
         x_hat, z, q, _ = model(x)
         terms, _ = model.quantizer.losses(z, q, 0.1, 0.0, None)
