@@ -5,11 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import ar_model
+import runtime
 import sample as fast_sampler
 from ar_model import ARConfig, ARModel, sample, sampling_settings
 from helpers import fill_module, golden, published_ar_name, refused
@@ -163,13 +163,10 @@ def test_the_loss_is_the_mean_negative_log_probability(shape):
 
 
 def test_every_parameter_gets_a_gradient_through_ddp(shape):
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        model, (subtokens, labels) = ARModel(shape).train(), random_tokens(shape, 3)
-        total, _ = DistributedDataParallel(model)(subtokens, labels, return_loss=True)
-        total.backward()
-    finally:
-        dist.destroy_process_group()
+    runtime.setup_process_group("cpu")                                 # unless a script in this process did
+    model, (subtokens, labels) = ARModel(shape).train(), random_tokens(shape, 3)
+    total, _ = DistributedDataParallel(model)(subtokens, labels, return_loss=True)
+    total.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
