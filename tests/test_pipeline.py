@@ -34,7 +34,8 @@ def judged(classify, path, count, *flags):
 
 
 def test_samples_are_of_the_class_asked_for(trained, tmp_path):
-    classifier = judge.learn_classes(data.build_dataset("generated-plain", "train", data.View(SIDE)), steps=250)
+    dataset = data.build_dataset("generated-plain", "train", data.View(SIDE))
+    classifier = judge.learn_classes(dataset, steps=250)
     held_out = data.build_dataset("generated-plain", "val", data.View(SIDE))
     images, labels, _ = next(iter(data.eval_batches(held_out, range(200), 200)))
     assert judge.agreement(classifier, images, labels) > 0.9
