@@ -6,7 +6,6 @@
         --compile                                                          # on a GPU
     python tests/bench.py tokenize train-tokenizer --tokenizer-preset in1k-256 --compile
     python tests/bench.py tokenize train-tokenizer --tokenizer-preset toy-video --batch-size 4
-    python tests/bench.py memory --tokenizer-preset ucf-128 --batch-size 2           # counted, without a GPU
 
 Weights are random, which does not change the time. Variants are timed in one process, but measurements of
 memory run in a process of their own, because the peak of a process never falls.
@@ -17,17 +16,11 @@ import resource
 import subprocess
 import sys
 import time
-import weakref
-from unittest import mock
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch                                                               # noqa: E402
-import torch.nn.functional as F                                            # noqa: E402
-from torch._subclasses.fake_tensor import FakeTensorMode                   # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode                 # noqa: E402
-from torch.utils._pytree import tree_leaves                                # noqa: E402
 
 import ar_model                                                            # noqa: E402
 import metrics                                                             # noqa: E402
@@ -254,6 +247,17 @@ def measure_stage1(preset, batch_size, precision, device, options):
                      peak_above(before) / 1024)
 
 
+def estimate(args, options):
+    """The memory that train_tokenizer.py --dry-run expects of such a step, as text."""
+    flags = train_tokenizer.get_args([
+        "--preset", args.tokenizer_preset, "--dry-run", "--mixed-precision", args.mixed_precision,
+        "--global-batch-size", str(args.batch_size), *options])
+    flags.compile = False
+    model, critic, _ = train_tokenizer.build_networks(flags, torch.device("cpu"))
+    axes = random_batch(model.config, 1, "meta").shape[2:]
+    return train_tokenizer.cost_of_step(flags, model, critic, axes).partition(" a rank")[0]
+
+
 def train_tokenizer_step(args, device):
     """One step of train_tokenizer.py, of images or clips, with and without activation checkpointing."""
     rows = []
@@ -265,65 +269,13 @@ def train_tokenizer_step(args, device):
                                           batch_size=args.batch_size, precision=args.mixed_precision,
                                           options=options)
             rows.append([" ".join(options) or "plain", f"{seconds:.3g} s", f"{args.batch_size / seconds:.3g}",
-                         f"{gib:.2f} GiB"])
+                         f"{gib:.2f} GiB", estimate(args, options)])
     print(f"step of {args.tokenizer_preset}, batch {args.batch_size}, {args.mixed_precision}, {device}")
-    runtime.print_table(rows, ["step", "time", "samples/s", "peak memory"])
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors that exist: `now`, and the largest number so far, `peak`."""
-
-    def __init__(self):
-        super().__init__()
-        self.sizes = {}
-        self.now = 0
-        self.peak = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and id(tensor.untyped_storage()) not in self.sizes:
-                storage = tensor.untyped_storage()
-                self.sizes[id(storage)] = storage.nbytes()
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self.forget, id(storage))
-        return out
-
-    def forget(self, key):
-        """A tensor's memory was freed."""
-        self.now -= self.sizes.pop(key)
-
-
-def memory(args, device):
-    """Memory of a training step of stage I on a GPU, counted without one, and without computing.
-
-    Tensors are fakes that have shapes only. Counted are weights, EMA, gradients, Adam's states and all
-    activations, norms in float32 as under CUDA's autocast; cuDNN's workspaces come on top.
-    """
-    rows = []
-    group_norm = F.group_norm
-    half = args.mixed_precision != "fp32"
-    norm = mock.patch.object(F, "group_norm", lambda x, *rest: group_norm(x.float() if half else x, *rest))
-    stay = mock.patch.object(torch.nn.Module, "to", lambda module, *a, **k: module)   # fakes stay
-    for options in (["--activation-checkpointing"], []):
-        with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as count, norm, stay:
-            step = stage1_step(args.tokenizer_preset, args.batch_size, args.mixed_precision,
-                               torch.device("cpu"), options)
-            step()                                                         # makes Adam's states
-            between = count.now
-            count.peak = count.now
-            step()
-        rows.append([" ".join(options) or "plain", f"{between / 2 ** 30:.2f} GiB",
-                     f"{count.peak / 2 ** 30:.2f} GiB"])
-        del step
-    print(f"memory of a training step of {args.tokenizer_preset}, batch {args.batch_size}, "
-          f"{args.mixed_precision}, counted")
-    runtime.print_table(rows, ["step", "between steps", "peak"])
+    runtime.print_table(rows, ["step", "time", "samples/s", "peak memory", "--dry-run says"])
 
 
 BENCHMARKS = {"entropy": entropy, "sampling": sampling, "train-ar": train_ar_step, "tokenize": tokenize,
-              "train-tokenizer": train_tokenizer_step, "memory": memory}
+              "train-tokenizer": train_tokenizer_step}
 
 
 def main(args):
