@@ -25,7 +25,7 @@ def trained(tmp_path_factory):
     return runtime.latest_checkpoint(folder / "ar")
 
 
-def judged(classify, path, count, *flags):
+def judged(classifier, path, count, *flags):
     """How often the classifier agrees with `count` samples of the transformer at `path`."""
     call(sample, "--ckpt", path, "--num-fid-samples", count, *flags)
     with np.load(flags[-1]) as file:
@@ -39,9 +39,9 @@ def test_samples_are_of_the_class_asked_for(trained, tmp_path):
     held_out = data.build_dataset("generated-plain", "val", data.View(SIDE))
     images, labels, _ = next(iter(data.eval_batches(held_out, range(200), 200)))
     assert judge.agreement(classifier, images, labels) > 0.9
-    assert judged(classify, trained, 200, "--cfg-scale", 2, "--output", tmp_path / "a.npz") > 0.25
+    assert judged(classifier, trained, 200, "--cfg-scale", 2, "--output", tmp_path / "a.npz") > 0.25
 
 
 def test_the_weights_beside_the_code_draw_what_is_asked_for(tmp_path):
     classifier = judge.learn_classes(data.build_dataset("generated-plain", "train", data.View(32)), steps=150)
-    assert judged(classify, ROOT / "assets" / "toy.pt", 100, "--output", tmp_path / "a.npz") >= 0.9
+    assert judged(classifier, ROOT / "assets" / "toy.pt", 100, "--output", tmp_path / "a.npz") >= 0.9
