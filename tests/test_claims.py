@@ -31,6 +31,7 @@ def test_commands_of_claims_are_understood(name):
             importlib.import_module(pathlib.Path(script).stem).get_args(words)
 
 
+@pytest.mark.slow
 def test_an_interrupted_csv_is_continued(tmp_path, monkeypatch):
     measured = []
 
@@ -49,6 +50,7 @@ def test_an_interrupted_csv_is_continued(tmp_path, monkeypatch):
     assert len(path.read_text().splitlines()) == 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STORED)
 def test_figures_come_from_the_stored_csv_alone(tmp_path, monkeypatch, name):
     monkeypatch.setattr(claims, "measure", None)

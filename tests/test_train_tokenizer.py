@@ -242,6 +242,7 @@ def test_steps_that_are_not_finite_are_skipped_and_many_stop(tmp_path, monkeypat
     assert steps == [1, 2, 3]                                              # none while steps were skipped
 
 
+@pytest.mark.slow
 def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
     train(tmp_path / "run", "--preset", "in1k-256", "--dry-run")
     plan = capsys.readouterr().out
