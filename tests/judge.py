@@ -78,15 +78,6 @@ def agreement(classifier, samples, labels):
     return (classifier.classes(samples) == labels).float().mean().item()
 
 
-def samples_of(path, count):
-    """uint8 samples (N, 3, [T,] H, W) of an npz, or the tokenizer at `path` where it is a checkpoint."""
-    if str(path).endswith(".npz"):
-        with np.load(path) as file:
-            return torch.from_numpy(file["arr_0"]).movedim(-1, 1)[:count], None
-    model, _ = checkpoints.load_tokenizer(path)
-    return None, model.eval()
-
-
 def compare(net, real, labels, samples, wanted):
     """{figure: value} of uint8 samples that should be of the classes `wanted`, against as many real ones."""
     sets = [net.features(real), net.features(samples)]
