@@ -26,8 +26,8 @@ sys.path[:0] = [str(ROOT)]
 
 import pictures                                                            # noqa: E402
 import runtime                                                             # noqa: E402
-from claims_figures import (append_row, columns, draw, model_size, prefixes,  # noqa: E402
-                            read_rows, settings, table)
+from claims_figures import (append_row, entropy_cost, keep_images, model_size,    # noqa: E402
+                            prefixes, read_rows, settings, write_results)
 
 # ---- 1. The claims -----------------------------------------------------------------------------------------
 
@@ -63,8 +63,9 @@ SIZES = {"32, as trained": "", "64, without training": " --image-size 64", "64, 
 TRAINED_AT = {**SIZES, "64, without training": "", "64, trained there": "--image-size 64"}
 BSQ = {"5 + 5, BSQ in 2 groups": "--quantizer bsq --groups 2"}
 
-# x: what the horizontal axis of drawings shows, a setting or a figure; lines: the setting of which each value
-# gets a line; special: a function of a setting and its commands' results that computes further figures.
+# x: what the horizontal axis of drawings shows, a setting, or figures of which the first of all is a power
+# law; lines: the setting of which each value gets a line; special: a function of a setting and its commands'
+# results that computes further figures.
 Claim = collections.namedtuple("Claim", "sentence settings commands figures x lines special",
                                defaults=[None, None])
 IMAGES = ["psnr", "ssim", "frechet", "usage", "perplexity"]
@@ -78,13 +79,18 @@ CLAIMS = {
         "Equation 3: the entropy term makes the codes used; more of it costs error.", settings(term=ENTROPY),
         lambda row: [TRAIN + ENTROPY[row["term"]], *MEASURE],
         ["psnr", "usage", "perplexity", "token_bits", "codebook_bits", "samples/s"], "term"),
+    "entropy-cost": Claim(
+        "Equation 3: the term is exact over all codes, and cheaper than the softmax over them.",
+        settings(bits=(10, 18), form=("exact", "groups", "bits", "dense")),
+        lambda row: [f"tests/bench.py entropy --tokens 1024 --bits {row['bits']}"], ["ms", "MiB"], "bits",
+        "form", entropy_cost),
     "design": Claim(
         "Table 3: strided convolutions, depth-to-space, adaptive GroupNorm, depth and codes each help.",
         settings(model=DESIGN), lambda row: [TRAIN + DESIGN[row["model"]], *MEASURE], IMAGES, "model"),
     "losses": Claim(
         "Section 3: the GAN pays in error for sharpness; LeCAM keeps the game close.", settings(loss=LOSSES),
         lambda row: [TRAIN + LOSSES[row["loss"]], *MEASURE],
-        ["psnr", "ssim", "frechet", "sharpness", "usage"], "loss"),
+        ["psnr", "ssim", "frechet", "sharpness", "usage"], "loss", None, keep_images),
     "factorisation": Claim(
         "Section 2.3: sub-tokens, predicted one after the other, replace one large softmax.",
         settings(factorisation=SPLITS),
@@ -96,7 +102,7 @@ CLAIMS = {
         settings(steps=(300, 600), width=(48, 96, 160, 256)),
         lambda row: [TRAIN_16, TOKENS, f"train_ar.py --length {row['steps']} --tokenizer {{0}} --tokens "
                      f"{{1.tokens}} --width {row['width']} --lr {0.4 / row['width']:.3g}"],
-        ["val_bits", "parameters", "flops"], "parameters", "steps", model_size),
+        ["val_bits", "parameters", "flops"], ["parameters", "flops"], "steps", model_size),
     "guidance": Claim(
         "Table 5's settings: guidance trades the variety of samples for their likeness to the class.",
         settings(guidance=(1, 1.5, 2, 3, 4, 6)),
@@ -135,7 +141,8 @@ def missing(name, setting):
 
 OUTPUT = {"train_tokenizer.py": "--resume --results-dir {}", "train_ar.py": "--resume --results-dir {}",
           "evaluate.py": "--output {}", "sample.py": "--output {}/samples.npz",
-          "tests/judge.py": "--classifier {0}/../classifier.pt --output {0}/judge.json"}
+          "tests/judge.py": "--classifier {0}/../classifier.pt --output {0}/judge.json",
+          "tests/bench.py": "--output {}/bench.json"}
 
 
 class Done:
@@ -146,7 +153,7 @@ class Done:
         self.samples = folder / "samples.npz"
         self.tokens = folder / "tokens.bin"
 
-    def __format__(self, _):
+    def __str__(self):
         return str(runtime.latest_checkpoint(self.folder))
 
 
@@ -179,7 +186,7 @@ def measure(name, setting, seed, args, locks):
     seconds = 0
     for command in claim.commands(setting):
         command = command.format(*done)
-        if command.startswith(("train", "sample")):
+        if command.startswith(("train", "sample", "tests/bench")):
             command += f" --global-seed {seed}"
         done.append(run_command(command, args, locks))
         if (done[-1].folder / "metrics.jsonl").exists():             # of all that was logged, the last
@@ -242,18 +249,7 @@ def main(args):
         except BaseException:                                             # a failure or Ctrl-C: begin no more
             pool.shutdown(cancel_futures=True)
             raise
-    tables = ["# The claims in numbers", "", "By `make claims`: mean ± standard deviation over seeds.", ""]
-    for name, claim in CLAIMS.items():
-        rows = read_rows(claim, paths[name])
-        yours = []
-        if args.add and open(args.add).readline().strip() == ",".join(columns(claim)):
-            yours = read_rows(claim, pathlib.Path(args.add))
-        if rows:
-            tables.append(table(name, claim, rows))
-            draw(claim, [rows, yours], pathlib.Path(args.figures_dir) / f"{name}.png")
-    with runtime.atomic(pathlib.Path(args.csv_dir) / "claims.md") as temporary:
-        temporary.write_text("\n".join(tables))
-    print(f"tables: {args.csv_dir}/claims.md, figures: {args.figures_dir}/")
+    write_results(CLAIMS, paths, args)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,11 @@
 """What becomes of the runs of `claims.py`: figures computed of them, CSVs, tables and drawings."""
 import csv
+import pathlib
+import shutil
 
 import numpy as np
+import scipy.stats
+from PIL import Image
 
 import checkpoints
 import pictures
@@ -26,6 +30,18 @@ def prefixes(row, done):
         needed += (of_group[group.ravel()[:n]] > 1).mean()
         shared += (of_group[group.ravel()[n:]] > 0).mean()
     return {"tokens needed": needed, "log2 N / K": np.log2(n) / row["bits"], "tokens shared": shared}
+
+
+def entropy_cost(row, done):
+    """Time and memory of one form of the entropy term."""
+    return runtime.read_json(done[0].folder / "bench.json")[row["form"]]
+
+
+def keep_images(row, done):
+    """No figures, but the grid of originals and reconstructions, for `side_by_side`."""
+    (grid,) = done[1].folder.glob("reconstruction-*.png")
+    shutil.copy(grid, done[1].folder.parent / f"{row['loss']}.png")
+    return {}
 
 
 def settings(**axes):
@@ -75,6 +91,23 @@ def means(claim, rows):
     return found
 
 
+def power_laws(claim, rows):
+    """{(x, line): (factor, exponent, its standard error)} of the first figure over parameters, for each line,
+    and over operations, for all: figure = factor * x ^ exponent, by least squares of the logarithms of all runs.
+    """
+    groups = {}
+    for row in rows if isinstance(claim.x, list) else ():
+        y = float(row[claim.figures[0]])
+        groups.setdefault(("parameters", row[claim.lines]), []).append((float(row["parameters"]), y))
+        groups.setdefault(("flops", "all"), []).append((float(row["flops"]), y))
+    laws = {}
+    for key, points in groups.items():
+        if len(points) > 2:
+            fit = scipy.stats.linregress(*np.log(points).T)
+            laws[key] = (np.exp(fit.intercept), fit.slope, fit.stderr)
+    return laws
+
+
 def table(name, claim, rows):
     """A claim in markdown: its sentence, mean and standard deviation over seeds, its figure."""
     header = [*claim.settings[0], *claim.figures]
@@ -84,8 +117,14 @@ def table(name, claim, rows):
         cells = [f"{found[figure][0]:.4g} ± {found[figure][1]:.2g}" if figure in found else ""
                  for figure in claim.figures]
         lines.append("| " + " | ".join([*key, *cells]) + " |")
+    for (x, line), (factor, exponent, error) in power_laws(claim, rows).items():
+        lines += ["", f"Power law, {claim.lines} {line}: {claim.figures[0]} = {factor:.3g} x {x}^{exponent:.4f}, "
+                      f"standard error of the exponent {error:.4f}."]
     return "\n".join([*lines, "", f"{len({row['seed'] for row in rows})} seeds.", "",
                       f"![{name}](../assets/claims/{name}.png)", "", ""])
+
+
+LOGARITHMIC = ("parameters", "flops", "images", "ms", "MiB")            # axes
 
 
 def draw(claim, sources, path):
@@ -93,29 +132,83 @@ def draw(claim, sources, path):
     `sources`, crosses for the reader's own."""
     pyplot = pictures.import_pyplot()
     names = list(claim.settings[0])
-    numbers = claim.x in claim.figures or isinstance(claim.settings[0][claim.x], (int, float))
-    shown = [figure for figure in claim.figures if figure not in (claim.x, "flops")]
+    xs = claim.x if isinstance(claim.x, list) else [claim.x]
+    numbers = xs[0] in claim.figures or isinstance(claim.settings[0][xs[0]], (int, float))
+    shown = [(x, quantity) for x in xs for quantity in claim.figures if quantity not in (*xs, "flops")]
     figure, panels = pyplot.subplots(1, len(shown), figsize=(3.1 * len(shown), 3.4), squeeze=False)
-    for panel, quantity in zip(panels[0], shown):
+    for panel, (x, quantity) in zip(panels[0], shown):
         panel.set_title(quantity)
+        panel.set_xlabel(x)
+        panel.set_xscale("log" if x in LOGARITHMIC else "linear")
+        panel.set_yscale("log" if quantity in LOGARITHMIC else "linear")
         panel.grid(alpha=0.3)
         for rows, marker in zip(sources, "ox"):
             lines = {}                                       # {value of claim.lines: [(x, mean, deviation)]}
             for key, found in means(claim, rows).items():
                 if quantity in found:
-                    x = found[claim.x][0] if claim.x in found else key[names.index(claim.x)]
+                    at = found[x][0] if x in found else key[names.index(x)]
                     line = key[names.index(claim.lines)] if claim.lines else ""
-                    lines.setdefault(line, []).append((float(x) if numbers else x, *found[quantity]))
+                    lines.setdefault(line, []).append((float(at) if numbers else at, *found[quantity]))
             for number, (line, points) in enumerate(lines.items()):
                 panel.errorbar(*zip(*points), marker=marker, linestyle="-" if numbers else "none", capsize=3,
                                color=f"C{number}", label=f"{line}, yours" if marker == "x" else line)
-        if claim.x in ("parameters", "images"):
-            panel.set_xscale("log")
+        for (of, _), (factor, exponent, _) in power_laws(claim, sources[0]).items():
+            if of == x:
+                sizes = np.geomspace(*panel.get_xlim())
+                panel.plot(sizes, factor * sizes ** exponent, "--", color="gray", linewidth=1, scalex=False)
         panel.tick_params("x", rotation=0 if numbers else 60)
     if claim.lines:
         panels[0][0].legend(title=claim.lines, frameon=False, fontsize=8)
-    figure.supxlabel(claim.x)
     figure.tight_layout()
+    save(figure, path)
+
+
+def side_by_side(names, runs_dir, path):
+    """Write one row of held-out images, and a row of what is left of them for each of `names`, settings whose
+    grids `keep_images` has left; nothing where these are gone."""
+    grids = {name: runs_dir / f"{name}.png" for name in names if (runs_dir / f"{name}.png").exists()}
+    if not grids:
+        return
+    pyplot = pictures.import_pyplot()
+    strips = {}
+    for name, grid in grids.items():
+        pixels = np.asarray(Image.open(grid))
+        half = len(pixels) // 2                                           # originals above, line by line
+        strips.setdefault("original", pixels[:half])
+        strips[name] = pixels[half:]
+    figure, panels = pyplot.subplots(len(strips), figsize=(8, 1.2 * len(strips)))
+    for panel, (name, strip) in zip(panels, strips.items()):
+        panel.imshow(strip)
+        panel.set_xticks([])
+        panel.set_yticks([])
+        panel.set_ylabel(name, rotation=0, ha="right", va="center")
+    figure.tight_layout(pad=0.3)
+    save(figure, path)
+
+
+def save(figure, path):
+    """Write a figure of matplotlib as PNG and forget it."""
     with runtime.atomic(path) as temporary:
         figure.savefig(temporary, dpi=80, format="png")
-    pyplot.close(figure)
+    pictures.import_pyplot().close(figure)
+
+
+def write_results(claims, paths, args):
+    """Tables and drawings of all `claims` {name: claim} that have rows in their CSVs, `paths`."""
+    tables = ["# The claims in numbers", "", "By `make claims`: mean ± standard deviation over seeds. `frechet`, "
+              "`mind`, `precision`, `recall` and", "`agreement` are those of a small classifier trained in the "
+              "run (tests/judge.py), not of Inception.", ""]
+    figures = pathlib.Path(args.figures_dir)
+    for name, claim in claims.items():
+        rows = read_rows(claim, paths[name])
+        yours = []
+        if args.add and open(args.add).readline().strip() == ",".join(columns(claim)):
+            yours = read_rows(claim, pathlib.Path(args.add))
+        if rows:
+            tables.append(table(name, claim, rows))
+            draw(claim, [rows, yours], figures / f"{name}.png")
+    losses = [setting["loss"] for setting in claims["losses"].settings]
+    side_by_side(losses, pathlib.Path(args.runs_dir), figures / "losses-images.png")
+    with runtime.atomic(pathlib.Path(args.csv_dir) / "claims.md") as temporary:
+        temporary.write_text("\n".join(tables))
+    print(f"tables: {args.csv_dir}/claims.md, figures: {args.figures_dir}/")

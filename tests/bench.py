@@ -1,6 +1,6 @@
 """Benchmarks that anyone can run: `make bench`, or with flags
 
-    python tests/bench.py entropy                    # the exact entropy term against the dense softmax
+    python tests/bench.py entropy                    # the exact entropy term against others
     python tests/bench.py sampling --ar-preset AR-B --batch-size 4
     python tests/bench.py sampling train-ar --ar-preset AR-B --batch-size 64 --mixed-precision bf16 \\
         --compile                                                          # on a GPU
@@ -79,15 +79,21 @@ def dense_entropies(z, tau=0.01):
     return -(p * logits.log_softmax(1)).sum(1).mean(), -(mean * (mean + 1e-30).log()).sum()
 
 
-def measure_entropy(method, tokens):
+def measure_entropy(form, bits, tokens, seed):
     """Time (s) and peak memory above the start (MiB) of forward and backward; called in a fresh process."""
-    terms = {"exact": tokenizer.lfq_entropies, "dense": dense_entropies}[method]
-    z = (torch.randn(tokens, 18, generator=torch.Generator().manual_seed(0)) * 0.1).requires_grad_()
+    joint = tokenizer.JOINT_BITS.get(form)
+
+    def terms(z):
+        if form == "dense":
+            return dense_entropies(z)
+        widths = [min(joint, bits - first) for first in range(0, bits, joint)]
+        return tokenizer.lfq_entropies(z, widths=widths)
 
     def step():
         per_token, codebook = terms(z)
         (per_token - codebook).backward()
 
+    z = (torch.randn(tokens, bits, generator=torch.Generator().manual_seed(seed)) * 0.1).requires_grad_()
     terms(z[:1].detach())                                                  # libraries load their kernels once
     before = resident()
     step()
@@ -96,20 +102,22 @@ def measure_entropy(method, tokens):
 
 
 def entropy(args, device):
-    """Exact against dense, K = 18, for growing N: time and memory of forward and backward."""
+    """The exact term, its approximations and the dense softmax: time and memory of forward and backward."""
     rows = []
-    for tokens in (64, 256, 1024, 65536):
-        exact = in_own_process(measure_entropy, method="exact", tokens=tokens)
-        row = [tokens, f"{exact[0] * 1e3:.1f} ms", f"{exact[1]:.0f} MiB"]
-        if tokens <= 1024:
-            dense = in_own_process(measure_entropy, method="dense", tokens=tokens)
-            row += [f"{dense[0] * 1e3:.0f} ms", f"{dense[1]:.0f} MiB", f"{dense[0] / exact[0]:.2f} x",
-                    f"{dense[1] / exact[1]:.2f} x"]
-        else:
-            row += ["-"] * 4
-        rows.append(row)
-    print(f"entropy term, K = 18, forward and backward, fp32, CPU, {torch.get_num_threads()} threads")
-    runtime.print_table(rows, ["tokens N", "exact", "memory", "dense", "memory", "faster", "smaller"])
+    for tokens in args.tokens:
+        found = {}                                                         # {form: of the last N}
+        for form in (*tokenizer.JOINT_BITS, "dense"):
+            if form != "dense" or tokens << args.bits <= 1 << 28:           # 5 GiB
+                seconds, mib = in_own_process(measure_entropy, form=form, bits=args.bits, tokens=tokens,
+                                              seed=args.global_seed)
+                found[form] = {"ms": seconds * 1e3, "MiB": mib}
+                rows.append([tokens, form, f"{seconds * 1e3:.1f} ms", f"{mib:.0f} MiB",
+                             f"{found[form]['ms'] / found['exact']['ms']:.3g} x"])
+    threads = torch.get_num_threads()
+    print(f"entropy term, K = {args.bits}, forward and backward, fp32, CPU, {threads} threads")
+    runtime.print_table(rows, ["tokens N", "form", "time", "memory", "time of exact"])
+    if args.output:
+        runtime.write_json(args.output, found)
 
 
 # ---- the transformer --------------------------------------------------------------------------------------
@@ -296,6 +304,11 @@ def get_args(argv=None):
     parser.add_argument("--tokenizer-preset", choices=train_tokenizer.TOKENIZER_PRESETS, default="toy",
                         help="tokenizer, of images or clips")
     parser.add_argument("--batch-size", type=runtime.positive_int, default=8, help="images or clips at once")
+    parser.add_argument("--tokens", type=runtime.positive_int, nargs="+", default=[64, 1024, 65536],
+                        help="N of the entropy term")
+    parser.add_argument("--bits", type=runtime.bounded(int, 1, 24), default=18, help="K of the entropy term")
+    parser.add_argument("--output", help="JSON to write what entropy found for the last N to")
+    parser.add_argument("--global-seed", type=int, default=0, help="of the entropy term's z")
     parser.add_argument("--steps", type=runtime.positive_int, help="tokens to sample (all of an image)")
     parser.add_argument("--mixed-precision", choices=runtime.AUTOCAST_DTYPES, default="bf16",
                         help="precision of the fast variant, beside fp32 where both are timed")

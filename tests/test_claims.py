@@ -18,7 +18,7 @@ STORED = [name for name in claims.CLAIMS if (ROOT / "results" / f"{name}.csv").e
 class Named(claims.Done):
     """What a command would leave, without it."""
 
-    def __format__(self, _):
+    def __str__(self):
         return "a.pt"
 
 
