@@ -228,6 +228,9 @@ def load_tokenizer(path, ema=True, trust=False):
     with opened(path, trust) as (path, stored):
         if "state_dict" in stored:
             stored = published_tokenizer(path, stored, ema)
+        elif stored.get("format") == AR:
+            require(stored.get("first_stage"), f"{path} is an AR model without its tokenizer")
+            stored = stored["first_stage"]
         return build(path, stored, ema, TOKENIZERS)
 
 

@@ -507,7 +507,7 @@ SHOWN = ("loss/l1", "loss/perceptual", "loss/gan", "D(real)", "D(fake)", "token_
 
 def print_plan(args, model, discriminator, dataset):
     """Say what is about to happen, before anything takes time. Returns (steps, how the rate goes in them)."""
-    world, batch = runtime.world_size(), args.global_batch_size
+    batch = args.global_batch_size
     steps_per_epoch = len(dataset) // batch
     length, warmup, *milestones = [runtime.to_steps(text, steps_per_epoch)
                                    for text in (args.length, args.warmup, *args.milestones)]
@@ -522,7 +522,7 @@ def print_plan(args, model, discriminator, dataset):
         ("model", f"{args.preset}: encoder {encoder:.2f} M, decoder {decoder:.2f} M parameters, {critic}"),
         ("codes", f"{args.quantizer}, {model.quantizer.vocabulary:,} codes, {grid} of them for {axes}"),
         ("data", f"{dataset.name}, {len(dataset):,} {dataset.kind}s of {axes}"),
-        ("batch", f"{batch} = {world} ranks x {args.accumulation} micro-batches x "
+        ("batch", f"{batch} = {runtime.world_size()} ranks x {args.accumulation} micro-batches x "
                   f"{runtime.micro_batch_size(batch, args.accumulation)}"),
         ("length", f"{length:,} steps = {length * batch / len(dataset):.1f} epochs"),
         ("lr", f"{args.lr:g}, {args.lr_schedule}, warm-up {warmup:,} steps"),

@@ -141,6 +141,7 @@ def draw(claim, sources, path):
         panel.set_xlabel(x)
         panel.set_xscale("log" if x in LOGARITHMIC else "linear")
         panel.set_yscale("log" if quantity in LOGARITHMIC else "linear")
+        panel.minorticks_off()
         panel.grid(alpha=0.3)
         for rows, marker in zip(sources, "ox"):
             lines = {}                                       # {value of claim.lines: [(x, mean, deviation)]}
