@@ -81,6 +81,27 @@ def test_prefixes_tell_images_apart(tmp_path):
     assert found["tokens needed"] == pytest.approx((4 + 4 + 1) / 3) and found["tokens shared"] == 5
 
 
+def test_power_laws_are_found_again():
+    rows = [{"steps": steps, "val_bits": 3 * size ** -0.1, "parameters": size, "flops": size * 10}
+            for steps in ("300", "600") for size in (1e5, 1e6, 1e7)]
+    laws = claims_figures.power_laws(claims.CLAIMS["scaling"], rows)
+    assert list(laws) == [("parameters", "300"), ("flops", "all"), ("parameters", "600")]
+    for (factor, exponent, error), expected in zip(laws.values(), (3, 3 * 10 ** 0.1, 3)):
+        assert (factor, exponent) == pytest.approx((expected, -0.1)) and error < 1e-6
+
+
+def test_reconstructions_of_losses_stand_side_by_side(tmp_path):
+    for i, loss in enumerate(("L1", "and GAN")):
+        done = [None, claims.Done(tmp_path / str(i))]
+        done[1].folder.mkdir()
+        grid = np.full((20, 64, 3), 100 * (i + 1), np.uint8)
+        Image.fromarray(grid).save(done[1].folder / "reconstruction-a.png")
+        assert claims_figures.keep_images({"loss": loss}, done) == {}
+    claims_figures.side_by_side(["L1", "not run", "and GAN"], tmp_path, tmp_path / "beside.png")
+    drawn = np.asarray(Image.open(tmp_path / "beside.png").convert("L"))
+    assert (drawn == 100).mean() > 0.2 and (drawn == 200).mean() > 0.1     # original and L1; GAN
+
+
 @pytest.mark.slow
 def test_a_claim_runs_from_commands_to_a_row(tmp_path, monkeypatch):
     claim = claims.CLAIMS["resolution"]
