@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT, call, error_line, logged, newest, run_script
+from helpers import ROOT, call, error_line, logged, newest
 
 import ar_model
 import gpu
@@ -139,8 +139,8 @@ def test_operations_are_those_of_the_formula():
 
 
 @pytest.mark.slow
-def test_the_script_for_gpus_finds_the_cpu_equal_to_itself():
-    done = run_script("tests/gpu.py", "--device", "cpu", "--tiny", "--skip-figures", forked=False)
-    assert done.stdout.count("equal") == 15
+def test_the_script_for_gpus_finds_the_cpu_equal_to_itself(capsys):
+    call(gpu, "--device", "cpu", "--tiny", "--skip-figures")
+    assert capsys.readouterr().out.count("equal") == 15
     if not torch.cuda.is_available():
         assert error_line(gpu, "--device", "cuda").startswith("error: no CUDA GPU is visible")
