@@ -48,13 +48,14 @@ def difference(a, b):
 
 def gradients(networks, backward, batch, device, compiler=None):
     """The loss and all gradients on `device`; compiler: the backend for what --compile compiles."""
-    networks = [copy.deepcopy(network).to(device) for network in networks if network]
+    networks = [network and copy.deepcopy(network).to(device) for network in networks]
     if compiler:
         torch._dynamo.reset()
-        for region in regions(*networks):
+        for region in regions(*filter(None, networks)):
             region.compile(dynamic=False, fullgraph=True, backend=compiler)
     loss = backward(networks, batch.to(device))
-    return [loss, *[p.grad for network in networks for p in network.parameters() if p.grad is not None]]
+    parameters = [p for network in filter(None, networks) for p in network.parameters()]
+    return [loss, *[p.grad for p in parameters if p.grad is not None]]
 
 
 def regions(model, *others):
