@@ -5,8 +5,8 @@
     python tests/gpu.py --device cpu --tiny       # tries this script itself out
 
 Weights are random. fp32 results may differ from the CPU's by 1e-4 of the largest value; of tokens, the figure
-is the fraction that differs. A goal that is MISSED is no error: goals are estimates for an H100 or H200, about
-half of what computing and reading memory would allow; of memory, what --dry-run counts.
+is the fraction that differs. A goal that is MISSED is no error: goals are estimates for an H100 or H200, of
+about half of what computing and reading memory would allow; of memory, what --dry-run counts.
 """
 import copy
 import math
@@ -210,7 +210,7 @@ def training_figures(device, tiny):
             yield f"{name}: MFU", 100 * tflop * 1e12 / seconds / peak, "%", goal if compiled else None
             yield f"{name}: memory; goal: counted", gib, "GiB", counted
             if preset == "in1k-256":
-                yield f"{name}: activations of an image", activations / batch, "GiB", 1.5
+                yield f"{name}: activations of an image", activations / batch, "GiB", compiled and 1.5
 
 
 def other_figures(device, tiny):

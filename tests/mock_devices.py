@@ -72,7 +72,7 @@ def test_the_mock_refuses_what_a_gpu_refuses():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [
-    ["--image-size", 64, "--patch", 8, "--perceptual-weight", 1, "--adaptive-gan-weight",
+    ["--image-size", 32, "--patch", 4, "--perceptual-weight", 1, "--adaptive-gan-weight",
      "--global-batch-size", 2, "--accumulation", 2],
     ["--quantizer", "bsq", "--groups", 2, "--upsampler", "nearest", "--downsampler", "average"],
     ["--quantizer", "vq", "--no-adaptive-norm"], ["--quantizer", "fsq"],
