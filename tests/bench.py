@@ -52,7 +52,7 @@ def resident():
 
 
 def peak_above(before):
-    """The largest memory this process ever had, in MiB above `before` bytes (ru_maxrss: its parent's, too)."""
+    """The largest memory this process ever had, in MiB above `before` bytes (ru_maxrss: a parent's, too)."""
     status = pathlib.Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) / 1024 - before / 2 ** 20
 

@@ -20,7 +20,7 @@ import train_tokenizer
 IMAGES = ["--image-size", 16, "--blocks", 1, "--bits", 6, "--global-batch-size", 4, "--warmup", 0,
           "--log-every", 1, "--length", 2, "--lr", 1e-4, "--gan-weight", 0.1, "--discriminator", "blurpool",
           "--lecam-weight", 0.05, "--entropy-weight", 0.1]
-# 9 frames: of 5 the discriminator makes 2, at which oneDNN 3.x's bf16 gradients of 3D kernels are garbage.
+# 9 frames: of 5 the discriminator makes 2, of which oneDNN (torch 2.14) makes garbage for gradients in bf16.
 CLIPS = ["--preset", "toy-video", *IMAGES, "--frames", 9, "--discriminator", "patchgan-3d"]
 AR = ["--split", 3, 3, "--width", 32, "--heads", 2, "--inter-blocks", 2, "--global-batch-size", 4,
       "--val-size", 4, "--length", 2, "--log-every", 1, "--warmup", 0, "--token-dropout", 0.1, "--online"]
