@@ -488,14 +488,20 @@ def print_plan(args, config, made_with, dataset, held_out):
                   f"{batch * flops_per_image(config) / 1e12:.3g} TFLOP"),
         ("length", f"{length:,} steps = {length / epoch:.1f} epochs, {warmup:,} of them warm-up"))
     if args.dry_run:
-        def loss(model):
-            ids = torch.zeros(micro_batch, config.tokens, dtype=torch.long)
-            return model(ar_model.ids_to_subtokens(ids, config.bits), ids[:, 0], return_loss=True)[0]
-
-        model.checkpointing = args.activation_checkpointing
-        cost = runtime.describe_cost((model,), loss, 20 if args.ema_decay else 16, args)    # with Adam's two
-        runtime.print_facts(("cost", cost))
+        runtime.print_facts(("cost", cost_of_step(args, model)))
     return length, warmup
+
+
+def cost_of_step(args, model):
+    """The line of `runtime.describe_cost`."""
+    batch = runtime.micro_batch_size(args.global_batch_size, args.accumulation)
+
+    def loss(model):
+        ids = torch.zeros(batch, model.config.tokens, dtype=torch.long)
+        return model(ar_model.ids_to_subtokens(ids, model.config.bits), ids[:, 0], return_loss=True)[0]
+
+    model.checkpointing = args.activation_checkpointing
+    return runtime.describe_cost((model,), loss, 20 if args.ema_decay else 16, args)    # with Adam's two
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ Weights are random, which does not change the time. Variants are timed in one pr
 memory run in a process of their own, because the peak of a process never falls.
 """
 import json
+import math
 import pathlib
 import resource
 import subprocess
@@ -27,6 +28,7 @@ import metrics                                                             # noq
 import runtime                                                             # noqa: E402
 import sample                                                              # noqa: E402
 import tokenizer                                                           # noqa: E402
+import train_ar                                                            # noqa: E402
 import train_tokenizer                                                     # noqa: E402
 import video                                                               # noqa: E402
 
@@ -50,8 +52,9 @@ def resident():
 
 
 def peak_above(before):
-    """The largest memory this process ever had, in MiB above `before` bytes."""
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 2 ** 20
+    """The largest memory this process ever had, in MiB above `before` bytes (ru_maxrss: a parent's, too)."""
+    status = pathlib.Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024 - before / 2 ** 20
 
 
 def in_own_process(function, **arguments):
@@ -149,34 +152,6 @@ def sampling(args, device):
     runtime.print_table(rows, ["sampler", "a token", "tokens/s", "images/s", "faster"])
 
 
-def train_ar_step(args, device):
-    """One optimizer step of stage II on stored tokens."""
-    config = ar_model.PRESETS[args.ar_preset]
-    batch = args.batch_size
-    rows = []
-    for name, compile in variants(args):
-        model = ar_model.ARModel(config).to(device).train()
-        if compile:
-            for block in [*model.inter_blocks, *model.intra_blocks]:
-                block.compile(dynamic=False)
-        optimizer = torch.optim.AdamW(model.parameters(), fused=device.type == "cuda")
-        subtokens = [torch.randint(2 ** bits, (batch, config.tokens), device=device) for bits in config.bits]
-        labels = torch.randint(max(1, config.num_classes), (batch,), device=device)
-
-        def step():
-            with runtime.autocast(device, args.mixed_precision):
-                model(subtokens, labels, return_loss=True)[0].backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-        step()
-        seconds = best_time(step, device)
-        rows.append([name, f"{seconds * 1e3:.1f} ms", f"{batch / seconds:.1f}",
-                     f"{batch * config.tokens / seconds:.0f}"])
-    print(f"training step of {args.ar_preset}, batch {batch}, {args.mixed_precision}, {device}")
-    runtime.print_table(rows, ["step", "time", "images/s", "tokens/s"])
-
-
 # ---- the tokenizer ----------------------------------------------------------------------------------------
 
 def random_batch(config, batch_size, device):
@@ -204,82 +179,149 @@ def tokenize(args, device):
     runtime.print_table(rows, ["", "encode samples/s", "decode samples/s"])
 
 
-def stage1_step(preset, batch_size, precision, device, options):
-    """A function that makes one step of stage I, generator and discriminator, as train_tokenizer.py does.
+# ---- training ---------------------------------------------------------------------------------------------
 
-    options: of its flags, such as --compile or --activation-checkpointing. LPIPS has random weights.
+def stage_one(flags, device):
+    """([tokenizer, discriminator, LPIPS], a function that makes their gradients in a step, a batch of noise).
+
+    flags: of train_tokenizer.py, whose step it is; what they leave out is None. LPIPS has random weights.
     """
-    flags = train_tokenizer.get_args(["--preset", preset, "--channels-last", *options])
-    perceptual = metrics.LPIPS().to(device) if flags.perceptual_weight else None
-    flags.perceptual_weight = 0.0                                          # its weights are no use here
-    model, critic, _ = train_tokenizer.build_networks(flags, device)
-    ema = [p.detach().clone() for p in model.parameters()]
-    optimizers = [train_tokenizer.adam(network, flags) for network in (model, critic) if network]
-    x = random_batch(model.config, batch_size, device)
+    args = train_tokenizer.get_args([*flags, "--dry-run"])                 # or it would look for LPIPS's
+    model, critic, _ = train_tokenizer.build_networks(args, device)
+    perceptual = None
+    if args.perceptual_weight:
+        perceptual = metrics.randomise(metrics.LPIPS()).to(device)
+        if args.compile:
+            perceptual.compile(dynamic=False)
 
-    def step():
-        with runtime.autocast(device, precision):
+    def backward(networks, x):
+        """Returns the sum of both objectives."""
+        model, critic, perceptual = networks
+        with runtime.autocast(x.device, args.mixed_precision):
             x_hat, z, q, _ = model(x)
-            terms, _ = model.quantizer.losses(z, q, flags.tau, 0.0, runtime.all_reduce_mean)
+            terms, _ = model.quantizer.losses(z, q, args.tau, args.entropy_eps, runtime.all_reduce_mean)
             terms.update(l1=(x - x_hat).abs().mean(), l2=(x - x_hat).square().mean())
             if perceptual:
                 terms["perceptual"] = perceptual(metrics.as_frames(x), metrics.as_frames(x_hat)).mean()
             if critic:
                 critic.requires_grad_(False)
                 terms["gan"] = train_tokenizer.non_saturating_loss(critic(x_hat))
-            weights = {**train_tokenizer.loss_weights(terms, flags, 0, None), "perceptual": 1.0}
-            sum(weights[name] * terms[name] for name in terms).backward()
-        if critic:
-            critic.requires_grad_(True)
-            with runtime.autocast(device, precision):
-                train_tokenizer.hinge_loss(critic(x), critic(x_hat.detach())).backward()
-        for optimizer in optimizers:
+            weights = train_tokenizer.loss_weights(terms, args, 0, None)
+            loss = sum(weights[name] * terms[name] for name in terms)
+            loss.backward()
+            if critic:
+                critic.requires_grad_(True)
+                hinge = train_tokenizer.hinge_loss(critic(x), critic(x_hat.detach()))
+                hinge.backward()
+                loss = loss + hinge
+        return loss.detach()
+    return [model, critic, perceptual], backward, random_batch(model.config, args.global_batch_size, device)
+
+
+def stage_two(flags, device):
+    """The same of train_ar.py: ([transformer], function, a batch of stored tokens)."""
+    args = train_ar.get_args(flags)
+    config = runtime.config_from_args(ar_model.PRESETS[args.preset], args)
+    with device:
+        model = ar_model.ARModel(config)
+        ids = torch.randint(2 ** sum(config.bits), (args.global_batch_size, config.tokens))
+    model.checkpointing = args.activation_checkpointing
+    if args.compile:
+        for block in [*model.inter_blocks, *model.intra_blocks]:
+            block.compile(dynamic=False)
+
+    def backward(networks, ids):
+        """Returns the loss."""
+        with runtime.autocast(ids.device, args.mixed_precision):
+            subtokens = ar_model.ids_to_subtokens(ids, config.bits)
+            loss, _ = networks[0](subtokens, ids[:, 0] % config.num_classes, return_loss=True)
+            loss.backward()
+        return loss.detach()
+    return [model], backward, ids
+
+
+def measure_training(stage, flags, device):
+    """Of a step of `stage`, called in a fresh process: time (s), peak memory and activations (both GiB).
+
+    Memory is what PyTorch allocates on a GPU. On a CPU it is what the process needs more than before it had a
+    model, and nothing tells activations apart.
+    """
+    device = runtime.setup_process_group(device)
+    before = resident()
+    networks, backward, batch = globals()[stage](flags, device)
+    learning = [network for network in networks if network and next(network.parameters()).requires_grad]
+    optimizers = [torch.optim.Adam(network.parameters(), fused=batch.is_cuda) for network in learning]
+    weights = [p.detach() for p in networks[0].parameters()]
+    ema = [p.clone() for p in weights] if stage == "stage_one" else None
+
+    def step():
+        backward(networks, batch)
+        for network, optimizer in zip(learning, optimizers):
+            torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        torch._foreach_lerp_(ema, [p.detach() for p in model.parameters()], 0.001)
-    return step
-
-
-def measure_stage1(preset, batch_size, precision, device, options):
-    """Time (s) of a training step of stage I, and its peak memory (GiB); run in a fresh process.
-
-    The memory is what PyTorch allocates on a GPU, and on a CPU what the process needs more than before it had
-    a model: weights, EMA, gradients, Adam's states and the activations.
-    """
-    device = torch.device(device)
-    before = resident()
-    step = stage1_step(preset, batch_size, precision, device, options)
+        if ema:
+            torch._foreach_lerp_(ema, weights, 0.001)
     step()
+    if not batch.is_cuda:
+        return best_time(step), peak_above(before) / 1024, math.nan
+    kept = torch.cuda.memory_allocated()                                   # weights, Adam's states, EMA
+    torch.cuda.reset_peak_memory_stats()
     seconds = best_time(step, device)
-    return seconds, (torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else
-                     peak_above(before) / 1024)
+    peak = torch.cuda.max_memory_allocated()
+    return seconds, peak / 2 ** 30, (peak - kept) / 2 ** 30
 
 
-def estimate(args, options):
-    """The memory that train_tokenizer.py --dry-run expects of such a step, as text."""
-    flags = train_tokenizer.get_args([
-        "--preset", args.tokenizer_preset, "--dry-run", "--mixed-precision", args.mixed_precision,
-        "--global-batch-size", str(args.batch_size), *options])
-    flags.compile = False
-    model, critic, _ = train_tokenizer.build_networks(flags, torch.device("cpu"))
-    axes = random_batch(model.config, 1, "meta").shape[2:]
-    return train_tokenizer.cost_of_step(flags, model, critic, axes).partition(" a rank")[0]
+def counted(stage, flags):
+    """(GiB, TFLOP) of a step that --dry-run says."""
+    flags = [word for word in flags if word != "--compile"]
+    networks, _, batch = globals()[stage](flags, torch.device("cpu"))
+    if stage == "stage_one":
+        args = train_tokenizer.get_args(flags)
+        line = train_tokenizer.cost_of_step(args, *networks[:2], batch.shape[2:])
+    else:
+        line = train_ar.cost_of_step(train_ar.get_args(flags), *networks)
+    return float(line.split(" GiB")[0]), float(line.split(" TFLOP")[0].split()[-1])
+
+
+def matmul_speed(device, precision):
+    """TFLOP/s of one large matrix product: no step can be faster than its operations at this speed."""
+    n = 8192 if device.type == "cuda" else 1024
+    a = torch.rand(n, n, device=device)
+    with runtime.autocast(device, precision):
+        return 2 * n ** 3 / 1e12 / best_time(lambda: a @ a, device)
+
+
+def training_step(stage, preset, args, device):
+    """Steps of a trainer, with and without activation checkpointing, beside what --dry-run expects."""
+    speed = matmul_speed(device, args.mixed_precision)
+    rows = []
+    for name, compile in variants(args):
+        for checkpointing in ([], ["--activation-checkpointing"]):
+            flags = ["--preset", preset, "--global-batch-size", str(args.batch_size), "--mixed-precision",
+                     args.mixed_precision, *checkpointing]
+            if compile:
+                flags.append("--compile")
+            if stage == "stage_one":
+                flags.append("--channels-last")
+            seconds, gib, _ = in_own_process(measure_training, stage=stage, flags=flags, device=device.type)
+            counted_gib, tflop = counted(stage, flags)
+            rows.append([", ".join([name, *[word.strip("-") for word in checkpointing]]), f"{seconds:.3g} s",
+                         f"{args.batch_size / seconds:.3g}", f"{tflop / speed:.2g} s", f"{gib:.2f} GiB",
+                         f"{counted_gib:.2f} GiB"])
+    print(f"step of {preset}, batch {args.batch_size}, {args.mixed_precision}, {device}; counted: --dry-run, "
+          f"operations at the {speed:.3g} TFLOP/s of a large matrix product here")
+    runtime.print_table(rows, ["step", "time", "samples/s", "counted", "peak memory", "counted"])
 
 
 def train_tokenizer_step(args, device):
-    """One step of train_tokenizer.py, of images or clips, with and without activation checkpointing."""
-    rows = []
-    for _, compile in variants(args):
-        for options in (["--activation-checkpointing"], []):
-            if compile:
-                options = ["--compile", *options]
-            seconds, gib = in_own_process(measure_stage1, preset=args.tokenizer_preset, device=device.type,
-                                          batch_size=args.batch_size, precision=args.mixed_precision,
-                                          options=options)
-            rows.append([" ".join(options) or "plain", f"{seconds:.3g} s", f"{args.batch_size / seconds:.3g}",
-                         f"{gib:.2f} GiB", estimate(args, options)])
-    print(f"step of {args.tokenizer_preset}, batch {args.batch_size}, {args.mixed_precision}, {device}")
-    runtime.print_table(rows, ["step", "time", "samples/s", "peak memory", "--dry-run says"])
+    """Of train_tokenizer.py, images or clips."""
+    training_step("stage_one", args.tokenizer_preset, args, device)
+
+
+def train_ar_step(args, device):
+    """Of train_ar.py, on stored tokens."""
+    training_step("stage_two", args.ar_preset, args, device)
 
 
 BENCHMARKS = {"entropy": entropy, "sampling": sampling, "train-ar": train_ar_step, "tokenize": tokenize,

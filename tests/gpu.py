@@ -4,11 +4,12 @@
     python tests/gpu.py --skip-figures            # equal results only, 3 minutes
     python tests/gpu.py --device cpu --tiny       # tries this script itself out
 
-Weights are random. fp32 results may differ from the CPU's by 1e-4 of the largest value. The floors beside the
-figures are estimates for an H100 or H200, about half of what computing and reading memory would allow.
+Weights are random. fp32 results may differ from the CPU's by 1e-4 of the largest value; of tokens, the figure
+is the fraction that differs. A goal that is MISSED is no error: goals are estimates for an H100 or H200, of
+about half of what computing and reading memory would allow; of memory, what --dry-run counts.
 """
 import copy
-import dataclasses
+import math
 import pathlib
 import sys
 import tempfile
@@ -21,6 +22,7 @@ import torch                                                               # noq
 import torch.distributed as dist                                           # noqa: E402
 
 import ar_model                                                            # noqa: E402
+import bench                                                               # noqa: E402
 import helpers                                                             # noqa: E402
 import metrics                                                             # noqa: E402
 import runtime                                                             # noqa: E402
@@ -28,7 +30,6 @@ import sample                                                              # noq
 import tokenizer                                                           # noqa: E402
 import train_ar                                                            # noqa: E402
 import train_tokenizer                                                     # noqa: E402
-import video                                                               # noqa: E402
 
 CPU = torch.device("cpu")
 SMALL = ["--image-size", 16, "--bits", 6, "--blocks", 1, "--global-batch-size", 4, "--gan-weight", 0.1,
@@ -45,81 +46,64 @@ def difference(a, b):
     return float((a - b).abs().max() / b.abs().max().clamp_min(1e-12))
 
 
-def stage_one(preset):
-    """(networks, function of them and a batch to the objective) of a step of stage I, without LPIPS."""
-    critic = "patchgan-3d" if preset in video.PRESETS else "blurpool"
-    flags = train_tokenizer.get_args(["--preset", preset, "--perceptual-weight", "0", "--gan-weight", "0.1",
-                                      "--discriminator", critic])
-    model, critic, _ = train_tokenizer.build_networks(flags, CPU)
-
-    def loss(networks, x):
-        model, critic = networks
-        x_hat, z, q, _ = model(x)
-        terms, _ = model.quantizer.losses(z, q, flags.tau, 0.0, None)
-        judged = train_tokenizer.hinge_loss(critic(x), critic(x_hat))
-        return sum(terms.values()) + (x - x_hat).abs().mean() + judged
-    return torch.nn.ModuleList([model, critic]), loss
+def gradients(networks, backward, batch, device, compiler=None):
+    """The loss and all gradients on `device`; compiler: the backend for what --compile compiles."""
+    networks = [network and copy.deepcopy(network).to(device) for network in networks]
+    if compiler:
+        torch._dynamo.reset()
+        for region in regions(*filter(None, networks)):
+            region.compile(dynamic=False, fullgraph=True, backend=compiler)
+    loss = backward(networks, batch.to(device))
+    parameters = [p for network in filter(None, networks) for p in network.parameters()]
+    return [loss, *[p.grad for p in parameters if p.grad is not None]]
 
 
-def stage_two(config):
-    """The same of stage II; a batch is ids."""
-    def loss(networks, ids):
-        subtokens = ar_model.ids_to_subtokens(ids, config.bits)
-        return networks[0](subtokens, ids[:, 0] % config.num_classes, return_loss=True)[0]
-    model = ar_model.ARModel(dataclasses.replace(config, token_dropout=0.0, attention_dropout=0.0,
-                                                 ffn_dropout=0.0, label_dropout=0.0))
-    for head in model.heads:
+def regions(model, *others):
+    """What --compile compiles of the networks of a step."""
+    if isinstance(model, ar_model.ARModel):
+        return [*model.inter_blocks, *model.intra_blocks]
+    return [model.encoder, model.decoder, *others]
+
+
+def transformer():
+    """`bench.stage_two` of the toy preset, heads that predict something, nothing dropped."""
+    networks, backward, ids = bench.stage_two(["--global-batch-size", "4"], CPU)
+    for head in networks[0].heads:
         torch.nn.init.normal_(head.weight, std=0.02)
-    return torch.nn.ModuleList([model]), loss
-
-
-def gradients(networks, loss, batch, device, backend=None):
-    """The loss and all gradients on `device`; backend: the compiler's, for what --compile compiles."""
-    networks = copy.deepcopy(networks).to(device)
-    regions = [*networks[1:], *[getattr(networks[0], name) for name in ("encoder", "decoder")
-                                if hasattr(networks[0], name)],
-               *getattr(networks[0], "inter_blocks", [])[:1], *getattr(networks[0], "intra_blocks", [])[:1]]
-    for region in regions if backend else ():
-        region.compile(dynamic=False, fullgraph=True, backend=backend)
-    value = loss(networks, batch.to(device))
-    value.backward()
-    return [value, *[p.grad for p in networks.parameters() if p.grad is not None]]
+    return [networks[0].eval()], backward, ids
 
 
 def compare_networks(device, tiny):
     """Yield (what, difference) of networks on `device` and on the CPU, then of steps, plain and compiled."""
-    for preset in ("toy", "toy-video") if tiny else ("toy", "toy-video", "in1k-128"):
-        config = train_tokenizer.TOKENIZER_PRESETS[preset]
-        networks, loss = stage_one(preset)
-        frames = [5] if preset in video.PRESETS else []
-        x = torch.rand(2, 3, *frames, config.resolution, config.resolution) * 2 - 1
-        there = copy.deepcopy(networks[0]).to(device)
-        yield f"{preset}: z of the encoder", difference(there.encoder(x.to(device)), networks[0].encoder(x))
-        ids = networks[0].encode(x)
-        yield f"{preset}: decoded ids", difference(there.decode(ids.to(device)), networks[0].decode(ids))
-        yield from compare_steps(f"{preset}: step of stage I", networks, loss, x, device, tiny)
-    x, y = torch.rand(2, 2, 3, 64, 64) * 2 - 1
-    perceptual = metrics.randomise(metrics.LPIPS())
-    expected = perceptual(x, y)
-    yield "LPIPS", difference(perceptual.to(device)(x.to(device), y.to(device)), expected)
-    config = ar_model.PRESETS["toy"]
-    networks, loss = stage_two(config)
-    ids = torch.randint(2 ** sum(config.bits), (4, config.tokens))
-    yield from compare_steps("toy: step of stage II", networks, loss, ids, device, tiny)
+    cases = [["toy", "--discriminator", "blurpool", "--perceptual-weight", "1"],
+             ["toy-video", "--frames", "5"], ["in1k-128"]]
+    for preset, *flags in cases[:2] if tiny else cases:
+        networks, backward, x = bench.stage_one(["--preset", preset, "--global-batch-size", "2",
+                                                 "--gan-weight", "0.1", *flags], CPU)
+        model, _, perceptual = networks
+        there = copy.deepcopy(model).to(device)
+        yield f"{preset}: z of the encoder", difference(there.encoder(x.to(device)), model.encoder(x))
+        ids = model.encode(x)
+        yield f"{preset}: decoded ids", difference(there.decode(ids.to(device)), model.decode(ids))
+        if perceptual:
+            there = copy.deepcopy(perceptual).to(device)
+            expected = perceptual(x, x.flip(0))
+            yield f"{preset}: LPIPS", difference(there(x.to(device), x.flip(0).to(device)), expected)
+        yield from compare_steps(f"{preset}: step of stage I", networks, backward, x, device, tiny)
+    yield from compare_steps("toy: step of stage II", *transformer(), device, tiny)
 
 
-def compare_steps(name, networks, loss, batch, device, tiny):
+def compare_steps(name, networks, backward, batch, device, tiny):
     """Yield the differences of loss and gradients: device and CPU; compiled and not."""
-    plain = gradients(networks, loss, batch, device)
-    yield name, difference(plain, gradients(networks, loss, batch, CPU))
-    torch._dynamo.reset()
-    backend = "aot_eager" if tiny else "inductor"
-    yield f"{name}, compiled", difference(gradients(networks, loss, batch, device, backend), plain)
+    plain = gradients(networks, backward, batch, device)
+    yield name, difference(plain, gradients(networks, backward, batch, CPU))
+    compiler = "aot_eager" if tiny else "inductor"
+    yield f"{name}, compiled", difference(gradients(networks, backward, batch, device, compiler), plain)
 
 
 def compare_samplers(device):
     """Yield (what, fraction of other tokens than those of the plain sampler)."""
-    model = stage_two(ar_model.PRESETS["toy"])[0][0].to(device).eval()
+    model = transformer()[0][0].to(device)
     settings = ar_model.sampling_settings(2, cfg_scale=2.0, top_p=0.9)
     labels = torch.arange(4, device=device)
     noise = sample.image_noise(range(4), model.config.tokens, 2).to(device)
@@ -132,36 +116,29 @@ def compare_samplers(device):
             yield f"{'CUDA graphs' if compile else 'eager sampler'}{again}: other tokens", other
 
 
-def two_ranks(rank, port, device, networks, loss, batch, queue):
+def two_ranks(rank, port, device, model, batch, queue):
     """One of two processes on one device: its half of the batch; rank 0 reports the mean gradients."""
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    networks = networks.to(device)
-    model = runtime.distributed(networks[0], device)
-    loss([model], batch[rank::2].to(device)).backward()
+    model = model.to(device)
+    backward = bench.stage_two([], CPU)[1]
+    backward([runtime.distributed(model, device)], batch[rank::2].to(device))
     if rank == 0:
-        queue.put([p.grad.cpu().numpy() for p in networks.parameters()])
+        queue.put([p.grad.cpu().numpy() for p in model.parameters()])
     dist.barrier()
     dist.destroy_process_group()
 
 
 def compare_two_ranks(device):
     """Yield (what, difference) of two processes that share `device`, over gloo, and of one."""
-    networks, loss = stage_two(ar_model.PRESETS["toy"])
-    batch = torch.randint(2 ** 10, (4, 64))
-    expected = gradients(networks, loss, batch, device)[1:]
-    context = torch.multiprocessing.get_context("spawn")
-    queue = context.SimpleQueue()
+    networks, backward, ids = transformer()
+    expected = gradients(networks, backward, ids, device)[1:]
+    queue = torch.multiprocessing.get_context("forkserver").SimpleQueue()       # a fork has no CUDA
     port = 20000 + time.time_ns() % 20000
-    arguments = port, device, networks, loss_of_toy, batch, queue
-    spawned = torch.multiprocessing.spawn(two_ranks, arguments, 2, join=False)
+    arguments = port, device, networks[0], ids, queue
+    ranks = torch.multiprocessing.start_processes(two_ranks, arguments, 2, False, start_method="forkserver")
     found = [torch.from_numpy(gradient) for gradient in queue.get()]
-    spawned.join()
+    ranks.join()
     yield "gradients of two ranks on one device", difference(found, expected)
-
-
-def loss_of_toy(networks, ids):
-    """`stage_two`'s, by a name that another process can find."""
-    return stage_two(ar_model.PRESETS["toy"])[1](networks, ids)
 
 
 def compare_resumed(device):
@@ -180,109 +157,105 @@ def compare_resumed(device):
 
 # ---- 2. Figures -------------------------------------------------------------------------------------------
 
-def seconds(function, device, least=3):
-    """The shortest of a few runs, after one to warm up."""
-    times = []
-    for _ in range(1 + least):
-        start = time.perf_counter()
-        function()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
-
-
-def gib(device):
-    """The largest memory so far of what PyTorch has allocated."""
-    return torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else float("nan")
-
-
-# Images a second at batch 1 and 64, guided, bf16: half of what reading weights and cache once a token allows.
-SAMPLING_FLOORS = {"AR-B": (5, 250), "AR-L": (3.3, 135), "AR-XL": (2.5, 75), "toy": (0, 0)}
+# Images a second on an H200 at batch 1 and 64, guided, bf16, tokens only: two thirds of what reading weights
+# and cache once a token allows at batch 1, and half of it at batch 64. An H100 reads 0.7 times as fast.
+SAMPLING_GOALS = {"AR-B": (15, 250), "AR-L": (6.4, 135), "AR-XL": (3.4, 75), "toy": (0, 0)}
 
 
 @torch.no_grad()
 def sampling_figures(device, tiny):
-    """Yield (what, images/s, floor)."""
+    """Yield (what, figure, unit, goal or None)."""
+    gpu = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    first_stage = train_tokenizer.TOKENIZER_PRESETS["toy" if tiny else "in1k-256"]
+    first_stage = tokenizer.Tokenizer(first_stage).to(device)
     for preset in ("toy",) if tiny else ("AR-B", "AR-L", "AR-XL"):
         with device:
             model = sample.prepare_for_sampling(ar_model.ARModel(ar_model.PRESETS[preset]), torch.bfloat16)
         settings = ar_model.sampling_settings(2, cfg_scale=2.0)
-        for batch, floor in zip((1, 2 if tiny else 64), SAMPLING_FLOORS[preset]):
-            for compile in (False, True) if device.type == "cuda" else (False,):
-                sampler = sample.Sampler(model, batch, settings, compile)
-                speed = batch / seconds(lambda: sampler([0] * batch, range(batch)), device, 1)
-                yield f"sampling {preset}, batch {batch}{', graphs' if compile else ''}: images/s", speed, \
-                    floor if compile else 0
+        for batch, goal in zip((1, 64), SAMPLING_GOALS[preset]):
+            goal = goal * 0.7 if "H100" in gpu else goal
+            for graphs in (False, True) if device.type == "cuda" else (False,):
+                name = f"sampling {preset}, batch {batch}, {'CUDA graphs' if graphs else 'eager'}"
+                sampler = sample.Sampler(model, batch, settings, graphs)
+                seconds = bench.best_time(lambda: sampler([0] * batch, range(batch)), device, 0)
+                yield name, batch / seconds, "images/s", goal if graphs else None
+                how = sample.How(batch, settings, mixed_precision="bf16", compile=graphs)
+                decoder = copy.deepcopy(first_stage)                       # is compiled for good
+                drawn = sample.generate(model, decoder, [0] * 4 * batch, range(4 * batch), how)
+                next(drawn)                                                # compiles
+                seconds = bench.best_time(lambda: next(drawn), device, 0)
+                yield f"{name}, with decoding", batch / seconds, "images/s", None
 
 
 def training_figures(device, tiny):
-    """Yield (what, figure, floor) of training steps in bf16, and of their memory."""
-    config = ar_model.PRESETS["toy" if tiny else "AR-B"]
-    ids = torch.randint(2 ** sum(config.bits), (2 if tiny else 64, config.tokens))
-    ar_step = (*stage_two(config), ids, 0 if tiny else 690)
-    steps = {"toy" if tiny else "AR-B": ar_step}
-    for preset, batch, floor in (("toy-video", 1, 0),) if tiny else (("in1k-256", 8, 120), ("ucf-128", 1, 6)):
-        shape = train_tokenizer.TOKENIZER_PRESETS[preset]
-        axes = [shape.frames] if hasattr(shape, "frames") else []
-        x = torch.rand(batch, 3, *axes, shape.resolution, shape.resolution)
-        steps[preset] = (*stage_one(preset), x, floor)
-    for name, (networks, loss, batch, floor) in steps.items():
-        networks.to(device)
-        batch = batch.to(device)
-        optimizer = torch.optim.AdamW(networks.parameters(), fused=device.type == "cuda")
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-
-        def step():
-            with runtime.autocast(device, "bf16"):
-                loss(networks, batch).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        speed = len(batch) / seconds(step, device)
-        yield f"training {name}: samples/s", speed, floor
-        if name == "AR-B":
-            flops = speed * train_ar.flops_per_image(config)
-            yield "training AR-B: MFU of an H100's bf16", flops / 989e12, 0.3
-        yield f"training {name}, batch {len(batch)}: GiB", gib(device), 0
-        networks.to("cpu")
+    """Yield (what, figure, unit, goal or None) of steps in bf16, in a process of their own each."""
+    gpu = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    peak = max([flops for name, flops in train_ar.PEAK_FLOPS.items() if name in gpu], default=math.nan)
+    cases = [("stage_two", "AR-B", 64, 45), ("stage_one", "in1k-256", 8, 35),
+             ("stage_one", "ucf-128", 2, None)]
+    if tiny:
+        cases = [("stage_two", "toy", 2, None), ("stage_one", "toy-video", 1, None)]
+    for stage, preset, batch, goal in cases:
+        flags = ["--preset", preset, "--global-batch-size", str(batch), "--mixed-precision", "bf16"]
+        if stage == "stage_one":
+            flags.append("--channels-last")
+        if preset == "ucf-128":
+            flags.append("--activation-checkpointing")
+        counted, tflop = bench.counted(stage, flags)
+        for compiled in ([],) if tiny else ([], ["--compile"]):
+            seconds, gib, activations = bench.in_own_process(
+                bench.measure_training, stage=stage, flags=[*flags, *compiled], device=device.type)
+            name = f"training {preset}, batch {batch}, {'compiled' if compiled else 'eager'}"
+            yield name, batch / seconds, "samples/s", None
+            yield f"{name}: MFU", 100 * tflop * 1e12 / seconds / peak, "%", goal if compiled else None
+            yield f"{name}: memory; goal: counted", gib, "GiB", counted
+            if preset == "in1k-256":
+                yield f"{name}: activations of an image", activations / batch, "GiB", compiled and 1.5
 
 
 def other_figures(device, tiny):
-    """Yield (what, figure, floor) of the entropy term and of the networks of metrics."""
+    """Yield (what, figure, unit, goal) of the entropy term and of the networks of metrics."""
     z = torch.randn(1024 if tiny else 65536, 18, device=device, requires_grad=True)
 
     def entropy():
         per_token, codebook = tokenizer.lfq_entropies(z)
         (per_token - codebook).backward()
-    yield f"entropy term and gradient, N = {len(z):,}: times a second", 1 / seconds(entropy, device), 50
-    batch = 1 if tiny else 64
+    seconds = bench.best_time(entropy, device)
+    yield f"entropy term and gradient, N = {len(z):,}", 1 / seconds, "times/s", 50
     with torch.no_grad():
-        inception, i3d = metrics.FIDInception().eval().to(device), metrics.I3D().eval().to(device)
-        x = torch.rand(batch, 3, 299, 299, device=device)
-        yield "Inception, fp32: images/s", batch / seconds(lambda: inception(x), device), 1000
-        x = torch.rand(1 if tiny else 8, 3, 9 if tiny else 16, 224, 224, device=device)
-        yield "I3D, fp32: clips/s", len(x) / seconds(lambda: i3d(x), device), 50
+        for name, network, shape, goal in (("Inception", metrics.FIDInception(), (64, 3, 299, 299), 1000),
+                                           ("I3D", metrics.I3D(), (8, 3, 16, 224, 224), 50)):
+            x = torch.rand(1 if tiny else shape[0], *shape[1:], device=device)
+            network.eval().to(device)
+            seconds = bench.best_time(lambda: network(x), device)
+            yield f"{name}, fp32", len(x) / seconds, "samples/s", goal
+
+
+def print_row(mark, figure, unit, goal, what):
+    """Rows are printed as they come, so the widths of the columns are fixed."""
+    print(f"{mark:<6}  {figure:>8}  {unit:<10}  {goal:>6}  {what}", flush=True)
 
 
 def main(args):
-    """Print a line for each result and figure; the exit status says whether all results agree."""
+    """Print a row for each result and figure; the exit status says whether all results agree."""
     if args.device == "cuda" and not torch.cuda.is_available():
         raise runtime.UserError("no CUDA GPU is visible; --device cpu --tiny tries this script out")
     device = runtime.setup_process_group(args.device)
     torch.manual_seed(0)
     wrong = 0
+    print_row("", "figure", "unit", "goal", "what")
     for part in (compare_networks(device, args.tiny), compare_samplers(device), compare_two_ranks(device),
                  compare_resumed(device)):
         for name, error in part:
             equal = error <= 1e-4                                          # NaN is wrong, too
             wrong += not equal
-            print(f"{'equal' if equal else 'WRONG'}  {error:8.1e}  {name}", flush=True)
+            print_row("equal" if equal else "WRONG", f"{error:.1e}", "difference", "1e-4", name)
     for part in () if args.skip_figures else (sampling_figures, training_figures, other_figures):
-        for name, figure, floor in part(device, args.tiny):
-            below = device.type == "cuda" and figure < floor
-            verdict = "BELOW" if below else "     "
-            print(f"{verdict}  {figure:8.3g}  {name} (floor: {floor or 'none'})", flush=True)
+        for name, figure, unit, goal in part(device, args.tiny):
+            mark = ""
+            if goal and device.type == "cuda" and (figure > goal if unit == "GiB" else figure < goal):
+                mark = "MISSED"
+            print_row(mark, f"{figure:.3g}", unit, f"{goal:.3g}" if goal else "-", name)
     if wrong:
         raise SystemExit(1)
 

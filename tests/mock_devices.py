@@ -2,6 +2,7 @@
 undone, and where there is one, torch's fake tensors cannot be of a GPU."""
 import contextlib
 import dataclasses
+import sys
 
 import numpy as np
 import pytest
@@ -60,17 +61,19 @@ def test_the_mock_refuses_what_a_gpu_refuses():
                 careless()
         with pytest.raises((TypeError, RuntimeError), match="numpy|convert"):
             x.detach().numpy()
-        for forbidden in (lambda: x.sum().item(), lambda: x[x > 0], lambda: x.nonzero(), lambda: x.cpu(),
-                          lambda: x.detach().copy_(torch.ones(3)), lambda: torch.rand(3, device=MOCK),
-                          lambda: x * torch.tensor(2.0), lambda: bool(x.max() > 0)):
+        for forbidden in (lambda: x.sum().item(), lambda: bool(x.max() > 0), lambda: x.tolist(),
+                          lambda: x.detach().copy_(torch.ones(3)), lambda: torch.ones(3).to(MOCK),
+                          lambda: torch.tensor([1.0], device=MOCK), lambda: x * torch.tensor(2.0),
+                          lambda: x[x > 0], lambda: x.nonzero(), lambda: x.unique(),
+                          lambda: x.repeat_interleave(x.long()), lambda: torch.rand(3, device=MOCK)):
             with pytest.raises(AssertionError, match="in a graph"), Graph.graph(Graph()):
                 forbidden()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [
-    ["--image-size", 64, "--patch", 8, "--perceptual-weight", 1, "--adaptive-gan-weight",
-     "--accumulation", 2],
+    ["--image-size", 32, "--patch", 4, "--perceptual-weight", 1, "--adaptive-gan-weight",
+     "--global-batch-size", 2, "--accumulation", 2],
     ["--quantizer", "bsq", "--groups", 2, "--upsampler", "nearest", "--downsampler", "average"],
     ["--quantizer", "vq", "--no-adaptive-norm"], ["--quantizer", "fsq"],
     ["--quantizer", "simvq", "--activation-checkpointing"], CLIPS],
@@ -102,7 +105,7 @@ def test_stage_two_stays_on_its_device(tmp_path, mock, trained, flags):
     (sample, ["--num-images", 1]), (sample, ["--num-fid-samples", 5, "--cfg-schedule", "power"]),
     (sample, ["--keep", "runs/images/train/0/0.png", "--top-p", 0.9, "--top-k", 4]),
     (tokenizer, ["reconstruct", "runs/images/train", "--tile", 64]),
-    (evaluate, ["reconstruction", "--metrics", "psnr", "usage", "rfid", "--max-samples", 4,
+    (evaluate, ["reconstruction", "--metrics", "psnr", "usage", "rfid", "--max-samples", 2, "--batch-size", 2,
                  "--allow-random-weights"]),
     (evaluate, ["generation", "--metrics", "tokens", "--num-samples", 8])],
     ids=["ten-crop", "grid", "npz", "keep", "tiles", "reconstruction", "generation"])
@@ -164,15 +167,32 @@ def test_networks_of_metrics_stay_on_their_device():
 
 # ---- what becomes a CUDA graph ----------------------------------------------------------------------------
 
-@pytest.mark.slow
-@pytest.mark.parametrize("changes, values", [
-    ({}, {"cfg_scale": 2.0, "top_k": 5, "top_p": 0.9, "temperature": (0.9, 0.0)}), ({"bits": (2, 3, 3)}, {}),
-    ({"separate_heads": True}, {"cfg_scale": 3.0})], ids=str)
-def test_replayed_graphs_draw_the_tokens_of_the_plain_sampler(monkeypatch, changes, values):
+@pytest.fixture
+def graphs(monkeypatch):
+    """torch.cuda's graphs are those of the mock, and nothing is compiled."""
     for name, value in (("CUDAGraph", Graph), ("graph", Graph.graph), ("graph_pool_handle", lambda: None)):
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch, "compile", lambda piece, **options: piece)
     monkeypatch.setattr(OnMock, "is_cuda", True, raising=False)
+
+
+@pytest.mark.parametrize("bug", [
+    lambda logits: logits / logits.max().item(), lambda logits: logits + torch.ones(8).to(MOCK),
+    lambda logits: logits.masked_select(logits == logits).view(2, 8)], ids=["waits", "copies", "allocates"])
+def test_what_a_graph_cannot_hold_is_found_in_the_samplers_step(graphs, monkeypatch, bug):
+    draw = ar_model.draw_subtoken
+    monkeypatch.setattr(ar_model, "draw_subtoken", lambda logits, *rest: draw(bug(logits), *rest))
+    with Mock():
+        model = ar_model.ARModel(dataclasses.replace(SHAPE, bits=(3, 3))).eval().to(MOCK)
+        with pytest.raises(AssertionError, match="in a graph"):
+            sample.Sampler(model, 2, ar_model.sampling_settings(2), compile=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes, values", [
+    ({}, {"cfg_scale": 2.0, "top_k": 5, "top_p": 0.9, "temperature": (0.9, 0.0)}), ({"bits": (2, 3, 3)}, {}),
+    ({"separate_heads": True}, {"cfg_scale": 3.0})], ids=str)
+def test_replayed_graphs_draw_the_tokens_of_the_plain_sampler(graphs, monkeypatch, changes, values):
     torch.manual_seed(0)
     model = ar_model.ARModel(dataclasses.replace(SHAPE, **changes)).eval()
     for parameter in model.parameters():
@@ -193,3 +213,7 @@ def test_replayed_graphs_draw_the_tokens_of_the_plain_sampler(monkeypatch, chang
             assert torch.equal(torch.stack(sampler(labels, seeds)).cpu(), tokens)
         drawn = sampler([0, 0], [5, 6], [ids.to(MOCK) for ids in kept])
         assert all(ids[:, :5].tolist() == [given.tolist()] * 2 for ids, given in zip(drawn, kept))
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__, "-q", "-p", "no:cacheprovider"]))
