@@ -4,7 +4,6 @@ import pathlib
 import shutil
 
 import numpy as np
-import scipy.stats
 from PIL import Image
 
 import checkpoints
@@ -93,18 +92,26 @@ def means(claim, rows):
 
 def power_laws(claim, rows):
     """{(x, line): (factor, exponent, its standard error)} of the first figure over parameters, for each line,
-    and over operations, for all: figure = factor * x ^ exponent, by least squares of the logarithms of all runs.
+    and over operations, for all: figure = factor * x ^ exponent, by least squares of the logarithms of all
+    runs. Each seed has a factor of its own, of which the mean is returned: its tokenizer may make easy tokens.
     """
     groups = {}
     for row in rows if isinstance(claim.x, list) else ():
-        y = float(row[claim.figures[0]])
-        groups.setdefault(("parameters", row[claim.lines]), []).append((float(row["parameters"]), y))
-        groups.setdefault(("flops", "all"), []).append((float(row["flops"]), y))
+        groups.setdefault(("parameters", row[claim.lines]), []).append(row)
+        groups.setdefault(("flops", "all"), []).append(row)
     laws = {}
-    for key, points in groups.items():
-        if len(points) > 2:
-            fit = scipy.stats.linregress(*np.log(points).T)
-            laws[key] = (np.exp(fit.intercept), fit.slope, fit.stderr)
+    for (x, line), points in groups.items():
+        sizes = np.log([float(row[x]) for row in points])
+        of_seed = [[row["seed"] == seed for seed in sorted({row["seed"] for row in points})] for row in points]
+        design = np.column_stack([sizes, of_seed])                        # (runs, 1 + seeds)
+        targets = np.log([float(row[claim.figures[0]]) for row in points])
+        spare = len(points) - design.shape[1]
+        if spare > 0 and np.ptp(sizes) > 0:
+            inverse = np.linalg.inv(design.T @ design)
+            exponent, *levels = inverse @ design.T @ targets
+            rest = targets - design @ [exponent, *levels]
+            error = np.sqrt(rest @ rest / spare * inverse[0, 0])
+            laws[x, line] = (np.exp(np.mean(levels)), exponent, error)
     return laws
 
 
