@@ -131,7 +131,7 @@ def table(name, claim, rows):
                       f"![{name}](../assets/claims/{name}.png)", "", ""])
 
 
-LOGARITHMIC = ("parameters", "flops", "images", "ms", "MiB")            # axes
+LOGARITHMIC = ("parameters", "flops", "images")                           # horizontal axes
 
 
 def draw(claim, sources, path):
@@ -142,12 +142,13 @@ def draw(claim, sources, path):
     xs = claim.x if isinstance(claim.x, list) else [claim.x]
     numbers = xs[0] in claim.figures or isinstance(claim.settings[0][xs[0]], (int, float))
     shown = [(x, quantity) for x in xs for quantity in claim.figures if quantity not in (*xs, "flops")]
-    figure, panels = pyplot.subplots(1, len(shown), figsize=(3.1 * len(shown), 3.4), squeeze=False)
+    figure, panels = pyplot.subplots(1, len(shown), squeeze=False,
+                                     figsize=(3.1 * len(shown), 3.4 if numbers else 4.4))
     for panel, (x, quantity) in zip(panels[0], shown):
         panel.set_title(quantity)
         panel.set_xlabel(x)
         panel.set_xscale("log" if x in LOGARITHMIC else "linear")
-        panel.set_yscale("log" if quantity in LOGARITHMIC else "linear")
+        panel.set_yscale("log" if quantity in ("ms", "MiB") else "linear")
         panel.minorticks_off()
         panel.grid(alpha=0.3)
         for rows, marker in zip(sources, "ox"):
@@ -164,7 +165,8 @@ def draw(claim, sources, path):
             if of == x:
                 sizes = np.geomspace(*panel.get_xlim())
                 panel.plot(sizes, factor * sizes ** exponent, "--", color="gray", linewidth=1, scalex=False)
-        panel.tick_params("x", rotation=0 if numbers else 60)
+        if not numbers:
+            pyplot.setp(panel.get_xticklabels(), rotation=50, ha="right", rotation_mode="anchor")
     if claim.lines:
         panels[0][0].legend(title=claim.lines, frameon=False, fontsize=8)
     figure.tight_layout()
