@@ -93,7 +93,7 @@ def means(claim, rows):
 def power_laws(claim, rows):
     """{(x, line): (factor, exponent, its standard error)} of the first figure over parameters, for each line,
     and over operations, for all: figure = factor * x ^ exponent, by least squares of the logarithms of all
-    runs. Each seed has a factor of its own, of which the mean is returned: its tokenizer may make easy tokens.
+    runs. Each seed has a factor of its own, as its tokenizer may make easy tokens; the mean is returned.
     """
     groups = {}
     for row in rows if isinstance(claim.x, list) else ():
@@ -102,7 +102,8 @@ def power_laws(claim, rows):
     laws = {}
     for (x, line), points in groups.items():
         sizes = np.log([float(row[x]) for row in points])
-        of_seed = [[row["seed"] == seed for seed in sorted({row["seed"] for row in points})] for row in points]
+        seeds = sorted({row["seed"] for row in points})
+        of_seed = [[row["seed"] == seed for seed in seeds] for row in points]
         design = np.column_stack([sizes, of_seed])                        # (runs, 1 + seeds)
         targets = np.log([float(row[claim.figures[0]]) for row in points])
         spare = len(points) - design.shape[1]
@@ -125,8 +126,8 @@ def table(name, claim, rows):
                  for figure in claim.figures]
         lines.append("| " + " | ".join([*key, *cells]) + " |")
     for (x, line), (factor, exponent, error) in power_laws(claim, rows).items():
-        lines += ["", f"Power law, {claim.lines} {line}: {claim.figures[0]} = {factor:.3g} x {x}^{exponent:.4f}, "
-                      f"standard error of the exponent {error:.4f}."]
+        lines += ["", f"Power law, {claim.lines} {line}: {claim.figures[0]} = {factor:.3g} x "
+                      f"{x}^{exponent:.4f}, standard error of the exponent {error:.4f}."]
     return "\n".join([*lines, "", f"{len({row['seed'] for row in rows})} seeds.", "",
                       f"![{name}](../assets/claims/{name}.png)", "", ""])
 
@@ -205,9 +206,10 @@ def save(figure, path):
 
 def write_results(claims, paths, args):
     """Tables and drawings of all `claims` {name: claim} that have rows in their CSVs, `paths`."""
-    tables = ["# The claims in numbers", "", "By `make claims`: mean ± standard deviation over seeds. `frechet`, "
-              "`mind`, `precision`, `recall` and", "`agreement` are those of a small classifier trained in the "
-              "run (tests/judge.py), not of Inception.", ""]
+    tables = ["# The claims in numbers", "",
+              "By `make claims`: mean ± standard deviation over seeds. `frechet`, `mind`, `precision`,",
+              "`recall` and `agreement` are those of a small classifier trained in the run (tests/judge.py),",
+              "not of Inception.", ""]
     figures = pathlib.Path(args.figures_dir)
     for name, claim in claims.items():
         rows = read_rows(claim, paths[name])
