@@ -552,7 +552,7 @@ def test_a_folder_and_an_npz_give_the_same_numbers(place):
     ("images", ("--image-size", 18), "18.*multiple"),
     ("images", ("--metrics", "lpips-alex", *RANDOM, "--max-samples", 2), "lpips-alex needs 32 pixels"),
     ("images", ("--metrics", "rfvd"), "rfvd is not.*images"),
-    ("clips", ("--metrics", "rfid"), "--metrics rfid is not.*clips"), ("ar", (), "no tokenizer"),
+    ("clips", ("--metrics", "rfid"), "--metrics rfid is not.*clips"),
     ("clips", ("--original-resolution",), "tokenizers of images"),
     ("images", ("--metrics", "rfid", "--weights-dir", "."), "pt_inception-2015-12-05-672.*--weights-dir")])
 def test_wrong_flags_of_reconstruction_are_one_line(files, place, monkeypatch, kind, flags, words):
