@@ -140,6 +140,7 @@ def draw(claim, sources, path):
     `sources`, crosses for the reader's own."""
     pyplot = pictures.import_pyplot()
     names = list(claim.settings[0])
+    laws = power_laws(claim, sources[0])
     xs = claim.x if isinstance(claim.x, list) else [claim.x]
     numbers = xs[0] in claim.figures or isinstance(claim.settings[0][xs[0]], (int, float))
     shown = [(x, quantity) for x in xs for quantity in claim.figures if quantity not in (*xs, "flops")]
@@ -162,7 +163,7 @@ def draw(claim, sources, path):
             for number, (line, points) in enumerate(lines.items()):
                 panel.errorbar(*zip(*points), marker=marker, linestyle="-" if numbers else "none", capsize=3,
                                color=f"C{number}", label=f"{line}, yours" if marker == "x" else line)
-        for (of, _), (factor, exponent, _) in power_laws(claim, sources[0]).items():
+        for (of, _), (factor, exponent, _) in laws.items():
             if of == x:
                 sizes = np.geomspace(*panel.get_xlim())
                 panel.plot(sizes, factor * sizes ** exponent, "--", color="gray", linewidth=1, scalex=False)
