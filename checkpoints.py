@@ -230,7 +230,7 @@ def load_tokenizer(path, ema=True, trust=False):
             stored = published_tokenizer(path, stored, ema)
         elif stored.get("format") == AR:
             require(stored.get("first_stage"), f"{path} is an AR model without its tokenizer")
-            stored = stored["first_stage"]
+            stored = {**stored["first_stage"], "args": stored.get("args", {})}    # of data that both learned
         return build(path, stored, ema, TOKENIZERS)
 
 

@@ -156,11 +156,12 @@ def test_our_transformer_brings_its_tokenizer(tmp_path, ema):
     torch.manual_seed(0)
     inner, raw, averaged = tokenizer.Tokenizer(TINY), ar_model.ARModel(TINY_AR), ar_model.ARModel(TINY_AR)
     saved = stored(raw, preset="AR-B", ema=averaged.state_dict(), classes=["a", "b", "c"],
-                   tokenizer={"path": "x"}, first_stage=stored(inner))
+                   tokenizer={"path": "x"}, first_stage=stored(inner), args={"data_path": "x"})
     torch.save(saved, tmp_path / "ar.pt")
     model, decoder, info = checkpoints.load_ar(tmp_path / "ar.pt", ema)
     assert same(model, averaged if ema else raw) and same(decoder, inner)
-    assert same(checkpoints.load_tokenizer(tmp_path / "ar.pt")[0], inner)
+    again, about = checkpoints.load_tokenizer(tmp_path / "ar.pt")
+    assert same(again, inner) and about["trained_on"]["data_path"] == "x"     # so evaluate.py finds its data
     assert torch.equal(model.rope, raw.rope)
     assert (info["weights"], info["step"], info["preset"]) == ("EMA" if ema else "raw", 3, "AR-B")
     assert (info["classes"], info["tokenizer"]) == (["a", "b", "c"], {"path": "x"})
