@@ -406,7 +406,8 @@ def measure(model, samples, order, networks, record, args):
         streams[key] = FeatureStream(network, range(len(samples)) if key == "rfvd" else (), rule)
     parts = []
     counts = model.quantizer.count(torch.zeros(0, dtype=torch.long, device=args.device))
-    examples = {}
+    examples = {}                                                        # from all over the set, to look at
+    to_show = [order[k] for k in data.evenly_spaced(8, len(order))]
     for originals, n, indices in batches_of(samples, order, args, "measuring"):
         if args.original_resolution:
             check_size(originals.shape, samples.paths[int(indices[0])], args)
@@ -428,7 +429,7 @@ def measure(model, samples, order, networks, record, args):
         for stream in streams.values():
             stream.add(made if stream.rule == "tf1" else shown(y, stream.network, args), n, indices)
         for j, index in enumerate(indices.tolist()):
-            if index in order[:8]:
+            if index in to_show:
                 examples[index] = [originals[j], made[j].cpu()]
     samples.raise_if_broken(all_ranks=True)
     found = {"counts": runtime.all_reduce_sum(counts), "examples": runtime.gather_objects(examples),

@@ -253,10 +253,8 @@ def get_args(argv=None):
     group.add_argument("--mixed-precision", choices=runtime.AUTOCAST_DTYPES, default="fp32",
                        help="autocast dtype")
     group.add_argument("--channels-last", action="store_true", help="NHWC memory layout, faster on GPUs")
-    group.add_argument("--compile", action="store_true",
-                       help="torch.compile encoder, decoder, LPIPS and discriminator")
-    group.add_argument("--activation-checkpointing", action="store_true",
-                       help="recompute activations in backward")
+    group.add_argument("--compile", action="store_true", help="torch.compile encoder, decoder, LPIPS and D")
+    group.add_argument("--activation-checkpointing", action="store_true", help="recompute them in backward")
     group.add_argument("--num-workers", type=count0, default=0, help="data loading processes a rank")
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to train")
 
@@ -557,17 +555,17 @@ def cost_of_step(args, model, discriminator, axes):
 def preview(model, held_out, step, args):
     """Write held-out samples above their reconstructions by `model`; returns their mean PSNR in dB.
 
-    The same eight images, or four clips, each time. Rank 0 draws; the others wait at the checkpoint.
+    The same eight images, or four clips, each time, from all over the set. Rank 0 draws; the others wait.
     """
     if not runtime.is_main():
         return 0.0
-    count = min(len(held_out), 8 if held_out.kind == "image" else 4)
-    x = torch.stack([held_out[i][0] for i in range(count)])                              # uint8 (N, 3, *S)
+    chosen = data.evenly_spaced(8 if held_out.kind == "image" else 4, len(held_out))
+    x = torch.stack([held_out[i][0] for i in chosen])                                    # uint8 (N, 3, *S)
     device = next(model.parameters()).device
     x_hat = torch.cat([model.decode(model.encode(pictures.to_float(one[None].to(device)))) for one in x])
     x_hat = pictures.to_uint8(x_hat).cpu()                              # one at a time: clips may be large
     path = pathlib.Path(args.results_dir) / f"reconstructions-{step:08d}.png"
-    pictures.save_samples(path, torch.cat([x, x_hat]), count)
+    pictures.save_samples(path, torch.cat([x, x_hat]), len(x))
     psnr = metrics.psnr(metrics.as_frames(x), metrics.as_frames(x_hat))
     return float(psnr.clamp_max(100).mean())
 
