@@ -311,7 +311,7 @@ def reconstruction(args):
                           networks={name: network.source for name, network in networks.items()},
                           resize_rule="half-pixel-antialiased" if antialias else "half-pixel")
     runtime.print_facts(
-        ("model", f"{path}: {info['preset']}, {info['weights']} weights, step {info['step']}"),
+        ("model", f"{path}: {info['preset']}, {info['weights']} weights"),
         ("data", f"{len(order)} {samples.kind}s of {samples.name}, {part}, size {size}"),
         ("protocol", f"{args.protocol}, tokenizer in {args.mixed_precision}, metrics in fp32, "
                      f"{runtime.world_size()} x {args.device}"))

@@ -728,7 +728,7 @@ def main(args):
     ckpt = args.ckpt or runtime.latest_checkpoint("runs/tokenizer", "tokenizer")
     model, info = checkpoints.load_tokenizer(ckpt, not args.raw_weights, args.trust_checkpoint)
     model.to(device)
-    print(f"{ckpt}: {info['preset']}, {info['weights']} weights of step {info['step']}")
+    print(f"{ckpt}: {info['preset']}, {info['weights']} weights")
     identity = checkpoints.weights_hash(model)
     folder = args.output or "runs/reconstructions"
     if args.command == "decode":
