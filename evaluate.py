@@ -306,7 +306,8 @@ def reconstruction(args):
     # Clean departs from the official resize rule only where a side exceeds Inception's 299 pixels.
     antialias = args.protocol == "clean" and (size == "original" or size > 299)
     info["sha256"] = runtime.on_main(checkpoints.weights_hash, model)
-    part = "training pictures" if has_learned(samples, info["trained_on"], args) else f"{args.split} split"
+    learned = has_learned(samples, info["trained_on"], args)
+    part = f"training {samples.kind}s" if learned else f"{args.split} split"
     output, record = plan(path, args, checkpoint=info, data=about, part=part,
                           networks={name: network.source for name, network in networks.items()},
                           resize_rule="half-pixel-antialiased" if antialias else "half-pixel")

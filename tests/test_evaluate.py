@@ -257,11 +257,11 @@ def test_the_fid_against_a_reference_is_one_of_its_own_name_and_rule(files, plac
 
 
 @pytest.mark.parametrize("trained, more, part, resize", [
-    ("flat", (), "training pictures", 24), ("own", (), "val split", 24),
-    ("own", ("--split", "train"), "training pictures", 24),
-    ("own", ("--data-path", "own/train"), "training pictures", None),
+    ("flat", (), "training images", 24), ("own", (), "val split", 24),
+    ("own", ("--split", "train"), "training images", 24),
+    ("own", ("--data-path", "own/train"), "training images", None),
     ("own", ("--data-path", "flat"), "val split", None), ("generated", (), "val split", 24),
-    ("generated", ("--split", "train"), "training pictures", 24)])
+    ("generated", ("--split", "train"), "training images", 24)])
 def test_default_data_are_what_was_learned_if_possible_held_out(files, place, capsys, trained, more, part,
                                                                 resize):
     counts = {"flat": 3, "own/val": 2, "own/train": 4}
