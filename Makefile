@@ -28,7 +28,7 @@ demo-video: $(VENV)/installed
 	$(RUN) train_tokenizer.py --channel-multipliers 1 1 2 --results-dir runs/video_start --resume
 	$(RUN) train_tokenizer.py --preset toy-video --init-from runs/video_start/step-00001200.pt --resume
 	$(RUN) evaluate.py reconstruction --ckpt runs/video/step-00000900.pt
-	$(RUN) train_ar.py --tokenizer runs/video/step-00000900.pt --results-dir runs/video_ar --resume
+	$(RUN) train_ar.py --tokenizer runs/video/step-00000900.pt --length 1500 --results-dir runs/video_ar --resume
 	$(RUN) sample.py --ckpt runs/video_ar/step-00001500.pt --num-images 4
 	@echo; echo "Look at runs/video/*.webp and runs/video_ar/*.webp, and at runs/samples/*.webp: a row for each motion."
 

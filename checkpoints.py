@@ -2,7 +2,7 @@
 
     model, info = checkpoints.load_tokenizer("in1k-256")     # of images or clips: a file, or a published name
     model, tokenizer, info = checkpoints.load_ar("AR-B")
-    python checkpoints.py runs/ar/step-00001500.pt toy.pt    # weights alone, in half precision, to pass on
+    python checkpoints.py runs/ar/step-00001800.pt toy.pt    # weights alone, in half precision, to pass on
 
 Safe: nothing that is stored in a file is ever run. Strict: a name too many or too few, or another shape, is
 an error that lists them. A published name is downloaded once (see `runtime.fetch`). Our files

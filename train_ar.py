@@ -137,7 +137,7 @@ AR_RECIPES = {
     "AR-B": PUBLISHED_AR_RECIPE, "AR-L": PUBLISHED_AR_RECIPE,
     "AR-XL": dict(PUBLISHED_AR_RECIPE, lr=2.4e-4, length="350ep", warmup="7ep"),
     # Minutes on two cores: a large learning rate that decays to 0.
-    "toy": dict(lr=3e-3, length="1500", warmup="50", final_lr=0.0, global_batch_size=32)}
+    "toy": dict(lr=3e-3, length="1800", warmup="50", final_lr=0.0, global_batch_size=32)}
 
 
 def get_args(argv=None):
