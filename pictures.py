@@ -162,8 +162,8 @@ def write_video(path, frames, fps=25):
             container.mux(stream.encode())
 
 
-def read_metrics(results_dir, kind=(int, float)):
-    """metrics.jsonl of a run as {name: {step: value}}, of one kind; torn or foreign lines are left out."""
+def read_metrics(results_dir, kinds=(int, float)):
+    """metrics.jsonl of a run as {name: {step: value}}, of these kinds; torn or foreign lines are left out."""
     path = pathlib.Path(results_dir) / "metrics.jsonl"
     require(path.exists(), f"{path} does not exist; name the --results-dir of a training run")
     curves = {}
@@ -171,7 +171,7 @@ def read_metrics(results_dir, kind=(int, float)):
         with contextlib.suppress(ValueError, AttributeError, KeyError):
             values = json.loads(line)
             for name, value in values.items():
-                if isinstance(value, kind):
+                if isinstance(value, kinds):
                     curves.setdefault(name, {})[values["step"]] = value
     return curves
 
@@ -268,7 +268,8 @@ def folded(values):
 
 def run_section(folder):
     """HTML of a training run: its curves, newest pictures, bits, codes, settings."""
-    curves = read_metrics(folder)
+    curves = read_metrics(folder, (int, float, list))
+    balances = curves.pop("bit_balance", {})               # the only list
     page = f'<h2>{html.escape(folder.name)}: step {max(curves.pop("step", [0]))}</h2><div class="panels">'
     for name in curves:
         if name.removeprefix("val_") not in curves.keys() - {name}:
@@ -276,7 +277,7 @@ def run_section(folder):
     page += "</div>"
     for path in newest(folder, "reconstructions-*") + newest(folder, "samples-*"):
         page += embed(path, errors=path.name.startswith("reconstructions"))
-    for balance in list(read_metrics(folder, list).get("bit_balance", {}).values())[-1:]:
+    for balance in list(balances.values())[-1:]:
         page += bit_bars(balance)
     if (folder / "tokens.json").exists():
         page += code_histogram(folder / "tokens.bin")
