@@ -277,6 +277,15 @@ def test_default_data_are_what_was_learned_if_possible_held_out(files, place, ca
     assert f", {part}, size 16" in capsys.readouterr().out
 
 
+def test_the_grid_shows_samples_from_all_over_the_set(files, place):
+    (place / "photos").mkdir()
+    for i in range(20):
+        Image.new("RGB", (16, 16), (10 * i, 0, 0)).save(f"photos/{i:02}.png")
+    reconstruct(files["images"], "--data-path", "photos", "--metrics", "psnr")
+    grid = np.asarray(Image.open(next(pathlib.Path("runs/evaluation").glob("*.png"))))
+    assert grid[50, 50::98, 0].tolist() == [10 * k for k in data.evenly_spaced(8, 20)]      # tiles of 96 + 2
+
+
 class Identity(torch.nn.Module):
     """A tokenizer that gives back what it gets, to test what surrounds it."""
 
