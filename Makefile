@@ -39,7 +39,7 @@ test-fast: $(VENV)/tested
 	$(PYTEST) -m "not slow"
 
 report: $(VENV)/installed
-	$(RUN) pictures.py runs --output runs/report.html
+	$(RUN) results/report.py runs
 
 claims: $(VENV)/installed
 	$(VENV)/bin/python -m pip install --quiet --editable '.[curves]'

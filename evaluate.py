@@ -43,14 +43,10 @@ import torchvision.transforms.functional as TF
 from PIL import Image
 from tqdm import tqdm
 
-import checkpoints
-import data
-import metrics
-import pictures
-import runtime
 import sample
-from checkpoints import RANDOM_LABEL
-from runtime import require
+from support import checkpoints, data, metrics, pictures, runtime, sources
+from support.checkpoints import RANDOM_LABEL
+from support.runtime import require
 
 # ---- 1. The metrics, and the record of a measurement -------------------------------------------------------
 
@@ -258,7 +254,7 @@ class FeatureStream:
             if self.rule != "tf1":                                     # as reconstructions are shown to it
                 x = shown(pictures.to_float(x.to(self.device)), self.network, args)
             self.add(x, n, indices)
-        if isinstance(samples, data.Samples):
+        if isinstance(samples, sources.Samples):
             samples.raise_if_broken(all_ranks=True)
         return self.finish()
 
@@ -327,7 +323,7 @@ def has_learned(samples, trained_on, args):
     """Whether a tokenizer was trained on `samples`: its train/, or a data set that is not parted at all."""
     path = os.path.expanduser(trained_on["data_path"] or os.devnull)   # which of a published one is not known
     folders = [os.path.realpath(os.path.join(path, part)) for part in ("", "train")]
-    named = isinstance(samples, (data.Folder, data.TarShards))         # whose names say which part they are
+    named = isinstance(samples, (sources.Folder, sources.TarShards))         # names say which part
     return (os.path.realpath(samples.name) in folders and args.split_list == trained_on["split_list"]
             and (named or args.split == "train"))
 
@@ -353,7 +349,7 @@ def held_out(config, trained_on, args):
         crop = "original"
     size = args.image_size or config.resolution
     view = data.View(size, frames, crop, resize=args.resize, seed=args.global_seed, start="center")
-    samples = data.build_dataset(args.data_path, args.split, view, args.split_list)
+    samples = sources.build_dataset(args.data_path, args.split, view, args.split_list)
     order = data.evenly_spaced(10_000 if seen else None, len(samples))
     if seen:
         shuffled = np.random.default_rng(args.global_seed).permutation(len(samples)).tolist()
@@ -504,7 +500,7 @@ def open_samples(path):
     if not path.is_dir():
         samples = images_of(read_npz(path), path)
         return samples, samples.shape[1:-1], runtime.on_main(runtime.sha256_of, path)
-    samples = data.Folder(path, data.View(1, crop="original"))
+    samples = sources.Folder(path, data.View(1, crop="original"))
     sizes = set()
     for file in samples.paths:
         try:
@@ -595,7 +591,8 @@ def token_distances(samples, real, record, facts, args):
     one that drew the samples, as their record says. Adds to `record` and `facts`. A collective."""
     made_by = record["sampling"].get("checkpoint")
     args.ckpt = args.ckpt or (made_by.get("path") if isinstance(made_by, dict) else None)
-    _, tokenizer, info = sample.load(args)
+    _, tokenizer, info = checkpoints.load_pair(args.ckpt, args.tokenizer, not args.raw_weights,
+                                                args.trust_checkpoint)
     sha256 = runtime.on_main(checkpoints.weights_hash, tokenizer.to(args.device))
     record["tokenizer"] = {"path": info["path"], "sha256": sha256}
     each = min(len(samples), args.max_samples or len(samples), len(real) // 2)
@@ -629,7 +626,7 @@ def real_samples(args, axes, count, reference=None):
                  "sha256": runtime.on_main(runtime.sha256_of, reference)}
         return Real(samples, range(len(samples)), about, stored)
     view = data.View(axes[-1], axes[0] if len(axes) == 3 else None, resize=args.resize)
-    samples = data.build_dataset(args.data_path, args.split or "train", view, args.split_list)
+    samples = sources.build_dataset(args.data_path, args.split or "train", view, args.split_list)
     order = data.evenly_spaced(count, len(samples))
     return Real(samples, order, {
         "path": args.data_path, "name": samples.name, "split": args.split or "train", "n": len(order),
@@ -682,7 +679,7 @@ def make_reference(args):
     real_statistics(args, load_network("inception", args), real, path=args.reference)
 
 
-# ---- 5. The paper's tables: their rows lie in tables.json; those of ours name what measures them -----------
+# ---- 5. The paper's tables: their rows lie in support/tables.json; ours name what measures them ------------
 
 def measured(what, results, args):
     """(cell, command) of a measurement in a table: its newest values here, and how to get what is missing."""
@@ -717,7 +714,8 @@ def measured(what, results, args):
 
 def table(args):
     """One of the paper's tables, and beside our rows what was measured here, or how to measure it."""
-    content = json.loads((pathlib.Path(__file__).parent / "tables.json").read_text())[str(args.number)]
+    rows_of_all = pathlib.Path(__file__).parent / "support" / "tables.json"
+    content = json.loads(rows_of_all.read_text())[str(args.number)]
     results = []
     for path in pathlib.Path(args.output).glob("*.json"):
         with contextlib.suppress(runtime.UserError):       # torn; what has other keys is another program's
@@ -744,7 +742,7 @@ def add_flags(parser, data_default, count_default):
     """Flags of every command that measures. The texts say what holds if a flag is not given."""
     group = parser.add_argument_group("real samples")
     group.add_argument("--data-path", help=f"folder, tar files or generated[-plain] ({data_default})")
-    group.add_argument("--split", choices=data.SPLITS, help="part of the data set")
+    group.add_argument("--split", choices=sources.SPLITS, help="part of the data set")
     group.add_argument("--split-list", help="official UCF-101 list of the clips to use, as testlist01.txt")
     group.add_argument("--max-samples", type=runtime.positive_int, help=f"evenly spaced ({count_default})")
     group.add_argument("--resize", type=runtime.positive_int, help="shorter side before the crop")

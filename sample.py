@@ -27,11 +27,8 @@ from torchvision.models import VGG16_Weights
 from tqdm import tqdm
 
 import ar_model
-import checkpoints
-import data
-import pictures
-import runtime
-from runtime import require
+from support import checkpoints, data, pictures, runtime, sources
+from support.runtime import require
 
 # ---- 1. The same tokens, faster ----------------------------------------------------------------------------
 # Each trick and its factor, for AR-B in fp32, batch 4 with guidance, the first 6 tokens, on one CPU core:
@@ -260,29 +257,6 @@ def generate(model, tokenizer, labels, seeds, how, kept=()):
 
 # ---- 3. Flags, grids and sets ------------------------------------------------------------------------------
 
-def load(args):
-    """(ARModel, Tokenizer, info of `checkpoints.load_ar`) of --ckpt, on the CPU. --tokenizer is for published
-    files without one; for our files it must be the one that made the tokens."""
-    ckpt = args.ckpt or runtime.latest_checkpoint("runs/ar", "AR model")
-    options = {"ema": not args.raw_weights, "trust": args.trust_checkpoint}
-    model, tokenizer, info = checkpoints.load_ar(ckpt, **options)
-    if args.tokenizer:
-        own = info["tokenizer"]
-        tokenizer, its = checkpoints.load_tokenizer(args.tokenizer, **options)
-        info["tokenizer"] = {**its, "sha256": checkpoints.weights_hash(tokenizer)}
-        require(info["source"] == "published" or own["sha256"] == info["tokenizer"]["sha256"],
-                f"--tokenizer {args.tokenizer} is not the one that {ckpt} was trained with and contains, "
-                f"{own and own['path']}; leave the flag out")
-    require(tokenizer, f"{ckpt} contains no whole tokenizer; name the file of one with --tokenizer")
-    codes = tokenizer.quantizer.vocabulary
-    axes = 2 if getattr(tokenizer.config, "frames", None) is None else 3
-    needed = 2 ** sum(model.config.bits)
-    require(codes == needed and axes == len(model.config.grid), f"{ckpt} draws tokens of {needed} codes on a "
-            f"grid {model.config.grid}, but {info['tokenizer']['path']}, its tokenizer, has {codes} codes on "
-            f"{axes} axes; give the right one with --tokenizer")
-    return model, tokenizer, info
-
-
 # Of the sorted names n01440764 .. n15075141 of its thousand folders, a line each.
 IMAGENET_FOLDERS = "385e0240499426c022b773be1ae4da780f057b89c9694c7f47199f62746b6edd"
 
@@ -379,7 +353,7 @@ def keep_rows(args, model, tokenizer):
     require(0 < keep < rows, f"--rows {keep}: of the {rows} rows of tokens, one or more must be left to draw")
     stride = tokenizer.config.downsampling
     try:
-        image = data.view_pixels(data.decode(args.keep), data.View(rows * stride))[None]
+        image = data.View(rows * stride).pixels(sources.decode(args.keep))[None]
     except (OSError, ValueError) as error:
         raise runtime.UserError(f"--keep {args.keep} cannot be read as an image ({error})") from None
     device = next(tokenizer.parameters()).device
@@ -397,7 +371,8 @@ def main(args):
             "of all classes, but --classes, --save-images and --keep belong to a grid; leave these out")
     require(args.keep or not args.rows, "--rows is for --keep FILE; add it, or leave --rows out")
     args.num_images = args.num_images or (4 if args.keep else 8)
-    model, tokenizer, info = load(args)
+    model, tokenizer, info = checkpoints.load_pair(args.ckpt, args.tokenizer, not args.raw_weights,
+                                                   args.trust_checkpoint)
     names = class_names(info["classes"], model.config.num_classes)
     require(names or not args.classes, f"--classes: {info['path']} is an unconditional model; leave it out")
     C = max(1, len(names))                                # an unconditional model has one nameless class

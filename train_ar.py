@@ -28,18 +28,15 @@ import torch
 from tqdm import tqdm
 
 import ar_model
-import checkpoints
-import data
-import pictures
-import runtime
 import sample
+from support import checkpoints, data, pictures, runtime, sources
 
 # ---- 1. Tokens: the data set, encoded once -----------------------------------------------------------------
 
 MISSING = -1                          # stands where codes are not there yet, or where an image is unreadable
 
 
-class Tokens(data.Samples):
+class Tokens(sources.Samples):
     """Stored codes in the form of a data set (see data.py): an item is (codes (N,) int64, label, index).
 
     So the loaders of images serve tokens too: the same order, shares of ranks, position after resuming. Row i
@@ -219,10 +216,10 @@ def prepare(args):
     runtime.require(bool(args.split_list) == bool(args.val_split_list), "--split-list and --val-split-list "
                     "are a pair, such as trainlist01.txt and testlist01.txt; give both or neither")
     view = data.View(args.image_size, args.frames, resize=args.resize)
-    held_out = data.build_dataset(args.val_data_path or args.data_path, "val", view, args.val_split_list)
+    held_out = sources.build_dataset(args.val_data_path or args.data_path, "val", view, args.val_split_list)
     crop = "random" if args.online else "ten" if args.ten_crop else "center"
     view = dataclasses.replace(view, crop=crop, flip=args.flip)
-    dataset = data.build_dataset(args.data_path, "train", view, args.split_list)
+    dataset = sources.build_dataset(args.data_path, "train", view, args.split_list)
     if held_out.name == dataset.name and not args.split_list and not dataset.name.startswith("generated"):
         runtime.print_main(f"no validation: {dataset.name} has no val/ or test/; see --val-data-path")
         held_out = None

@@ -29,13 +29,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import checkpoints
-import data
-import metrics
-import pictures
-import runtime
 import tokenizer
 import video
+from support import checkpoints, data, metrics, pictures, runtime, sources
 
 # ---- 1. Discriminators -------------------------------------------------------------------------------------
 
@@ -342,9 +338,10 @@ def build_datasets(args):
                     "are a pair, such as trainlist01.txt and testlist01.txt; give both or neither")
     frames = args.frames if args.preset in video.PRESETS else None
     view = data.View(args.resolution, frames, "random", args.flip, args.resize)
-    dataset = data.build_dataset(args.data_path, "train", view, args.split_list)
+    dataset = sources.build_dataset(args.data_path, "train", view, args.split_list)
     view = dataclasses.replace(view, crop="center", flip=False)
-    return dataset, data.build_dataset(args.val_data_path or args.data_path, "val", view, args.val_split_list)
+    path = args.val_data_path or args.data_path
+    return dataset, sources.build_dataset(path, "val", view, args.val_split_list)
 
 
 def adam(network, args):

@@ -15,7 +15,8 @@ say, faintly, in all others. The published model is like that too.
 It is trained by `train_tokenizer.py --preset toy-video` or ucf-128. To see a clip through it:
 `python tokenizer.py reconstruct clip.avi --ckpt ucf-128`, or from Python
 
-    import torch, checkpoints
+    import torch
+    from support import checkpoints
     model, info = checkpoints.load_tokenizer("ucf-128")                # or one of our own checkpoints
     ids = model.encode(torch.zeros(1, 3, 17, 128, 128))                # (1, 5, 16, 16), each 0 .. 2^18 - 1
     clips = model.decode(ids)                                          # (1, 3, 17, 128, 128) in about [-1, 1]

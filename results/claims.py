@@ -24,8 +24,7 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
-import pictures                                                            # noqa: E402
-import runtime                                                             # noqa: E402
+from support import pictures, runtime                              # noqa: E402
 from claims_figures import (append_row, entropy_cost, keep_images, model_size,    # noqa: E402
                             prefixes, read_rows, settings, write_results)
 

@@ -6,9 +6,7 @@ import shutil
 import numpy as np
 from PIL import Image
 
-import checkpoints
-import pictures
-import runtime
+from support import checkpoints, pictures, runtime
 
 
 def model_size(row, done):

@@ -24,13 +24,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import torch                                                               # noqa: E402
 
 import ar_model                                                            # noqa: E402
-import metrics                                                             # noqa: E402
-import runtime                                                             # noqa: E402
 import sample                                                              # noqa: E402
 import tokenizer                                                           # noqa: E402
 import train_ar                                                            # noqa: E402
 import train_tokenizer                                                     # noqa: E402
 import video                                                               # noqa: E402
+from support import metrics, runtime                                        # noqa: E402
 
 
 def best_time(function, device=torch.device("cpu"), seconds=1.0):

@@ -24,12 +24,11 @@ import torch.distributed as dist                                           # noq
 import ar_model                                                            # noqa: E402
 import bench                                                               # noqa: E402
 import helpers                                                             # noqa: E402
-import metrics                                                             # noqa: E402
-import runtime                                                             # noqa: E402
 import sample                                                              # noqa: E402
 import tokenizer                                                           # noqa: E402
 import train_ar                                                            # noqa: E402
 import train_tokenizer                                                     # noqa: E402
+from support import metrics, runtime                                        # noqa: E402
 
 CPU = torch.device("cpu")
 SMALL = ["--image-size", 16, "--bits", 6, "--blocks", 1, "--global-batch-size", 4, "--gan-weight", 0.1,

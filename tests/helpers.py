@@ -25,8 +25,7 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoints
-import runtime
+from support import checkpoints, runtime
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 GOLDEN = pathlib.Path(__file__).resolve().parent / "golden"
@@ -100,7 +99,9 @@ def fork_server():
 
 def serve():
     """What the fork server does: a request is a JSON text and files for stdout, stderr, status."""
-    for name in [*[path.stem for path in ROOT.glob("*.py")], "torch._dynamo"]:      # the last: optimizers do
+    ours = [path.stem for path in ROOT.glob("*.py")]
+    ours += [f"support.{path.stem}" for path in ROOT.glob("support/[a-z]*.py")]
+    for name in [*ours, "torch._dynamo"]:                               # the last: optimizers do
         importlib.import_module(name)
     gc.freeze()                                                         # a run need not collect what we hold
     assert threading.active_count() == 1
@@ -134,7 +135,7 @@ def launch(run, stdout, stderr, status):
                 os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(run["ranks"]),
                                   MASTER_ADDR="127.0.0.1", MASTER_PORT=str(run["port"]))
             os.chdir(run["cwd"])
-            be_script(run["argv"])
+            be_script(run["argv"], run["module"])
     for number in (signal.SIGINT, signal.SIGTERM):                         # sent to all, but for the ranks
         signal.signal(number, signal.SIG_IGN)
     os.write(status, f"{os.getpid()}\n".encode())
@@ -149,13 +150,16 @@ def launch(run, stdout, stderr, status):
     os._exit(0)
 
 
-def be_script(argv):
+def be_script(argv, module):
     """End as `python script.py` does, but for freeing all objects one by one, which takes a while."""
     sys.argv = argv
     sys.path[0] = os.path.dirname(argv[0])
     code = 0
     try:
-        runpy.run_path(argv[0], run_name="__main__")
+        if module:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(argv[0], run_name="__main__")
     except SystemExit as end:
         code = end.code or 0
     except BaseException:
@@ -167,9 +171,11 @@ def be_script(argv):
 
 
 class Run:
-    """A script in processes of its own, running in the background; `flags` are what a user would type."""
+    """A script, or a module as support.data, in processes of its own, running in the background; `flags` are
+    what a user would type."""
 
     def __init__(self, script, *flags, ranks=1, cwd=ROOT, forked=True):
+        module = None if script.endswith(".py") else script
         argv = [str(ROOT / script), *map(str, flags)]
         self.files = [tempfile.TemporaryFile("w+") for _ in ("stdout", "stderr")]
         with socket.socket() as probe:
@@ -178,7 +184,7 @@ class Run:
         self.process = None
         if forked and sys.platform == "linux":
             ours, theirs = os.pipe()
-            request = {"argv": argv, "ranks": ranks, "port": port, "cwd": str(cwd)}
+            request = {"argv": argv, "module": module, "ranks": ranks, "port": port, "cwd": str(cwd)}
             socket.send_fds(fork_server(), [json.dumps(request).encode()],
                             [*[file.fileno() for file in self.files], theirs])
             os.close(theirs)
@@ -186,7 +192,8 @@ class Run:
             self.pid = int(self.status.readline())
             return
         torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={port}"]
-        command = [sys.executable, *(torchrun if ranks > 1 else []), *argv]
+        typed = ["-m", module, *argv[1:]] if module else argv
+        command = [sys.executable, *(torchrun if ranks > 1 else []), *typed]
         self.process = subprocess.Popen(command, env=environment(), cwd=cwd, start_new_session=True,
                                         stdout=self.files[0], stderr=self.files[1])
         self.pid = self.process.pid

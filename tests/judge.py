@@ -20,11 +20,7 @@ import torch                                                               # noq
 import torch.nn as nn                                                      # noqa: E402
 import torch.nn.functional as F                                            # noqa: E402
 
-import checkpoints                                                         # noqa: E402
-import data                                                                # noqa: E402
-import metrics                                                             # noqa: E402
-import pictures                                                            # noqa: E402
-import runtime                                                             # noqa: E402
+from support import checkpoints, data, metrics, pictures, runtime, sources  # noqa: E402
 
 
 class Classifier(nn.Module):
@@ -122,8 +118,8 @@ def main(args):
     runtime.require(size % 8 == 0, f"{args.samples}: sides must be multiples of 8, not {size}")
     view = data.View(size, frames)
     path = "generated" if frames else "generated-plain"
-    net = trained(args, data.build_dataset(path, "train", view))
-    val = data.build_dataset(path, "val", view)
+    net = trained(args, sources.build_dataset(path, "train", view))
+    val = sources.build_dataset(path, "val", view)
     count = min(args.num_samples, len(samples) if args.samples.endswith(".npz") else len(val))
     real, labels, _ = next(iter(data.eval_batches(val, range(count), count)))
     if args.samples.endswith(".npz"):

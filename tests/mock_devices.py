@@ -12,14 +12,12 @@ from mock_gpu import MOCK, Graph, Mock, OnMock, Undistributed
 from test_devices import AR, CLIPS, IMAGES, SHAPE, trained                 # noqa: F401
 
 import ar_model
-import checkpoints
 import evaluate
-import metrics
-import runtime
 import sample
 import tokenizer
 import train_ar
 import train_tokenizer
+from support import checkpoints, metrics, runtime
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import ar_model
-import runtime
+from support import runtime
 import sample as fast_sampler
 from ar_model import ARConfig, ARModel, sample, sampling_settings
 from helpers import fill_module, golden, published_ar_name, refused

@@ -7,11 +7,10 @@ import pytest
 import torch
 
 import ar_model
-import checkpoints
-import runtime
 import tokenizer
 import train_tokenizer
 import video
+from support import checkpoints, runtime
 from helpers import ROOT, published_ar_name, published_video_name, refused, stored
 
 SHAPE = dict(resolution=16, channels=32, channel_multipliers=(1, 2), blocks=1, mid_blocks=1, bits=6)

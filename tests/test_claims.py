@@ -10,7 +10,7 @@ from PIL import Image
 
 import claims
 import claims_figures
-import runtime
+from support import runtime
 from helpers import ROOT, call
 
 

@@ -15,10 +15,8 @@ import torchvision.transforms as transforms
 from PIL import Image
 from torch.utils.data import DataLoader
 
-import data
-import pictures
-import runtime
-from data import View, build_dataset
+from support import data, pictures, runtime, sources
+from support.data import View, build_dataset
 from helpers import call, refused, run_script
 
 
@@ -89,10 +87,10 @@ def test_views_give_the_pixels_of_torchvision(width, height, size):
     center = transforms.CenterCrop(size)(transforms.Resize(size)(image))
     five = transforms.FiveCrop(size)(transforms.Resize(int(1.1 * size))(image))
     center, *five = [transforms.functional.pil_to_tensor(crop) for crop in (center, *five)]
-    ours = data.view_pixels(image, View(size))
+    ours = View(size).pixels(image)
     assert torch.equal(ours, center) and ours.dtype == torch.uint8
     five = torch.stack(five)
-    assert torch.equal(data.view_pixels(image, View(size, crop="ten")), torch.cat([five, five.flip(-1)]))
+    assert torch.equal(View(size, crop="ten").pixels(image), torch.cat([five, five.flip(-1)]))
 
 
 def test_random_crops_reach_every_position_and_flips_half():
@@ -101,7 +99,7 @@ def test_random_crops_reach_every_position_and_flips_half():
     places, mirrored = set(), 0
     for seed in range(200):
         rng = np.random.default_rng(seed)
-        crop = data.view_pixels(image, View(32, crop="random", flip=True), rng)
+        crop = View(32, crop="random", flip=True).pixels(image, rng)
         found = [(left, flipped) for left in range(3) for flipped in (False, True)
                  if torch.equal(crop.flip(-1) if flipped else crop, resized[:, :, left:left + 32])]
         assert len(found) == 1
@@ -165,7 +163,7 @@ def test_links_that_lead_back_are_followed_once_and_pipes_never(tmp_path):
     (tmp_path / "ants" / "up").symlink_to("..")
     assert len(build_dataset(tmp_path, "train", View(8))) == 4
     os.mkfifo(tmp_path / "ants" / "x.png")
-    refused("no regular file", data.decode, tmp_path / "ants" / "x.png", kind=ValueError)
+    refused("no regular file", sources.decode, tmp_path / "ants" / "x.png", kind=ValueError)
 
 
 @pytest.mark.slow
@@ -214,7 +212,7 @@ def test_mistakes_in_files_are_one_clear_line(tmp_path, files, path, problem):
     ("a.tar", ["a.tar"]), ("a-{00..02}.tar", ["a-00.tar", "a-01.tar", "a-02.tar"]),
     ("{8..10}", ["8", "9", "10"]), ("{0..1}-{0..1}", ["0-0", "0-1", "1-0", "1-1"])])
 def test_braces_expand_as_in_bash(pattern, expected):
-    assert data.expand_braces(pattern) == expected
+    assert sources.expand_braces(pattern) == expected
 
 
 def test_shards_give_images_and_classes_of_their_members(tmp_path, capsys):
@@ -222,7 +220,7 @@ def test_shards_give_images_and_classes_of_their_members(tmp_path, capsys):
     make_shard(tmp_path / "s-1.tar", [("z.cls", b" 0\n"), ("z.png", encoded(1))])
     dataset = build_dataset(str(tmp_path / "s-{0..1}.tar"), "train", View(16))
     assert dataset.classes == ["0", "1", "2"] and [dataset.labels[i] for i in range(2)] == [2, 0]
-    expected = data.view_pixels(noise_image(24, 20, 1), View(16))
+    expected = View(16).pixels(noise_image(24, 20, 1))
     assert torch.equal(dataset[1][0], expected) and dataset.paths[1].endswith("s-1.tar:z.png")
     bare = build_dataset(str(make_shard(tmp_path / "b.tar", [("x.png", encoded())])), "train", View(16))
     assert bare.classes == [] and bare.labels[0] == 0
@@ -253,7 +251,7 @@ def test_clips_are_cut_from_the_middle_or_at_random(tmp_path, monkeypatch):
     ten = build_dataset(folder, "train", View(16, frames=5, crop="ten"))[0][0]
     assert ten.shape == (10, 3, 5, 16, 16) and torch.equal(ten[5:], ten[:5].flip(-1))
     assert [int(clip[0, 0, 0, 0]) // 18 for clip in ten[:5]] == [0, 1, 2, 3, 4]
-    monkeypatch.setattr(data, "video_frames", lambda path: [lambda: noise_image(24, 20)] * 9)
+    monkeypatch.setattr(sources, "video_frames", lambda path: [lambda: noise_image(24, 20)] * 9)
     still = build_dataset(folder, "train", View(12, 5, "random", True, 16))[0][0]
     assert torch.equal(still, still[:, :1].expand_as(still))             # all frames share crop and flip
 
@@ -267,7 +265,7 @@ def test_frames_of_a_lossless_video_come_exactly_in_order(tmp_path):
         file.mux(stream.encode())
     dataset = build_dataset(tmp_path, "val", View(16, frames=5))
     assert np.array_equal(dataset[0][0].movedim(0, -1).numpy(), frames[2:7])
-    assert np.array_equal([frame() for frame in data.video_frames(tmp_path / "a.mkv")], frames)
+    assert np.array_equal([frame() for frame in sources.video_frames(tmp_path / "a.mkv")], frames)
 
 
 def test_official_split_lists_choose_the_clips(tmp_path):
@@ -373,7 +371,7 @@ def test_damaged_files_of_every_format_are_reported_once_and_skipped(tmp_path, c
     folder = tmp_path / "files"
     folder.mkdir()
     damaged = {"bomb.bmp": BOMB}
-    for suffix in data.IMAGE_SUFFIXES:
+    for suffix in sources.IMAGE_SUFFIXES:
         noise_image(24, 20).save(tmp_path / f"whole{suffix}")
         whole = (tmp_path / f"whole{suffix}").read_bytes()
         damaged.update({f"cut{suffix}": whole[:len(whole) // 2], f"empty{suffix}": b"",
@@ -415,10 +413,10 @@ def test_broken_files_are_counted_over_all_ranks(tmp_path):
     for name in ("0000.png", "0010.png"):
         (folder / name).write_bytes(b"")
     (tmp_path / "job.py").write_text(f"""
-import data, runtime
+from support import data, runtime
 def main(args):
     runtime.setup_process_group("cpu")
-    dataset = data.build_dataset("{folder}", "val", data.View(8))
+    dataset = sources.build_dataset("{folder}", "val", data.View(8))
     dataset[10 * runtime.rank()]                           # each rank meets one of the two
     dataset.raise_if_broken()
     print("not alone", flush=True)
@@ -535,5 +533,5 @@ def write_h264(path, first=0, shift=0):
 
 def test_trimmed_videos_are_whole_and_start_where_players_start(tmp_path):
     write_h264(tmp_path / "trim.mp4", shift=30)                            # as `ffmpeg -ss 1.2 -c copy` does
-    frames = [np.asarray(frame()).mean() for frame in data.video_frames(tmp_path / "trim.mp4")]
+    frames = [np.asarray(frame()).mean() for frame in sources.video_frames(tmp_path / "trim.mp4")]
     assert len(frames) == 20 and abs(np.array(frames) - 5 * np.arange(30, 50)).max() < 6

@@ -11,11 +11,11 @@ from helpers import call, error_line, logged, newest, run_script
 
 import ar_model
 import gpu
-import runtime
 import sample
 import tokenizer
 import train_ar
 import train_tokenizer
+from support import runtime
 
 IMAGES = ["--image-size", 16, "--blocks", 1, "--bits", 6, "--global-batch-size", 4, "--warmup", 0,
           "--log-every", 1, "--length", 2, "--lr", 1e-4, "--gan-weight", 0.1, "--discriminator", "blurpool",

@@ -6,7 +6,6 @@ import importlib
 import io
 import json
 import multiprocessing
-import pathlib
 import re
 import shlex
 import shutil
@@ -17,11 +16,8 @@ import torch
 from PIL import Image
 
 import ar_model
-import checkpoints
-import data
-import metrics
-import pictures
-import runtime
+import report
+from support import checkpoints, data, metrics, pictures, runtime, sources
 from helpers import ROOT, call, error_line
 
 DOCUMENTS = [ROOT / name for name in ("README.md", "results/README.md", "results/EXERCISES.md")
@@ -59,7 +55,7 @@ class Page(html.parser.HTMLParser):
 
 def make_report(folder):
     """The page on what lies in `folder`."""
-    call(pictures, folder, "--output", folder / "report.html")
+    call(report, folder, "--output", folder / "report.html")
     return Page(folder / "report.html")
 
 
@@ -106,7 +102,7 @@ def test_a_report_needs_no_other_file(runs):
 @pytest.mark.parametrize("folder, suffix", [("tokenizer", ".png"), ("video", ".webp")])
 def test_errors_are_four_times_the_difference(runs, folder, suffix):
     path = runs / folder / f"reconstructions-00000100{suffix}"
-    files = re.findall('base64,([^"]+)', pictures.embed(path, errors=True))
+    files = re.findall('base64,([^"]+)', report.embed(path, errors=True))
     with Image.open(io.BytesIO(base64.b64decode(files[1]))) as image:
         assert set(np.unique(image.convert("RGB"))) == {0, 40}
 
@@ -121,7 +117,7 @@ def test_a_report_of_unfinished_runs(runs, tmp_path, kept):
 
 def test_a_report_of_no_folder_is_refused(tmp_path):
     flags = (tmp_path / "no-runs", "--output", tmp_path / "a.html")
-    assert "no-runs is no folder" in error_line(pictures, *flags)
+    assert "no-runs is no folder" in error_line(report, *flags)
 
 
 @pytest.mark.slow
@@ -153,15 +149,18 @@ def commands(text):
     found = []
     for line in lines:
         words = shlex.split(line.replace("$(", "(").replace("...", ""), comments=True)
-        at = [k for k, word in enumerate(words) if re.fullmatch(r"((tests|results)/)?[a-z_]+\.py", word)]
+        at = [k for k, word in enumerate(words)
+              if re.fullmatch(r"((tests|results)/)?[a-z_]+\.py|support\.[a-z]+", word)]
         if at and (at[0] > 0 or len(words) > 1):                       # not a file's name alone
             found.append((words[at[0]], words[at[0] + 1:]))
     return found
 
 
 def parser_of(script):
-    """The module of a script such as tests/bench.py."""
-    return importlib.import_module(pathlib.Path(script).stem)
+    """The module with the flags of a script such as tests/bench.py, or of support.data behind python -m."""
+    if str(script) == "tokenizer.py":
+        script = "support.codec"
+    return importlib.import_module(re.sub(r"^.*/|\.py$", "", str(script)))
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
@@ -169,7 +168,7 @@ def test_commands_in_documents_are_understood(path):
     found = commands(path.read_text())
     assert len(found) > 5
     for script, words in found:
-        assert (ROOT / script).exists(), script
+        assert (ROOT / script).exists() or (ROOT / f"{script.replace('.', '/')}.py").exists(), script
         try:
             parser_of(script).get_args(words)
         except SystemExit:
@@ -186,10 +185,11 @@ def known(monkeypatch):
         parsers.append(parser)
         made(parser, *values, **options)
     monkeypatch.setattr(runtime.ArgumentParser, "__init__", make)
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py"), *ROOT.glob("results/*.py")]:
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")]:
         if "\ndef get_args(" in path.read_text():
             with contextlib.suppress(SystemExit):
-                parser_of(path).get_args(["--help"])
+                name = f"support.{path.stem}" if path.parent.name == "support" else str(path)
+                parser_of(name).get_args(["--help"])
     return {flag for parser in parsers for flag in parser._option_string_actions}
 
 
@@ -230,7 +230,7 @@ def test_numbers_in_the_readme_are_those_of_the_demo():
         "nats": r"([\d.]+) nats a token held out",
         "perplexity": r"perplexity ([\d.]+);", "bits": r"([\d.]+) bits a pixel; seconds"}.items()}
     model, tokenizer, _ = checkpoints.load_ar(ROOT / "assets" / "toy.pt")    # the demo's, in half precision
-    held_out = data.build_dataset("generated-plain", "val", data.View(32))
+    held_out = sources.build_dataset("generated-plain", "val", data.View(32))
     x, labels, _ = next(iter(data.eval_batches(held_out, range(300), 300)))
     with torch.no_grad():
         ids = tokenizer.encode(pictures.to_float(x))
@@ -255,7 +255,7 @@ def test_workers_need_not_be_forked(tmp_path):
     for i in range(4):
         (tmp_path / "val" / f"{i % 2}").mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (16, 16), (10 * i, 0, 0)).save(tmp_path / "val" / f"{i % 2}" / f"{i}.png")
-    folder = data.build_dataset(str(tmp_path), "val", data.View(16))
+    folder = sources.build_dataset(str(tmp_path), "val", data.View(16))
     usual = multiprocessing.get_start_method(allow_none=True)
     multiprocessing.set_start_method("spawn", force=True)           # macOS's; 3.14 forks nowhere
     try:

@@ -14,15 +14,11 @@ from helpers import ROOT, refused, run_script, stored
 from PIL import Image
 
 import ar_model
-import checkpoints
-import data
 import evaluate
-import metrics
-import pictures
-import runtime
 import sample
 import tokenizer
 import video
+from support import checkpoints, data, metrics, pictures, runtime, sources
 
 SMALL = {"channels": 32, "channel_multipliers": (1, 1), "blocks": 1, "mid_blocks": 0, "patch": 2, "bits": 6}
 CLIPS = video.VideoTokenizerConfig(resolution=32, frames=9, time_strides=(2,), **SMALL)
@@ -143,7 +139,7 @@ def test_metrics_are_those_of_frames_features_and_codes(files, place, kind, prot
     clips = kind == "clips"
     official = protocol == "official"
     view = data.View(32, 9 if clips else None, "random" if official and clips else "center")
-    dataset = data.build_dataset(None, "val", view)
+    dataset = sources.build_dataset(None, "val", view)
     order = list(range(1000))
     if official and clips:                                             # all 1,000, and all of them again
         order += np.random.default_rng(0).permutation(1000).tolist()
@@ -180,7 +176,8 @@ def test_metrics_are_those_of_frames_features_and_codes(files, place, kind, prot
 
 RANKS = """
 import sys
-import evaluate, metrics
+import evaluate
+from support import metrics
 from test_evaluate import Quick
 
 def call(flags):
@@ -241,7 +238,7 @@ def test_the_fid_against_a_reference_is_one_of_its_own_name_and_rule(files, plac
                                  "--reference", reference, *RANDOM, "--batch-size", 6)
                      for reference in ("reference.npz", "own.npz")]
     model, _ = checkpoints.load_tokenizer(files["images"])
-    dataset = data.build_dataset(None, "val", data.View(32))
+    dataset = sources.build_dataset(None, "val", data.View(32))
     x = torch.stack([dataset[i][0] for i in data.evenly_spaced(6, 1000)])
     real = torch.from_numpy(pixels).movedim(-1, 1)
     with torch.no_grad():
@@ -366,9 +363,9 @@ def test_official_clips_are_10000_of_the_training_split(files, place, monkeypatc
     assert official["data"]["split"] == "train" and values(clean) != values(official)
     args = evaluate.get_args(["reconstruction", "--protocol", "official", "--data-path", "generated"])
     monkeypatch.setattr(data, "fingerprint", lambda *more: "")
-    build = data.build_dataset
+    build = sources.build_dataset
     for length, twice in ((9_537, 463), (20_000, 0)):                  # UCF-101's; a larger one
-        monkeypatch.setattr(data, "build_dataset", lambda *more: build(*more, length=length))
+        monkeypatch.setattr(sources, "build_dataset", lambda *more: build(*more, length=length))
         _, order, _ = evaluate.held_out(CLIPS, {}, args)
         assert len(order) == 10_000 and len(set(order)) == 10_000 - twice
 
@@ -394,7 +391,7 @@ def test_tokens_tell_apart_without_a_network_and_say_what_real_ones_have(files, 
         raise AssertionError("a download")
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     monkeypatch.setattr(metrics, "FIDInception", offline)
-    real = data.build_dataset(None, "train", data.View(16))
+    real = sources.build_dataset(None, "train", data.View(16))
     for name, array in (("good", torch.stack([real[i][0] for i in range(60)]).movedim(1, -1).numpy()),
                         ("bad", np.zeros((60, 16, 16, 3), np.uint8))):
         np.savez(f"{name}.npz", array)
@@ -505,7 +502,7 @@ def test_fvd_is_the_distance_from_as_many_real_clips(place):
     drawn = write_samples("runs-clips.npz", 7, (9, 32, 32))
     pathlib.Path("runs-clips.json").write_text('{"cfg_scale": 2}')
     result = generate("runs-clips.npz", "--protocol", "official")
-    dataset = data.build_dataset(None, "train", data.View(32, 9))
+    dataset = sources.build_dataset(None, "train", data.View(32, 9))
     real = torch.stack([dataset[k][0] for k in data.evenly_spaced(7, 10_000)])
     with torch.no_grad():
         features = [metrics.randomise(Quick(1e-5))(metrics.i3d_input(clips))
@@ -649,7 +646,7 @@ def test_torn_and_foreign_records_are_named_or_passed_over(place, capsys, text):
 def test_tables_have_all_rows_and_commands_for_ours(place, capsys, number, rows, commands, some):
     call("table", number)
     printed = capsys.readouterr().out
-    content = json.loads((ROOT / "tables.json").read_text())[str(number)]
+    content = json.loads((ROOT / "support/tables.json").read_text())[str(number)]
     assert len(content["rows"]) == rows and all(value in printed for value in some)
     assert {len(row["cells"]) + 1 for row in content["rows"]} == {len(content["header"])}
     lines = [line.strip() for line in printed.splitlines() if line.startswith("  python")]
@@ -659,7 +656,7 @@ def test_tables_have_all_rows_and_commands_for_ours(place, capsys, number, rows,
         assert script == "evaluate.py" and evaluate.get_args(flags).ckpt in checkpoints.PUBLISHED
 
 
-TABLES = json.loads((ROOT / "tables.json").read_text())
+TABLES = json.loads((ROOT / "support/tables.json").read_text())
 
 
 @pytest.mark.parametrize("row", TABLES["1"]["rows"] + TABLES["2"]["rows"], ids=lambda row: row["preset"])

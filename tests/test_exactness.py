@@ -6,9 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
-import runtime
 import train_ar
 import train_tokenizer
+from support import runtime
 from helpers import assert_same, call, kill_when, logged, newest, run_script
 
 pytestmark = pytest.mark.slow

@@ -15,6 +15,7 @@ from nbclient import NotebookClient
 from PIL import Image
 
 from helpers import ROOT
+from test_documents import parser_of
 
 NOTEBOOK = ROOT / "lecture.ipynb"
 EXERCISES = (ROOT / "results" / "EXERCISES.md").read_text()
@@ -72,10 +73,10 @@ def test_the_notebook_runs_and_draws_what_is_stored(committed):
 def test_twelve_exercises_begin_at_functions_that_exist():
     assert [int(part.split(".")[0]) for part in PARTS[1:]] == list(range(1, 13))
     for part in PARTS[1:]:
-        begins = re.findall(r"`([\w.]+)`\s+in\s+`(\w+)\.py`", part.split("<details>")[0])
+        begins = re.findall(r"`([\w.]+)`\s+in\s+`([\w/]+)\.py`", part.split("<details>")[0])
         assert begins, part
         for name, module in begins:
-            functools.reduce(getattr, name.split("."), importlib.import_module(module))
+            functools.reduce(getattr, name.split("."), importlib.import_module(module.replace("/", ".")))
 
 
 def test_commands_of_exercises_parse():
@@ -83,7 +84,7 @@ def test_commands_of_exercises_parse():
         for line in block.replace("\\\n", " ").splitlines():
             python, script, *flags = shlex.split(line, comments=True)
             assert python == "python"
-            importlib.import_module(script.removesuffix(".py")).get_args(flags)
+            parser_of(script).get_args(flags)
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-import metrics
+from support import metrics
 from helpers import refused
 
 

@@ -3,12 +3,11 @@ import numpy as np
 import pytest
 import torch
 
-import data
 import judge
-import runtime
 import sample
 import train_ar
 import train_tokenizer
+from support import data, runtime, sources
 from helpers import ROOT, call
 
 pytestmark = pytest.mark.slow
@@ -34,14 +33,15 @@ def judged(classifier, path, count, *flags):
 
 
 def test_samples_are_of_the_class_asked_for(trained, tmp_path):
-    dataset = data.build_dataset("generated-plain", "train", data.View(SIDE))
+    dataset = sources.build_dataset("generated-plain", "train", data.View(SIDE))
     classifier = judge.learn_classes(dataset, steps=250)
-    held_out = data.build_dataset("generated-plain", "val", data.View(SIDE))
+    held_out = sources.build_dataset("generated-plain", "val", data.View(SIDE))
     images, labels, _ = next(iter(data.eval_batches(held_out, range(200), 200)))
     assert judge.agreement(classifier, images, labels) > 0.9
     assert judged(classifier, trained, 200, "--cfg-scale", 2, "--output", tmp_path / "a.npz") > 0.25
 
 
 def test_the_weights_beside_the_code_draw_what_is_asked_for(tmp_path):
-    classifier = judge.learn_classes(data.build_dataset("generated-plain", "train", data.View(32)), steps=150)
+    plain = sources.build_dataset("generated-plain", "train", data.View(32))
+    classifier = judge.learn_classes(plain, steps=150)
     assert judged(classifier, ROOT / "assets" / "toy.pt", 100, "--output", tmp_path / "a.npz") >= 0.9

@@ -5,9 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-import pictures
-import runtime
 import train_tokenizer
+from support import pictures, runtime, sources
 from helpers import call, error_line, refused, run_script
 
 
@@ -106,8 +105,9 @@ def test_our_own_errors_are_one_line_and_bugs_are_tracebacks(monkeypatch, capsys
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script, flags, problem", [
-    ("data.py", ["--data-path", "/no/such"], "/no/such"), ("data.py", ["--image-size", 0], "--image-size"),
-    ("pictures.py", ["no-run"], "no-run"), ("tokenizer.py", ["decode", "a.npz"], "runs/tokenizer"),
+    ("support.data", ["--data-path", "/no/such"], "/no/such"),
+    ("support.data", ["--image-size", 0], "--image-size"),
+    ("support.pictures", ["no-run"], "no-run"), ("tokenizer.py", ["decode", "a.npz"], "runs/tokenizer"),
     ("train_tokenizer.py", ["--channels", 40], "channels 40"),
     ("train_tokenizer.py", ["--resume"], "cannot be read"), ("train_ar.py", [], "runs/tokenizer"),
     ("sample.py", [], "runs/ar"), ("evaluate.py", [], "runs/tokenizer"),
@@ -143,12 +143,11 @@ def test_to_uint8_inverts_to_float():
 
 @pytest.mark.parametrize("suffix", pictures.VIDEO_FORMATS)
 def test_written_videos_come_back(tmp_path, suffix):
-    import data
     frames = np.linspace(0, 250, 5).astype(np.uint8)[:, None, None, None] + np.zeros((5, 17, 31, 3), np.uint8)
     pictures.write_video(tmp_path / f"a{suffix}", frames, fps=10)
-    back = np.stack([np.asarray(frame()) for frame in data.video_frames(tmp_path / f"a{suffix}")])
+    back = np.stack([np.asarray(frame()) for frame in sources.video_frames(tmp_path / f"a{suffix}")])
     assert back.shape[0] == 5 and abs(back[:, :17, :31].astype(int) - frames).max() <= 12
-    assert data.frame_rate(tmp_path / f"a{suffix}") == pytest.approx(10, rel=0.05)
+    assert sources.frame_rate(tmp_path / f"a{suffix}") == pytest.approx(10, rel=0.05)
     refused("mp5", pictures.write_video, tmp_path / "a.mp5", frames)
 
 

@@ -10,9 +10,8 @@ from PIL import Image
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import ar_model
-import checkpoints
-import runtime
 import sample
+from support import checkpoints, runtime
 import tokenizer as tok
 import video
 from ar_model import ARModel, sampling_settings
@@ -245,7 +244,7 @@ def test_an_interrupted_set_is_completed_part_by_part(tmp_path, saved, monkeypat
     assert record["n"] == 14 and record["global_seed"] == 7 and record["batch_size"] == 4
     assert [setting["cfg_scale"] for setting in record["settings"]] == [1.5, 3]
 
-    model, decoder, info = sample.load(sample.get_args(["--ckpt", str(saved[0])]))
+    model, decoder, info = checkpoints.load_pair(saved[0])
     assert record["checkpoint"]["sha256"] == checkpoints.weights_hash(model)
     how = How(4, sampling_settings(2, cfg_scale=(1.5, 3), top_p=0.8, top_k=(0, 5)))
     sample.prepare_for_sampling(model)
@@ -327,7 +326,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path, saved):
             (["--ckpt", published], "AR.ckpt contains no whole tokenizer; .*--tokenizer"),
             (["--ckpt", published, "--tokenizer", own], "draws tokens of 1024 codes")):
         refused(message, call, sample, *flags)
-    sample.load(sample.get_args(["--ckpt", str(ckpt), "--tokenizer", str(own)]))       # the right one
+    checkpoints.load_pair(ckpt, own)       # the right one
 
 
 @pytest.mark.parametrize("preset, scales, temperature", [

@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-import shapes
+from support import shapes
 
 
 @pytest.mark.parametrize("plain", [False, True])

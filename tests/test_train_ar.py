@@ -10,10 +10,7 @@ import torch
 from PIL import Image
 
 import ar_model
-import checkpoints
-import data
-import pictures
-import runtime
+from support import checkpoints, data, pictures, runtime, sources
 import tokenizer as tok
 import train_ar
 import video
@@ -114,13 +111,13 @@ def test_stored_tokens_are_the_codes_of_images(tmp_path, stage1):
     some = data.evenly_spaced(4, 15)
     for name, split, rows in (("tokens", "train", range(120)), ("tokens-val", "val", some)):
         codes, header = tokens_in(tmp_path / "a", name)
-        dataset = data.build_dataset(images, split, data.View(16))
+        dataset = sources.build_dataset(images, split, data.View(16))
         expected = codes_of(path, torch.stack([dataset[i][0] for i in rows]))
         assert codes.shape == (len(rows), 1, 16) and (codes[:, 0] == expected).mean() > 0.999
         assert header["grid"] == [4, 4] and header["origin"] == f"{path} of {dataset.name}"
     train(tmp_path / "ten", "--tokenizer", path, "--length", 1, "--ten-crop")
     codes, _ = tokens_in(tmp_path / "ten")
-    dataset = data.build_dataset(images, "train", data.View(16, crop="ten"))
+    dataset = sources.build_dataset(images, "train", data.View(16, crop="ten"))
     assert codes.shape == (120, 10, 16) and (codes[77] == codes_of(path, dataset[77][0])).mean() > 0.99
     tokens = train_ar.Tokens(codes, dataset, range(120), [], 10 ** 6)
     drawn = {tuple(tokens.__getitems__([(77, (0, seed))])[0][0].tolist()) for seed in range(60)}
@@ -133,7 +130,7 @@ def test_tokens_of_clips_come_in_t_y_x_order(tmp_path):
     path = save_tokenizer(tmp_path / "video.pt", folder, **CLIP_SHAPE)
     train(tmp_path / "a", "--tokenizer", path, "--length", 1)
     codes, header = tokens_in(tmp_path / "a")
-    x = data.build_dataset(folder, "train", data.View(16, 9))[4][0][None]
+    x = sources.build_dataset(folder, "train", data.View(16, 9))[4][0][None]
     ids = checkpoints.load_tokenizer(path)[0].encode(pictures.to_float(x))[0]          # (3, 2, 2)
     assert header["grid"] == [3, 2, 2] and codes.shape == (18, 1, 12)
     assert codes[4, 0].tolist() == [ids[t, y, x] for t in range(3) for y in range(2) for x in range(2)]

@@ -5,11 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import checkpoints
-import data
-import pictures
-import runtime
 import tokenizer
+from support import checkpoints, data, pictures, runtime, sources
 import train_tokenizer as stage1
 from helpers import assert_same, call, error_line, fill_module, golden, logged, newest, refused, run_script
 
@@ -102,7 +99,7 @@ def test_same_gradient_however_it_is_computed(tmp_path, monkeypatch, flags):
 @pytest.mark.slow
 def test_one_batch_of_8_images_is_overfitted_to_30_db():
     torch.manual_seed(0)
-    dataset = data.build_dataset("generated", "train", data.View(32))
+    dataset = sources.build_dataset("generated", "train", data.View(32))
     x = pictures.to_float(torch.stack([dataset[i][0] for i in range(8)]))
     args = stage1.get_args([])
     model = tokenizer.Tokenizer(tokenizer.PRESETS["toy"])

@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.nn as nn
 
-import checkpoints
 import tokenizer
 import video
+from support import checkpoints
 from helpers import fill_module, golden, published_video_name, refused
 
 SHAPE = dict(resolution=16, channels=32, channel_multipliers=(1, 2, 2, 2), blocks=1, mid_blocks=1, bits=6)

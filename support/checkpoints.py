@@ -2,7 +2,7 @@
 
     model, info = checkpoints.load_tokenizer("in1k-256")     # of images or clips: a file, or a published name
     model, tokenizer, info = checkpoints.load_ar("AR-B")
-    python checkpoints.py runs/ar/step-00001800.pt toy.pt    # weights alone, in half precision, to pass on
+    python -m support.checkpoints runs/ar/step-00001800.pt toy.pt    # weights alone, in half precision
 
 Safe: nothing that is stored in a file is ever run. Strict: a name too many or too few, or another shape, is
 an error that lists them. A published name is downloaded once (see `runtime.fetch`). Our files
@@ -13,6 +13,12 @@ are literal dicts (see the ends of both training loops), published ones Lightnin
     model_ema.*              the EMA of all parameters above, their names without dots; decay; num_updates
     transformer.*            the transformer, under other names than ours, which are the paper's
 """
+import sys
+
+if not __package__:
+    print("error: in the folder above, type: python -m support.checkpoints", file=sys.stderr)
+    sys.exit(2)
+
 import argparse
 import collections
 import contextlib
@@ -26,11 +32,10 @@ import torch
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 import ar_model
-import metrics
-import runtime
 import tokenizer
 import video
-from runtime import UserError, require
+from support import metrics, runtime
+from support.runtime import UserError, require
 
 PUBLISHED = {                       # name: (repository of https://huggingface.co/TencentARC, file)
     "in1k-256": ("Open-MAGVIT2-Tokenizer-256-resolution", "imagenet_256_L.ckpt"),
@@ -249,6 +254,31 @@ def load_ar(path, ema=True, trust=False):
         if stored["first_stage"] is not None:
             decoder, _ = build(f"the tokenizer inside {path}", stored["first_stage"], False, TOKENIZERS)
         return model, decoder, info
+
+
+def load_pair(ckpt=None, tokenizer_path=None, ema=True, trust=False):
+    """(ARModel, its tokenizer, info of `load_ar`): all that drawing needs, on the CPU.
+
+    ckpt: None is the newest of runs/ar. tokenizer_path: for published files that contain none; for our files
+    it must be the one that made the tokens. Raises `UserError` where the two do not belong together.
+    """
+    ckpt = ckpt or runtime.latest_checkpoint("runs/ar", "AR model")
+    model, decoder, info = load_ar(ckpt, ema, trust)
+    if tokenizer_path:
+        own = info["tokenizer"]
+        decoder, its = load_tokenizer(tokenizer_path, ema, trust)
+        info["tokenizer"] = {**its, "sha256": weights_hash(decoder)}
+        require(info["source"] == "published" or own["sha256"] == info["tokenizer"]["sha256"],
+                f"--tokenizer {tokenizer_path} is not the one that {ckpt} was trained with and contains, "
+                f"{own and own['path']}; leave the flag out")
+    require(decoder, f"{ckpt} contains no whole tokenizer; name the file of one with --tokenizer")
+    codes = decoder.quantizer.vocabulary
+    axes = 2 if getattr(decoder.config, "frames", None) is None else 3
+    needed = 2 ** sum(model.config.bits)
+    require(codes == needed and axes == len(model.config.grid), f"{ckpt} draws tokens of {needed} codes on a "
+            f"grid {model.config.grid}, but {info['tokenizer']['path']}, its tokenizer, has {codes} codes on "
+            f"{axes} axes; give the right one with --tokenizer")
+    return model, decoder, info
 
 
 def format_of(model):

@@ -45,14 +45,13 @@ def require(condition, message):
 def run_script(main, get_args):
     """Entry point of every script: parse, run, and turn a user's mistake into one line and exit status 2.
 
-    That is a `UserError`, a ValueError that one of our own files raises (a model on a shape that it cannot
-    take), what the disk says, and memory that does not suffice. Other exceptions are bugs and keep their
-    traceback. A signal number that `main` returns becomes the exit status 128 + signal.
+    That is what we raise for a user (see `in_one_line`), what the disk says, and memory that does not suffice.
+    Other exceptions are bugs and keep their traceback. A signal number that `main` returns becomes the exit status 128 + signal.
     """
     try:
         signal_number = main(get_args())
         sys.exit(128 + signal_number if signal_number else 0)
-    except BrokenPipeError:                                # as in `python data.py | head -1`
+    except BrokenPipeError:                                # as in `python -m support.data | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except KeyboardInterrupt:
@@ -71,7 +70,11 @@ def run_script(main, get_args):
 
 
 def in_one_line(error):
-    """What a user can do about an exception, None if nothing: then it is a bug."""
+    """What a user can do about an exception, None if nothing: then it is a bug.
+
+    Meant for users are a `UserError`, and a ValueError by a `raise` in our own files, such as that of a config
+    or a model on a shape that it cannot take. A ValueError by any other line, say `a, b = 1, 2, 3`, is a bug.
+    """
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
@@ -80,9 +83,11 @@ def in_one_line(error):
         return f"{error.strerror}: {error.filename or 'while writing'}; free some space"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.strerror}: {error.filename}; check the path, or use another one"
-    raised_in = pathlib.Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-    ours = raised_in.parent == pathlib.Path(__file__).resolve().parent
-    return str(error) if ours and isinstance(error, ValueError) else None
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    support = pathlib.Path(__file__).resolve().parent
+    ours = pathlib.Path(last.filename).resolve().parent in (support, support.parent)
+    meant = ours and isinstance(error, ValueError) and last.line.startswith("raise ")
+    return str(error) if meant else None
 
 
 class ArgumentParser(argparse.ArgumentParser):

@@ -1,0 +1,202 @@
+"""Files through a tokenizer: images and clips to reconstructions, to ids, and ids back to files.
+
+    python tokenizer.py reconstruct photo.jpg --ckpt in1k-256          # beside it, and what changed
+    python tokenizer.py encode photos --output ids.npz
+    python tokenizer.py decode ids.npz --output decoded
+
+Without files, held-out generated samples. tokenizer.py hands its command line over to here. Axis letters as
+there: B batch, H W height and width, T frames, h w of the latent grid.
+"""
+import sys
+
+if not __package__:
+    print("error: in the folder above, type: python tokenizer.py", file=sys.stderr)
+    sys.exit(2)
+
+import json
+import math
+import pathlib
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torchvision.transforms.functional import pil_to_tensor
+
+from support import checkpoints, data, metrics, pictures, runtime, sources
+
+# ---- 1. Of any size: in parts ------------------------------------------------------------------------------
+
+def parts_of(shape, frames, tile):
+    """Cut (3, [T,] H, W) into parts that go through the model one by one, of `frames` and `tile` at most.
+
+    Yields (index, weight): slices of (3, T, H, W), and how much the part counts, (h', w'). Tiles overlap by a
+    quarter, along which one fades into the next. frames, tile None: not cut.
+    """
+    *time, H, W = shape[1:]
+    T = math.prod(time)
+    overlap = (tile or 0) // 4
+
+    def spans(length):                                     # [(start, end, weights)], which add up to 1
+        step = (tile or length) - overlap
+        for start in range(0, max(1, length - overlap), step):
+            end = min(start + step + overlap, length)
+            fade = (torch.arange(overlap) + 0.5) / max(1, overlap)
+            weight = torch.ones(end - start)
+            if start > 0:
+                weight[:overlap] = fade
+            if end < length:
+                weight[end - start - overlap:] *= fade.flip(0)
+            yield slice(start, end), weight
+
+    for first in range(0, T, frames or T):
+        for rows, down in spans(H):
+            for columns, across in spans(W):
+                window = slice(first, first + (frames or T))
+                yield (slice(None), window, rows, columns), down[:, None] * across
+
+
+def to_tokens(model, x, tile=None):
+    """uint8 (3, H, W) or (3, T, H, W) of any size to a list of ids, a tensor for each of `parts_of` it.
+
+    Parts are filled up to whole tokens, two at least, with their last pixels, and in time with their last
+    frame. An image is a clip of one frame.
+    """
+    frames = getattr(model.config, "frames", None)
+    stride = model.config.downsampling
+    device = next(model.parameters()).device
+    ids = []
+    for index, _ in parts_of(x.shape, frames, tile):
+        part = pictures.to_float(x.view(3, -1, *x.shape[-2:])[index].to(device))[None]    # (1, 3, t, h, w)
+        t, h, w = part.shape[2:]
+        spare = [0, -w % stride, 0, -h % stride, 0, (1 - t) % getattr(model.config, "time_stride", 1)]
+        if max(h, w) <= stride:
+            spare[1] += stride
+        part = F.pad(part, spare, mode="replicate")
+        ids.append(model.encode(part if frames else part[:, :, 0]))
+    return ids
+
+
+def from_tokens(model, ids, shape, tile=None):
+    """The inverse: uint8 of this `shape`, (3, H, W) or (3, T, H, W)."""
+    canvas = torch.zeros(3, math.prod(shape[1:-2]), *shape[-2:])
+    for (index, weight), part in zip(parts_of(shape, getattr(model.config, "frames", None), tile), ids):
+        t, h, w = canvas[index].shape[1:]
+        y = model.decode(part)[0].float().clamp(-1, 1).cpu()
+        canvas[index] += weight * y.view(3, -1, *y.shape[-2:])[:, :t, :h, :w]
+    return pictures.to_uint8(canvas).view(*shape)
+
+
+def read_samples(files, config):
+    """Yield (name, uint8 (3, [T,] H, W), frames a second) of files and folders; broken ones are left out."""
+    frames = getattr(config, "frames", None)
+    suffixes = sources.IMAGE_SUFFIXES + (sources.VIDEO_SUFFIXES if frames else ())
+    if not files:
+        held_out = sources.build_dataset("generated", "val", data.View(config.resolution, frames))
+        for i in range(8):
+            yield f"generated-{i}", held_out[i][0], 10
+    paths = []
+    for path in map(pathlib.Path, files):
+        runtime.require(path.exists(), f"{path} does not exist; check the path")
+        found = sorted(path.rglob("*")) if path.is_dir() else [path]
+        found = [file for file in found if file.suffix.lower() in suffixes]
+        runtime.require(found, f"{path}: this tokenizer takes {' '.join(suffixes)}, or a folder of them")
+        paths += found
+    for i, path in enumerate(paths):                       # numbered: two folders may hold the same name
+        fps = 0
+        try:
+            if path.suffix.lower() in sources.VIDEO_SUFFIXES:
+                x = torch.stack([pil_to_tensor(frame()) for frame in sources.video_frames(path)], dim=1)
+                fps = sources.frame_rate(path)
+            else:
+                x = pil_to_tensor(sources.decode(path, upright=True))
+        except runtime.UserError:                          # PyAV is missing
+            raise
+        except Exception as error:                         # decoders raise almost anything on damaged bytes
+            print(f"broken file left out: {path} ({error})")
+        else:
+            yield f"{i}-{path.stem}", x, fps
+
+
+def write_sample(folder, name, x, fps):
+    """Write uint8 (3, H, W) as FOLDER/NAME.png, (3, T, H, W) as FOLDER/NAME.webp; returns the path."""
+    if x.dim() == 3:
+        pictures.save_image(f"{folder}/{name}.png", x.movedim(0, -1).numpy())
+        return f"{folder}/{name}.png"
+    pictures.write_video(f"{folder}/{name}.webp", x.movedim(0, -1).numpy(), fps)
+    return f"{folder}/{name}.webp"
+
+
+def compare(model, x, y, tile):
+    """(uint8 original, reconstruction and four times their difference side by side, what to say of them)."""
+    psnr = metrics.psnr(metrics.as_frames(x[None]), metrics.as_frames(y[None])).mean()
+    error = (4 * (x.int() - y.int()).abs()).clamp(max=255).to(torch.uint8)
+    line = torch.full_like(x[..., :4], 255)
+    text = f", PSNR {psnr:.2f} dB"
+    if tile and x[0].numel() <= 2 ** 22:                   # the whole fits into memory, too
+        whole = from_tokens(model, to_tokens(model, x), x.shape)
+        text += f", at most {int((whole.int() - y.int()).abs().max())} levels from the image in one piece"
+    return torch.cat([x, line, y, line, error], dim=-1), text
+
+
+def get_args(argv=None):
+    """Parse the command line; no command at all means "reconstruct"."""
+    parser = runtime.ArgumentParser(__doc__)
+    parser.add_argument("command", nargs="?", default="reconstruct",
+                        choices=("reconstruct", "encode", "decode"),
+                        help="files beside their reconstructions and errors; files to ids; ids to files")
+    parser.add_argument("files", nargs="*", help="images, clips or folders; for decode the npz of encode")
+    parser.add_argument("--ckpt", help="a file or a published name; not given: the newest of runs/tokenizer")
+    parser.add_argument("--output", help="folder, or for encode the npz (runs/reconstructions, runs/ids.npz)")
+    parser.add_argument("--tile", type=runtime.bounded(int, 64), help="cut images into tiles of so many "
+                        "pixels that overlap, for less memory; GroupNorm then sees the mean of a tile, not "
+                        "of the image, so that tiles can differ in tone")
+    parser.add_argument("--raw-weights", action="store_true", help="the raw weights, not their EMA")
+    parser.add_argument("--trust-checkpoint", action="store_true", help="unpickle foreign classes in --ckpt")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
+    return parser.parse_intermixed_args(argv)              # files may stand behind flags
+
+
+def main(args):
+    """Run the command."""
+    device = runtime.setup_process_group(args.device)
+    ckpt = args.ckpt or runtime.latest_checkpoint("runs/tokenizer", "tokenizer")
+    model, info = checkpoints.load_tokenizer(ckpt, not args.raw_weights, args.trust_checkpoint)
+    model.to(device)
+    print(f"{ckpt}: {info['preset']}, {info['weights']} weights")
+    identity = checkpoints.weights_hash(model)
+    folder = args.output or "runs/reconstructions"
+    if args.command == "decode":
+        runtime.require(args.files, "decode needs files: the npz that encode wrote")
+        for path in args.files:
+            with checkpoints.guard(path), np.load(path) as file:
+                about = json.loads(str(file["about"]))
+                runtime.require(about["tokenizer"] == identity, f"{path} was encoded by another tokenizer, "
+                                                                f"{about['ckpt']}; name it with --ckpt")
+                for k, (name, shape, fps, count, tile) in enumerate(about["samples"]):
+                    ids = [torch.from_numpy(file[f"{k}-{i}"]).to(device) for i in range(count)]
+                    print(write_sample(folder, name, from_tokens(model, ids, shape, tile), fps))
+        return
+    arrays = {}
+    samples = []
+    for k, (name, x, fps) in enumerate(read_samples(args.files, model.config)):
+        ids = to_tokens(model, x, args.tile)
+        samples.append([name, list(x.shape), fps, len(ids), args.tile])
+        tokens = sum(part.numel() for part in ids)
+        bits = tokens * math.log2(model.quantizer.vocabulary) / x[0].numel()
+        line = f"{name}: {' x '.join(map(str, x.shape[1:]))}, {tokens:,} tokens, {bits:.4f} bits a pixel"
+        if args.command == "encode":
+            arrays.update({f"{k}-{i}": part.cpu().numpy().astype(np.uint32) for i, part in enumerate(ids)})
+        else:
+            beside, text = compare(model, x, from_tokens(model, ids, x.shape, args.tile), args.tile)
+            line += f"{text}: {write_sample(folder, name, beside, fps)}"
+        print(line)
+    runtime.require(samples, "none of the files could be read")
+    if args.command == "encode":
+        about = {"tokenizer": identity, "ckpt": str(ckpt), "samples": samples}
+        with runtime.atomic(args.output or "runs/ids.npz") as temporary:
+            np.savez(temporary, about=np.array(json.dumps(about)), **arrays)
+        print(f"wrote {args.output or 'runs/ids.npz'}")
+
+
+if __name__ == "__main__":
+    runtime.run_script(main, get_args)

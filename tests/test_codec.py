@@ -1,0 +1,126 @@
+"""support/codec.py, the command line of tokenizer.py: what is encoded comes back, of any size and length."""
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image
+
+import tokenizer
+import video
+from support import codec, pictures, runtime
+from helpers import call, refused, stored
+from test_tokenizer import CLIPS, TINY
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A folder with images of odd sides and of one name, a clip, a broken image; two tokenizers beside it."""
+    for name, model in (("image.pt", tokenizer.Tokenizer(TINY)), ("clip.pt", video.VideoTokenizer(CLIPS))):
+        torch.save(stored(model), tmp_path / name)
+    folder = tmp_path / "files"
+    (folder / "more").mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (7, 19, 23, 3), np.uint8)
+    Image.fromarray(pixels[0]).save(folder / "a.png")
+    Image.fromarray(pixels[1]).save(folder / "more" / "a.png")
+    pictures.write_video(folder / "b.gif", pixels, 10)
+    (folder / "c.png").write_bytes(b"no image")
+    yield folder
+    if dist.is_initialized():                              # the command line's, which run_script would end
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", ["image", "clip"])
+def test_encode_then_decode_is_reconstruct_bit_for_bit(files, kind, capsys):
+    place = files.parent
+    call(codec, "reconstruct", files, "--ckpt", place / f"{kind}.pt", "--output", place / "beside")
+    call(codec, "encode", files, "--ckpt", place / f"{kind}.pt", "--output", place / "ids.npz")
+    call(codec, "decode", place / "ids.npz", "--ckpt", place / f"{kind}.pt", "--output", place / "alone")
+    out = capsys.readouterr().out
+    assert out.count("broken file left out") == 2 and "19 x 23" in out and "dB" in out and "bits a" in out
+    written = sorted(path.name for path in (place / "alone").iterdir())
+    assert written == {"image": ["0-a.png", "2-a.png"], "clip": ["0-a.png", "1-b.webp", "3-a.png"]}[kind]
+    for name in written:
+        with Image.open(place / "beside" / name) as beside, Image.open(place / "alone" / name) as alone:
+            frames = 7 if name == "1-b.webp" else 1
+            assert getattr(beside, "n_frames", 1) == getattr(alone, "n_frames", 1) == frames
+            for frame in range(frames):
+                beside.seek(frame)
+                alone.seek(frame)
+                pair = np.asarray(beside.convert("RGB"))
+                assert pair.shape == (19, 3 * 23 + 2 * 4, 3)
+                again = np.asarray(alone.convert("RGB"))
+                assert np.array_equal(pair[:, 27:50], again)
+                error = 4 * abs(pair[:, :23].astype(int) - again)
+                assert np.array_equal(pair[:, 54:], error.clip(max=255))
+    originals = [np.asarray(Image.open(files / name)) for name in ("a.png", "more/a.png")]
+    for name, original in zip((written[0], written[-1]), originals):
+        assert np.array_equal(np.asarray(Image.open(place / "beside" / name))[:, :23], original)
+
+
+@pytest.mark.parametrize("frames", [0, 1, 2, 5, 6, 12])
+def test_any_size_and_length_comes_back_window_by_window(frames):
+    torch.manual_seed(0)
+    model = video.VideoTokenizer(CLIPS) if frames else tokenizer.Tokenizer(TINY)
+    for sides in ((1, 2), (2, 2), (16, 16), (7, 18)):
+        x = torch.randint(0, 256, (3, *[frames] * (frames > 0), *sides), dtype=torch.uint8)
+        ids = codec.to_tokens(model, x)
+        y = codec.from_tokens(model, ids, x.shape)
+        assert y.shape == x.shape and len(ids) == max(1, math.ceil(frames / 5))
+    if frames in (5, 6):                                   # whole windows stand for themselves
+        first = x[:, :5].flatten(0, 1)[None]               # sides 7 x 18 are filled up to 8 x 18
+        first = F.pad(first, (0, 0, 0, 1), mode="replicate").view(1, 3, 5, 8, 18)
+        first = pictures.to_uint8(model.decode(model.encode(pictures.to_float(first))))
+        assert torch.equal(y[:, :5], first[0, :, :, :7])
+
+
+@pytest.mark.slow
+def test_tiles_fade_into_each_other_and_cover_every_pixel():
+    model = tokenizer.Tokenizer(TINY).eval()
+    for sides in ((1, 1), (64, 64), (65, 200), (333, 517)):
+        cover = torch.zeros(3, 1, *sides)
+        for index, weight in codec.parts_of((3, *sides), None, 64):
+            cover[index] += weight
+            assert max(weight.shape) <= 64
+        torch.testing.assert_close(cover, torch.ones_like(cover))
+        x = torch.randint(0, 256, (3, *sides), dtype=torch.uint8)
+        for tile in (None, 64):
+            y = codec.from_tokens(model, codec.to_tokens(model, x, tile), x.shape, tile)
+            assert y.shape == x.shape and y.dtype == torch.uint8
+
+
+def test_tiled_files_come_back_and_say_how_far_from_the_whole(files, capsys):
+    place = files.parent
+    pixels = np.random.default_rng(0).integers(0, 256, (90, 150, 3), np.uint8)
+    Image.fromarray(pixels).save(files / "a.png")
+    flags = ["--ckpt", place / "image.pt", "--tile", 64, "--output"]
+    call(codec, "reconstruct", files / "a.png", *flags, place / "beside")
+    call(codec, "encode", files / "a.png", *flags, place / "ids.npz")
+    call(codec, "decode", place / "ids.npz", *flags, place / "alone")
+    assert "levels from the image in one piece" in capsys.readouterr().out
+    beside, alone = [np.asarray(Image.open(place / name / "0-a.png")) for name in ("beside", "alone")]
+    assert np.array_equal(beside[:, 154:304], alone)
+
+
+def test_files_may_stand_before_and_after_flags():
+    for line in ("encode a.png b.png --ckpt x", "encode --ckpt x a.png b.png", "encode a.png --ckpt x b.png"):
+        args = codec.get_args(line.split())
+        assert (args.command, args.files, args.ckpt) == ("encode", ["a.png", "b.png"], "x")
+    args = codec.get_args([])
+    assert (args.command, args.files) == ("reconstruct", [])
+
+
+def test_mistakes_of_the_command_line_are_one_line(files):
+    ckpt = ("--ckpt", files.parent / "image.pt")
+    call(codec, "encode", files / "a.png", *ckpt, "--output", files / "ids.npz")
+    (files / "cut.npz").write_bytes((files / "ids.npz").read_bytes()[:-30])
+    for flags, problem in ((["reconstruct", "nowhere.jpg"], "nowhere.jpg does not exist"),
+                           (["reconstruct", files / "b.gif"], "b.gif: this tokenizer takes"),
+                           (["encode", files / "c.png"], "none of the files could be read"),
+                           (["decode", files / "a.png"], "a.png is damaged"), (["decode"], "needs files"),
+                           (["decode", files / "cut.npz"], "cut.npz is damaged")):
+        refused(problem, call, codec, *flags, *ckpt)
+    with pytest.raises(runtime.UserError, match="another tokenizer"):
+        call(codec, "decode", files / "ids.npz", "--ckpt", files.parent / "clip.pt")
