@@ -371,7 +371,8 @@ def main(args):
             runtime.report_skipped(step, in_a_row, logs, args.results_dir)   # stops after ten in a row
 
         # ---- logs and checkpoints. A checkpoint's step is always logged, so that no mean is cut in two ----
-        saving = finite and step % args.checkpoint_every == 0 or step == length or stop.requested()
+        stopping = stop.requested(step)                                  # a collective: every rank, every step
+        saving = stopping or step == length or finite and step % args.checkpoint_every == 0
         if saving or step % args.log_every == 0:
             log = in_units(meters.pop(args.global_batch_size), config, args)
             logger.log(step, {**log, "lr": lr, "skipped_steps": skipped}, SHOWN)
@@ -384,12 +385,14 @@ def main(args):
                 draw_samples(shown, tokenizer, classes, step, args)
             model.train()
         if saving:
-            runtime.save_checkpoint(args.results_dir, step, {
+            path = runtime.save_checkpoint(args.results_dir, step, {
                 "format": checkpoints.format_of(model), "preset": args.preset, "step": step,
                 "config": dataclasses.asdict(config), "ema": {},         # or what the next line has of it
                 **{name: part.state_dict() for name, part in state.items()},
                 "skipped": skipped, "rng": runtime.rng_states(), "classes": classes, "tokenizer": made_with,
                 "dataset": record, "first_stage": first_stage, "args": vars(args)})
+        if stopping:
+            runtime.print_main(f"saved {path}; --resume continues from here")
     return stop.agreed                                                   # 0, or the signal
 
 

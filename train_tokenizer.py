@@ -463,7 +463,8 @@ def main(args):
             in_a_row += 1
             runtime.report_skipped(step, in_a_row, logs, args.results_dir)   # stops after ten in a row
         # ---- logs and checkpoints. A checkpoint's step is always logged, so that no mean is cut in two ----
-        saving = finite and step % args.checkpoint_every == 0 or step == length or stop.requested()
+        stopping = stop.requested(step)                                  # a collective: every rank, every step
+        saving = stopping or step == length or finite and step % args.checkpoint_every == 0
         if saving or step % args.log_every == 0:
             log = {**meters.pop(args.global_batch_size), **usage_report(usage, model.quantizer),
                    "lr": lr, "skipped_steps": skipped}
@@ -471,10 +472,12 @@ def main(args):
                 log["grid_psnr"] = preview(ema, held_out, step, args)    # of the same samples always
             logger.log(step, log, SHOWN)
         if saving:
-            runtime.save_checkpoint(args.results_dir, step, {
+            path = runtime.save_checkpoint(args.results_dir, step, {
                 "format": checkpoints.format_of(model), "preset": args.preset, "step": step,
                 **{name: part.state_dict() for name, part in state.items()}, **records, "lecam": lecam,
                 "skipped": skipped, "rng": runtime.rng_states(), "args": vars(args)})
+        if stopping:
+            runtime.print_main(f"saved {path}; --resume continues from here")
     return stop.agreed                                                   # 0, or the signal
 
 

@@ -283,13 +283,14 @@ class StopRequest:
         self.received = number
         signal.signal(number, signal.SIG_DFL)
 
-    def requested(self):
-        """Whether any rank has received a signal; `agreed` then names it. A collective."""
+    def requested(self, step):
+        """Whether any rank has received a signal; `agreed` then names it, and step `step` is to be saved. A
+        collective."""
         flag = torch.tensor(self.received)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         self.agreed = int(flag)
         if self.agreed:
-            print_main(f"stopped by signal {self.agreed}; --resume continues from here")
+            print_main(f"signal {self.agreed}: saving step {step} ...")
         return self.agreed > 0
 
 
@@ -380,15 +381,17 @@ def lock(results_dir):
 
 
 def save_checkpoint(results_dir, step, checkpoint, keep=3):
-    """Write step-STEP.pt on rank 0 and remove all but the newest `keep` of the run. A collective."""
+    """Write step-STEP.pt on rank 0 and remove all but the newest `keep` of the run. Returns its path. A
+    collective."""
+    path = pathlib.Path(results_dir) / f"step-{step:08d}.pt"             # names that sort by age
     if is_main():
-        path = pathlib.Path(results_dir) / f"step-{step:08d}.pt"         # names that sort by age
         with atomic(path) as temporary:
             torch.save(checkpoint, temporary)
         for old in list_checkpoints(results_dir)[:-keep]:
             if old != path:
                 old.unlink(missing_ok=True)
     barrier()
+    return path
 
 
 def list_checkpoints(results_dir):
