@@ -3,6 +3,7 @@
 # make test        install into .venv with the test tools, run all tests; make test-fast those of seconds
 # make report      one page of all that lies in runs/, to open in a browser: runs/report.html
 # make claims      the paper's claims on small models, three seeds each: hours; results/claims.md
+# make test-slurm  results/slurm.sh under a real Slurm of two nodes, for root on Debian or Ubuntu: ten minutes
 # make bench       time and memory of what this project claims to do fast
 # PYTHON picks the interpreter that makes .venv (3.10 or newer).
 
@@ -14,7 +15,7 @@ RUN := GOMP_SPINCOUNT=10000 $(VENV)/bin/python
 # Tests are many small runs: two at a time, one thread each; who has none left takes some of the other's.
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo demo-video report test test-fast claims bench clean
+.PHONY: demo demo-video report test test-fast test-slurm claims bench clean
 
 demo: $(VENV)/installed
 	$(RUN) train_tokenizer.py --resume
@@ -37,6 +38,9 @@ test: $(VENV)/tested
 
 test-fast: $(VENV)/tested
 	$(PYTEST) -m "not slow"
+
+test-slurm: $(VENV)/tested
+	$(VENV)/bin/python tests/slurm.py
 
 report: $(VENV)/installed
 	$(RUN) results/report.py runs

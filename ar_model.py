@@ -12,7 +12,7 @@ they belong together; instead a second, much shallower transformer predicts one 
 
 In reading order: 1. tokens; 2. layers; 3. model (eq. 5 to 7); 4. drawing, at the end the sampler that one
 writes first. Axis letters: B batch, N tokens of an image, M sub-tokens of a token, V = 2^(k_m) entries of a
-sub-vocabulary, D width, H heads, d = D / H, L positions, R rows of a sampling step (2B with guidance).
+sub-vocabulary, D width, H heads, d = D / H, L positions.
 """
 import dataclasses
 import math
@@ -59,7 +59,7 @@ class RMSNorm(nn.Module):
 
 
 def rope_table(grid, head_dim, base=10000.0):
-    """Rotary positions (1 + N, 1, 1, d/2, 2): cos and sin of the angle by which a pair of channels is turned.
+    """Rotary positions (1 + N, 1, d/2, 2): cos and sin of the angle by which a pair of channels is turned.
 
     The axes of `grid` share the d/2 pairs of a head: on an image the first half turns with the row and the
     second with the column, pair i of p by base^(-i/p) radians a cell; the last axes get what is left over.
@@ -74,7 +74,7 @@ def rope_table(grid, head_dim, base=10000.0):
         angles.append(coordinate[:, None] * base ** (-torch.arange(share) / share))
     angles = torch.cat(angles, dim=1)                                                     # (N, d/2)
     table = torch.stack([angles.cos(), angles.sin()], dim=-1)                             # (N, d/2, 2)
-    return F.pad(table, (0, 0, 0, 0, 1, 0))[:, None, None]
+    return F.pad(table, (0, 0, 0, 0, 1, 0))[:, None]
 
 
 def rotate(x, rope):
@@ -103,39 +103,25 @@ class FeedForward(nn.Module):
 
 
 def attention(q, k, v):
-    """Causal softmax(q k^T / sqrt(d)) v for each head, position t seeing 0 .. t: (..., L, H, d), all four."""
-    q, k, v = (z.transpose(-3, -2) for z in (q, k, v))                                    # (..., H, L, d)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(-3, -2)
+    """Causal softmax(q k^T / sqrt(d)) v for each head, position t seeing 0 .. t: (..., L, H, d), all four.
 
-
-def attention_within_token(q, k, v):
-    """`attention` for the little sequences [context, sub-token 1, .., sub-token M - 1], in closed form.
-
-    q, k, v (..., M, H, d) -> (..., M, H, d), where an attention kernel would run over B x N sequences of 2.
+    Written out for the few sub-tokens of a token: a kernel, made for long sequences, takes twice as long over
+    B x N of 2. (On a GPU it would pad each to 128 positions.)
     """
-    q, k, v = (z.unbind(-3) for z in (q, k, v))                                           # M x (..., H, d)
-    return torch.stack([last_within_token(q[m], k[1:m + 1], v[:m + 1]) for m in range(len(q))], dim=-3)
-
-
-def last_within_token(q, keys, values):
-    """What the last position of such a sequence gets, from its q, m keys and 1 + m values, each (..., H, d).
-
-    The context's key is zero (its rotary entry is), so its score is 0 and its value v_0 the start. Every
-    sub-token of score s then pulls the result towards its value by its share of the softmax so far,
-    e^s / (e^total + e^s) = sigmoid(s - total). With M = 2 that is one gate a head and no kernel at all:
-    v_0 + sigmoid(q k / sqrt(d)) (v_1 - v_0).
-    """
-    attended = values[0]
-    total = 0.0                                 # log of the softmax's denominator: e^0 for the context
-    for k, v in zip(keys, values[1:]):
-        score = (q.float() * k.float()).sum(-1, keepdim=True) * q.shape[-1] ** -0.5 - total
-        attended = attended + torch.sigmoid(score).type_as(v) * (v - attended)
-        total = total + F.softplus(score)       # log(e^total + e^s)
-    return attended
+    L, _, d = q.shape[-3:]
+    if L > 8:
+        q, k, v = (each.transpose(-3, -2) for each in (q, k, v))                          # (..., H, L, d)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(-3, -2)
+    attended = []
+    for t in range(L):
+        scores = (q[..., t:t + 1, :, :] * k[..., :t + 1, :, :]).sum(-1, keepdim=True, dtype=torch.float32)
+        p = (scores * d ** -0.5).softmax(-3).type_as(v)                                   # (..., t + 1, H, 1)
+        attended.append((p * v[..., :t + 1, :, :]).sum(-3))                               # (..., H, d)
+    return torch.stack(attended, dim=-3)
 
 
 class Attention(nn.Module):
-    """Attention with rotary positions; who attends to whom, `attend` says."""
+    """Causal attention with rotary positions."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -143,19 +129,17 @@ class Attention(nn.Module):
         self.wqkv = nn.Linear(width, 3 * width, bias=False)     # rows: all of q, all of k, all of v
         self.wo = nn.Linear(width, width, bias=False)
 
-    def forward(self, x, rope, attend):
-        return self.wo(attend(*self.project(x, rope)).flatten(-2))
+    def forward(self, x, rope):
+        return self.wo(attention(*self.project(x, rope)).flatten(-2))
 
     def project(self, x, rope):
         """x (..., D) to q, k, v (..., H, d), q and k turned by `rope`."""
-        qkv = self.wqkv(x).unflatten(-1, (3, self.heads, -1))
-        q, k = rotate(qkv[..., :2, :, :], rope).unbind(-3)
-        return q, k, qkv[..., 2, :, :]
+        q, k, v = self.wqkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+        return rotate(q, rope), rotate(k, rope), v
 
 
 class LlamaBlock(nn.Module):
-    """Pre-norm Llama block without biases, between tokens (eq. 5) and within a token (eq. 6): only the way to
-    attend differs, also between training and sampling, and so it is an argument."""
+    """Pre-norm Llama block without biases, the same between tokens (eq. 5) and within a token (eq. 6)."""
 
     def __init__(self, config):
         super().__init__()
@@ -166,9 +150,9 @@ class LlamaBlock(nn.Module):
         self.feed_forward = FeedForward(config.width, config.ffn_hidden)
         self.ffn_dropout = nn.Dropout(config.ffn_dropout)
 
-    def forward(self, x, rope, attend):
-        """x (..., L, D) -> (..., L, D); rope: L entries of `rope_table`; attend(q, k, v): see `attention`."""
-        x = x + self.attention_dropout(self.attention(self.attention_norm(x), rope, attend))
+    def forward(self, x, rope):
+        """x (..., L, D) -> (..., L, D); rope: L entries of `rope_table`."""
+        x = x + self.attention_dropout(self.attention(self.attention_norm(x), rope))
         return x + self.ffn_dropout(self.feed_forward(self.ffn_norm(x)))
 
 
@@ -284,18 +268,18 @@ class ARModel(nn.Module):
         def run(block, *inputs):                        # under checkpointing, activations are not kept
             return checkpoint(block, *inputs, use_reentrant=False) if self.checkpointing else block(*inputs)
 
-        embeddings = [table(ids) for table, ids in zip(self.token_embeddings, subtokens)] # M x (B, N, D)
+        embeddings = [table(each) for table, each in zip(self.token_embeddings, subtokens)]   # M x (B, N, D)
         start = self.class_embedding(labels).unsqueeze(1)                                 # (B, 1, D)
         x = self.token_dropout(torch.cat([start, sum(embeddings)[:, :-1]], dim=1))        # (B, N, D)
         for block in self.inter_blocks:                 # eq. 5: position t becomes the context C_t
-            x = run(block, x, self.rope[:N], attention)                                   # (B, N, D)
+            x = run(block, x, self.rope[:N])                                              # (B, N, D)
 
         if self.config.separate_heads:                  # every head sees C_t and nothing of its token
             x = x.unsqueeze(2).expand(-1, -1, M, -1)                                      # (B, N, M, D)
         else:                                           # eq. 6: position m (from 0) predicts sub-token m + 1
             x = torch.stack([x, *embeddings[:-1]], dim=2)                                 # (B, N, M, D)
         for block in self.intra_blocks:
-            x = run(block, x, self.rope[:M], attention_within_token)                      # (B, N, M, D)
+            x = run(block, x, self.rope[:M])                                              # (B, N, M, D)
         logits = [self.predict(m, h) for m, h in enumerate(self.norm(x).unbind(2))]       # M x (B, N, V)
         return loss(logits, subtokens) if return_loss else logits
 
@@ -309,7 +293,7 @@ def loss(logits, subtokens):
 
     logits M x (B, N, V), subtokens M x (B, N). Returns, in nats, the sum, and its M terms without gradient.
     """
-    terms = [F.cross_entropy(z.flatten(0, 1), ids.flatten()) for z, ids in zip(logits, subtokens)]
+    terms = [F.cross_entropy(guess.flatten(0, 1), true.flatten()) for guess, true in zip(logits, subtokens)]
     return sum(terms), torch.stack(terms).detach()
 
 
@@ -351,16 +335,6 @@ def sampling_settings(count, **values):
     return [Settings(*row) for row in zip(*columns)]
 
 
-def guidance_strength(tokens, schedule, power):
-    """How much of the guidance each token gets, float32 (N,) in 0 .. 1, or None for all of it ("constant").
-
-    "linear" rises from 0 at the first token, where guidance narrows what the image can become, to 1 at the
-    last; "power" as (1 - cos(pi (t / N)^power)) / 2 (RAR, Yu et al. 2024). The scale is 1 + (s - 1) strength.
-    """
-    t = torch.arange(tokens) / max(1, tokens - 1)
-    return {"constant": None, "linear": t, "power": (1 - torch.cos(math.pi * t ** power)) / 2}[schedule]
-
-
 def guide(logits, scale):
     """Classifier-free guidance: logits (2B, V), conditional ones first, to uncond + s (cond - uncond) (B, V),
     which is what `lerp` means; at s = 1 it returns the conditional logits to the last bit."""
@@ -395,25 +369,23 @@ def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):
 def draw(p, noise):
     """An index (B,) int64 from each row of p (B, V): its cumulative sum inverted at `noise` (B,) in [0, 1).
 
-    Numbers fixed in advance make every image a function of its own seed. In float64, noise < 1 stays below
+    Numbers fixed in advance make every sample a function of its own seed. In float64, noise < 1 stays below
     the last sum, and an entry of probability 0 adds nothing to it: none is ever drawn.
     """
     sums = p.cumsum(-1, dtype=torch.float64)
     return (sums <= noise.unsqueeze(-1) * sums[:, -1:]).sum(-1)
 
 
-def draw_subtoken(logits, noise, setting, strength=None):
-    """Sub-tokens (B,) from logits (B, V), or from (2B, V) under guidance, at noise (B,) with a `Settings`.
-    strength: of the guidance, a scalar tensor (None: 1)."""
+def draw_subtoken(logits, noise, setting):
+    """Sub-tokens (B,) from logits (B, V), or from (2B, V) under guidance, at noise (B,) with a `Settings`."""
     if len(logits) == 2 * len(noise):
-        scale = setting.cfg_scale if strength is None else 1 + (setting.cfg_scale - 1) * strength
-        logits = guide(logits, scale)                                                     # (B, V)
+        logits = guide(logits, setting.cfg_scale)                                         # (B, V)
     return draw(probabilities(logits, setting.temperature, setting.top_k, setting.top_p), noise)
 
 
 @torch.no_grad()
 def sample(model, labels, noise, settings):
-    """The sub-tokens of an image for each of labels (B,) int64: a list of M int64 tensors (B, N).
+    """The sub-tokens of a sample for each of labels (B,) int64: a list of M int64 tensors (B, N).
 
     model: in eval mode; noise (N, M, B) float64 in [0, 1), a number a draw; settings: M `Settings`. This is
     what one writes first: a pass of the whole model for every draw, in 2B rows, of which the first B know the
@@ -424,7 +396,7 @@ def sample(model, labels, noise, settings):
     subtokens = [labels.new_zeros(B, N) for _ in range(M)]
     for t in range(N):
         for m, setting in enumerate(settings):
-            so_far = [ids[:, :t + 1].repeat(2, 1) for ids in subtokens]                   # M x (2B, t + 1)
+            so_far = [each[:, :t + 1].repeat(2, 1) for each in subtokens]                 # M x (2B, t + 1)
             logits = model(so_far, both)[m][:, t]                                         # (2B, V)
             subtokens[m][:, t] = draw_subtoken(logits, noise[t, m], setting)              # (B,)
     return subtokens

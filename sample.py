@@ -1,33 +1,29 @@
-"""Images from an auto-regressive checkpoint: labelled grids to look at, and large sets for evaluators.
+"""Samples of an auto-regressive checkpoint: labelled grids to look at, and large sets for evaluators.
 
     python sample.py                                            # a grid of what train_ar.py has learned
     python sample.py --ckpt AR-B --classes 207,otter --num-images 8 --mixed-precision bf16
     python sample.py --ckpt AR-B --classes otter --keep photo.jpg --rows 8   # the lower half drawn anew
     torchrun --nproc-per-node=8 sample.py --ckpt AR-B --num-fid-samples 50000 --mixed-precision bf16 --compile
 
-A checkpoint of ours and a published AR file contain their tokenizer. Sample number n shows class n mod C and
-is drawn from the seed (--global-seed, n): a set has equally many of every class (as far as C divides N), and
+A checkpoint of ours and a published AR file contain their tokenizer. Sample number n is of class n modulo
+their number, drawn from the seed (--global-seed, n): a set has as many of each class, or one more, and
 depends neither on the number of ranks nor on interruptions; `--classes` shows the first of just these. Axis
-letters: as in ar_model.py, R rows of a step (B, or 2B with guidance), C classes, T frames, N also samples.
+letters: as in ar_model.py; R rows of a step (B, with guidance 2B, of which the first B know their class), h w
+of the grid of tokens, H W of pixels, T frames.
 """
 import contextlib
 import dataclasses
-import hashlib
-import json
+import functools
 import math
 import pathlib
-import shutil
-import time
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torchvision.models import VGG16_Weights
-from tqdm import tqdm
 
 import ar_model
-from support import checkpoints, data, pictures, runtime, sources
+from support import checkpoints, data, drawn, pictures, runtime, sources
 from support.runtime import require
 
 # ---- 1. The same tokens, faster ----------------------------------------------------------------------------
@@ -35,6 +31,46 @@ from support.runtime import require
 #     keys and values kept in static buffers, closed form within a token: 3.1, and more with every token
 #     packed weights: 1.4; bfloat16 weights, half the bytes: 1.4 with units for it, 0.4 on this core, without
 #     compiled blocks, and CUDA graphs in place of some 300 launches a step: not yet measured on any GPU
+
+class Cache:
+    """Keys and values of one block for all tokens so far: a slot for the class and each token but the last.
+
+    Static buffers. One tensor a block, as compilers copy a stacked one at every write; zeros, as a masked
+    slot that holds NaN would spoil the sum.
+    """
+
+    def __init__(self, like, rows, heads, slots, head_dim):
+        self.keys = like.new_zeros(rows, heads, slots, head_dim)
+        self.values = torch.zeros_like(self.keys)
+
+    def write(self, position, k, v):
+        """Put k and v (R, H, d) into the slot `position` (1,)."""
+        self.keys[:, :, position] = k.unsqueeze(2)
+        self.values[:, :, position] = v.unsqueeze(2)
+
+    def attend(self, q, length, mask=None):
+        """What the queries q (R, H, d) find in the first `length` slots: (R, H, d)."""
+        keys = self.keys[:, :, :length]                                                   # (R, H, length, d)
+        values = self.values[:, :, :length]
+        return F.scaled_dot_product_attention(q.unsqueeze(2), keys, values, mask).squeeze(2)
+
+
+def last_within_token(q, keys, values):
+    """`ar_model.attention` for the last of [context, sub-token 1, .., sub-token m], in closed form.
+
+    From its q, m keys and 1 + m values, each (R, H, d). The context's key is zero (its rotary entry is), so
+    its score is 0 and its value v_0 the start. Every sub-token of score s then pulls the result towards its
+    value by its share of the softmax so far, e^s / (e^total + e^s) = sigmoid(s - total). With M = 2 that is
+    one gate a head and no kernel at all: v_0 + sigmoid(q k / sqrt(d)) (v_1 - v_0).
+    """
+    attended = values[0]
+    total = 0.0                                 # log of the softmax's denominator: e^0 for the context
+    for k, v in zip(keys, values[1:]):
+        score = (q.float() * k.float()).sum(-1, keepdim=True) * q.shape[-1] ** -0.5 - total
+        attended = attended + torch.sigmoid(score).type_as(v) * (v - attended)
+        total = total + F.softplus(score)       # log(e^total + e^s)
+    return attended
+
 
 def pack(linear):
     """Give an nn.Linear on a CPU its weight in the order that oneDNN's kernels read; else every call sorts it
@@ -69,11 +105,10 @@ def prepare_for_sampling(model, dtype=torch.float32):
 # LlamaBlock.forward in pieces of fixed shape, of which torch.compile makes one graph each for all layers.
 # Attention over the cache stays outside: its length changes, and there is nothing in it left to fuse.
 
-def store(block, x, rope, keys, values, position):
+def store(block, x, rope, cache, position):
     """x (R, D) to its query (R, H, d); its key and value go into slot `position` (1,) of the cache."""
     q, k, v = block.attention.project(block.attention_norm(x), rope)
-    keys[:, :, position] = k.unsqueeze(2)
-    values[:, :, position] = v.unsqueeze(2)
+    cache.write(position, k, v)
     return q
 
 
@@ -88,10 +123,10 @@ def step_within(block, x, rope, keys, values):
     q, k, v = block.attention.project(block.attention_norm(x), rope)
     keys = [*keys, k] if values else []         # the context's key is zero: left out
     values = [*values, v]
-    return finish(block, x, ar_model.last_within_token(q, keys, values)), keys, values
+    return finish(block, x, last_within_token(q, keys, values)), keys, values
 
 
-def image_noise(seeds, tokens, count):
+def noise_of(seeds, tokens, count):
     """Uniform noise (tokens, count, B), float64; column b depends on all bits of seeds[b], ints or tuples."""
     noise = [np.random.default_rng(seed).random((tokens, count)) for seed in seeds]
     return torch.from_numpy(np.stack(noise, axis=-1))
@@ -100,13 +135,12 @@ def image_noise(seeds, tokens, count):
 class Sampler:
     """Draws batches of one size: `sampler(labels, seeds)`. All buffers are allocated here, none in the loop.
 
-    Without guidance (every cfg_scale 1) there is no unconditional pass; strength: of `guidance_strength`. A
-    step reads the filled slots of the cache, rounded up to a multiple of `bucket`; with `compile` it is a
-    CUDA graph for each of these lengths.
+    Without guidance (every cfg_scale 1) there is no unconditional pass. A step reads the filled slots of the
+    caches, rounded up to a multiple of `bucket`; with `compile` it is a CUDA graph for each of these lengths.
     """
 
     @torch.no_grad()
-    def __init__(self, model, batch_size, settings, compile=False, bucket=None, strength=None):
+    def __init__(self, model, batch_size, settings, compile=False, bucket=None):
         config = model.config
         like = model.class_embedding.weight
         require(not compile or like.is_cuda, "--compile needs a CUDA GPU; leave it out here")
@@ -119,17 +153,14 @@ class Sampler:
         N = config.tokens
         self.lengths = [min((t // self.bucket + 1) * self.bucket, N) for t in range(N)]
         rows = 2 * batch_size if self.guided else batch_size
-        # Slots: the class and all tokens but the last. One tensor a layer, as compilers copy a stacked one
-        # at every write; zeros, as a masked slot that holds NaN would spoil the sum.
-        slots = (rows, config.heads, N, config.width // config.heads)
-        self.cache = [(like.new_zeros(slots), like.new_zeros(slots)) for _ in model.inter_blocks]
+        self.caches = [Cache(like, rows, config.heads, N, config.width // config.heads)
+                       for _ in model.inter_blocks]
         self.mask = like.new_full((N, N), -math.inf).triu(1)    # additive: SDPA converts bools in every layer
-        self.x = like.new_zeros(rows, config.width)
+        self.x = like.new_zeros(rows, config.width)             # the class, and then the newest token
         self.position = torch.zeros(1, dtype=torch.int64, device=like.device)
         self.noise = like.new_zeros(N, len(settings), batch_size, dtype=torch.float64)
         self.subtokens = torch.zeros_like(self.noise, dtype=torch.int64)
         self.kept = self.subtokens - 1                          # what is not drawn but given; -1: drawn
-        self.strength = None if strength is None else strength.to(like.device)
         self.finite = torch.ones((), dtype=torch.bool, device=like.device)
         self.pieces = [store, finish, step_within]
         self.graphs = {}
@@ -145,45 +176,53 @@ class Sampler:
 
     def step(self, length):
         """One token, from and to static buffers; as a CUDA graph requires, nobody looks at what is drawn."""
-        model = self.model
-        store, finish, step_within = self.pieces
-        x = self.x                                                                        # (R, D)
-        noise = self.noise[self.position][0]                                              # (M, B)
+        context = self.context_of(self.x, length)                                         # (R, D)
+        subtokens, x = self.draw_token(context)
+        self.subtokens[self.position] = torch.stack(subtokens).unsqueeze(0)
+        self.x.copy_(x)
+        self.position += 1
+
+    def context_of(self, x, length):
+        """Between tokens, eq. 5: the newest token x (R, D) to the context of the next (R, D)."""
+        store, finish, _ = self.pieces
+        rope = self.model.rope[self.position]
         mask = None
-        if self.bucket > 1:
+        if self.bucket > 1:                     # hides the slots behind the position
             mask = self.mask[self.position, :length].expand(len(x), 1, 1, length)
-        rope = model.rope[self.position]
-        strength = None if self.strength is None else self.strength[self.position]        # (1,)
-        for block, (keys, values) in zip(model.inter_blocks, self.cache):                 # eq. 5
-            q = store(block, x, rope, keys, values, self.position).unsqueeze(2)           # (R, H, 1, d)
-            attended = F.scaled_dot_product_attention(q, keys[:, :, :length], values[:, :, :length], mask)
-            x = finish(block, x, attended.squeeze(2))                                     # (R, D)
-        context = x
-        history = [([], [])] * len(model.intra_blocks)
+        for block, cache in zip(self.model.inter_blocks, self.caches):
+            q = store(block, x, rope, cache, self.position)                               # (R, H, d)
+            x = finish(block, x, cache.attend(q, length, mask))                           # (R, D)
+        return x
+
+    def draw_token(self, context):
+        """Within a token, eq. 6: its context (R, D) to its M sub-tokens (B,), and their embeddings' sum."""
+        model = self.model
+        _, _, step_within = self.pieces
+        noise = self.noise[self.position][0]                                              # (M, B)
+        given = self.kept[self.position][0]                                               # (M, B)
+        history = [([], [])] * len(model.intra_blocks)          # keys and values of each block
+        x = context
         subtokens = []
         embeddings = []
-        for m, setting in enumerate(self.settings):                                       # eq. 6
+        for m, setting in enumerate(self.settings):
             for i, block in enumerate(model.intra_blocks):
                 x, *history[i] = step_within(block, x, model.rope[m], *history[i])        # (R, D)
             logits = model.predict(m, model.norm(x))                                      # (R, V)
             self.finite.logical_and_(logits.isfinite().all())   # a NaN would be drawn as 0, without a word
-            drawn = ar_model.draw_subtoken(logits, noise[m], setting, strength)           # (B,)
-            given = self.kept[self.position][0, m]                                        # (B,)
-            subtokens.append(torch.where(given < 0, drawn, given))
+            drawn = ar_model.draw_subtoken(logits, noise[m], setting)                     # (B,)
+            subtokens.append(torch.where(given[m] < 0, drawn, given[m]))
             rows = subtokens[m].repeat(2) if self.guided else subtokens[m]
             embeddings.append(model.token_embeddings[m](rows))                            # (R, D)
             x = context if model.config.separate_heads else embeddings[m]
-        self.subtokens[self.position] = torch.stack(subtokens).unsqueeze(0)
-        self.x.copy_(sum(embeddings))
-        self.position += 1
+        return subtokens, sum(embeddings)
 
     @torch.no_grad()
-    def __call__(self, labels, seeds, kept=()):
-        """One image for each of labels (B,) and seeds (B,): its sub-tokens, M int64 tensors (B, N).
+    def __call__(self, labels, seeds, kept=(), told=None):
+        """A sample for each of labels (B,) and seeds (B,): its sub-tokens, M int64 tensors (B, N).
 
-        kept: M int64 tensors (n,), sub-tokens that all images begin with; the rest is drawn.
-        It depends on its label and seed, not on its neighbours; but products of another batch size differ in
-        their last bits and can tip a draw.
+        kept: M int64 tensors (n,), sub-tokens that all begin with; the rest is drawn. told: called after each
+        token. A sample depends on its label and seed, not on its neighbours; but products of another batch
+        size differ in their last bits and can tip a draw.
         """
         no_class = self.model.config.num_classes
         labels = torch.as_tensor(labels, device=self.x.device)
@@ -191,23 +230,21 @@ class Sampler:
                 f"--classes {labels.tolist()}: the model has {no_class} classes, from 0")
         if self.guided:
             labels = torch.cat([labels, torch.full_like(labels, no_class)])
-        self.noise.copy_(image_noise(seeds, *self.noise.shape[:2]))
+        self.noise.copy_(noise_of(seeds, *self.noise.shape[:2]))
         self.x.copy_(self.model.class_embedding(labels))
         self.position.zero_()
         self.kept.fill_(-1)
         for m, given in enumerate(kept):
             self.kept[:len(given), m] = given[:, None]
         self.finite.fill_(True)
-        told = time.monotonic()
-        with torch.autocast(self.x.device.type, enabled=False):     # the precision of weights and cache
-            for t, length in enumerate(self.lengths):
-                if time.monotonic() - told > 20:                # minutes, on a CPU
-                    print(f"drawing: {t} of {len(self.lengths)} tokens", flush=True)
-                    told = time.monotonic()
+        with torch.autocast(self.x.device.type, enabled=False):     # the precision of weights and caches
+            for length in self.lengths:
                 if self.graphs:
                     self.graphs[length].replay()
                 else:
                     self.step(length)
+                if told:
+                    told()
         require(self.finite, "the model's logits are not finite: its weights are damaged, or too large for "
                              "--mixed-precision fp16")
         return [subtokens.T.contiguous() for subtokens in self.subtokens.unbind(1)]
@@ -220,8 +257,6 @@ class How:
     """How samples are drawn from a model."""
     batch_size: int                     # samples drawn at once
     settings: list                      # M `ar_model.Settings`
-    cfg_schedule: str = "constant"      # see `ar_model.guidance_strength`
-    cfg_power: float = 2.75             # of the schedule "power"
     truncate: bool = False              # see `pictures.to_uint8`
     mixed_precision: str = "fp32"       # of the decoder; the transformer computes in its weights' precision
     compile: bool = False               # blocks and decoder compiled, in CUDA graphs
@@ -232,64 +267,31 @@ def generate(model, tokenizer, labels, seeds, how, kept=()):
     """Yield uint8 images (b, 3, H, W) or clips (b, 3, T, H, W), on the CPU, batches in the order of `labels`.
 
     model: an ARModel, best of `prepare_for_sampling`; tokenizer: that of its tokens, on its device; labels,
-    seeds (N,) and kept: see `Sampler`. The last batch is filled up and cut again, as products of another size
+    seeds and kept: see `Sampler`. The last batch is filled up and cut again, as products of another size
     round differently: a sample depends on label, seed, batch size and its place in the batch alone.
     """
     labels = torch.as_tensor(labels)
     device = model.class_embedding.weight.device
-    clips = getattr(tokenizer.config, "frames", None) is not None
-    at_once = 4 if clips else how.batch_size    # a clip's activations take 20 times the memory
-    strength = ar_model.guidance_strength(model.config.tokens, how.cfg_schedule, how.cfg_power)
-    sampler = Sampler(model, how.batch_size, how.settings, how.compile, strength=strength)
+    at_once = 4 if tokenizer.config.frames else how.batch_size     # a clip's activations take 20 times more
+    sampler = Sampler(model, how.batch_size, how.settings, how.compile)
     if how.compile:
         tokenizer.to(memory_format=torch.channels_last).decoder.compile(dynamic=False)
+    tokens = math.ceil(len(labels) / how.batch_size) * model.config.tokens
+    progress = sources.watched(range(tokens), "drawing", unit="steps")
+    told = functools.partial(next, progress)
     for first in range(0, len(labels), how.batch_size):
         chosen = [min(i, len(labels) - 1) for i in range(first, first + how.batch_size)]
-        subtokens = sampler(labels[chosen], [seeds[i] for i in chosen], kept)  # M x (B, tokens)
-        ids = ar_model.subtokens_to_ids(subtokens, model.config.bits)          # (B, tokens)
+        subtokens = sampler(labels[chosen], [seeds[i] for i in chosen], kept, told)       # M x (B, N)
+        ids = ar_model.subtokens_to_ids(subtokens, model.config.bits)                     # (B, N)
         samples = []
-        for some in ids.unflatten(1, model.config.grid).split(at_once):
+        for some in ids.unflatten(1, model.config.grid).split(at_once):                   # (b, [t,] h, w)
             with runtime.autocast(device, how.mixed_precision):
-                decoded = tokenizer.decode(some)                               # (b, 3, [T,] H, W)
+                decoded = tokenizer.decode(some)                                          # (b, 3, [T,] H, W)
             samples.append(pictures.to_uint8(decoded, how.truncate).cpu())
         yield torch.cat(samples)[:len(labels) - first]
 
 
-# ---- 3. Flags, grids and sets ------------------------------------------------------------------------------
-
-# Of the sorted names n01440764 .. n15075141 of its thousand folders, a line each.
-IMAGENET_FOLDERS = "385e0240499426c022b773be1ae4da780f057b89c9694c7f47199f62746b6edd"
-
-
-def class_names(stored, count):
-    """Those `stored` in our checkpoint, else numbers; ImageNet-1k's for its folders and published files."""
-    folders = "\n".join(stored or []).encode()
-    if count == 1000 and (not stored or hashlib.sha256(folders).hexdigest() == IMAGENET_FOLDERS):
-        return VGG16_Weights.IMAGENET1K_V1.meta["categories"]
-    return list(stored or map(str, range(count)))
-
-
-def find_classes(text, names):
-    """The class numbers behind --classes. Raises `UserError` for unknown ones, and for ambiguous names."""
-    count = len(names)
-    if text is None:                            # retriever, otter, panda, geyser, balloon, macaw, valley, fox
-        if count == 1000:
-            return [207, 360, 388, 974, 417, 88, 979, 279]
-        return [i * count // 8 for i in range(8)] if count > 16 else list(range(count))
-    labels = []
-    whole = text.strip().lower() in [name.lower() for name in names]       # such a name may have commas
-    for word in (word.strip().lower() for word in ([text] if whole else text.split(","))):
-        # Names first: the folders of a data set may be called after numbers that are not their positions.
-        found = [label for label, name in enumerate(names) if name.lower() == word]
-        if not found and word.isdecimal() and int(word) < count:
-            found = [int(word)]
-        close = [name for name in names if word and word in name.lower()] or names
-        require(found, f"--classes: {word!r} is none of the {count} classes; give a number below {count}, or "
-                       f"a name such as {', '.join(close[:5])}")
-        require(len(found) == 1, f"--classes: {word!r} names the classes {found}; give a number")
-        labels += found
-    return labels
-
+# ---- 3. Flags and program ----------------------------------------------------------------------------------
 
 def add_drawing_flags(parser):
     """The flags that decide what a model draws, here and in `evaluate.py generation`."""
@@ -297,12 +299,8 @@ def add_drawing_flags(parser):
     group.add_argument("--ckpt", help="AR checkpoint, ours or published; not given: the newest of runs/ar")
     group.add_argument("--tokenizer", help="tokenizer checkpoint, for an AR file that contains none")
     group.add_argument("--raw-weights", action="store_true", help="use no EMA weights, even if stored")
-    group.add_argument("--trust-checkpoint", action="store_true", help="unpickle classes (can run code)")
     group = parser.add_argument_group("how to draw (one value, or one for each sub-token as in 1.9 2.0)")
     group.add_argument("--cfg-scale", type=float, nargs="+", help="guidance (1: none)")
-    group.add_argument("--cfg-schedule", choices=("constant", "linear", "power"), default="constant",
-                       help="of the guidance over an image's tokens")
-    group.add_argument("--cfg-power", type=runtime.bounded(float, 0.01), default=2.75, help="its exponent")
     group.add_argument("--temperature", type=float, nargs="+", help="divides the logits (0: greedy)")
     group.add_argument("--top-k", type=int, nargs="+", help="draw among the k likeliest entries (0: all)")
     group.add_argument("--top-p", type=float, nargs="+", help="draw among the likeliest reaching p (1: all)")
@@ -312,8 +310,8 @@ def add_drawing_flags(parser):
     group.add_argument("--compile", action="store_true", help="compiled blocks in CUDA graphs (GPU only)")
 
 
-def how_from_args(args, model, info, n, looking=False):
-    """The `How` of the flags for `n` samples to measure or (looking) to show, with all defaults filled in."""
+def how_from_args(args, model, info, count, looking=False):
+    """The `How` of the flags for so many samples to measure or (looking) to show, all defaults filled in."""
     values = {"cfg_scale": 2.0}                           # mild guidance, from which every model gains
     if info["preset"] in ar_model.SAMPLING:
         values = ar_model.SAMPLING["looking" if looking else info["preset"]]
@@ -323,8 +321,19 @@ def how_from_args(args, model, info, n, looking=False):
     given = {name: getattr(args, name) for name in fields if getattr(args, name) is not None}
     settings = ar_model.sampling_settings(len(model.config.bits), **{**values, **given})
     truncate = info["source"] == "published"              # their numbers were measured that way
-    return How(min(args.batch_size, n), settings, args.cfg_schedule, args.cfg_power, truncate,
-               args.mixed_precision, args.compile)
+    return How(min(args.batch_size, count), settings, truncate, args.mixed_precision, args.compile)
+
+
+def in_words(settings):
+    """M `ar_model.Settings` as one says them, a value for all sub-tokens or one for each: text."""
+    columns = []
+    for setting in settings:
+        entries = f"the {setting.top_k} likeliest entries" if setting.top_k else "all entries"
+        if setting.top_p < 1:
+            entries += f" up to a probability of {setting.top_p:g}"
+        columns.append([f"{setting.cfg_scale:g}", f"{setting.temperature:g}", entries])
+    said = [" / ".join(column if len(set(column)) > 1 else column[:1]) for column in zip(*columns)]
+    return "guidance {}, temperature {}, {}".format(*said)
 
 
 def get_args(argv=None):
@@ -345,7 +354,7 @@ def get_args(argv=None):
 
 
 def keep_rows(args, model, tokenizer):
-    """The image --keep and the same with grey instead of what will be drawn, both uint8 (1, 3, S, S), and M
+    """The image --keep and the same with grey instead of what will be drawn, both uint8 (1, 3, H, W), and M
     int64 tensors (n,): the sub-tokens of its upper --rows. A raster model can only complete downwards."""
     require(len(model.config.grid) == 2, "--keep completes images, but this model draws clips")
     rows, columns = model.config.grid
@@ -353,9 +362,10 @@ def keep_rows(args, model, tokenizer):
     require(0 < keep < rows, f"--rows {keep}: of the {rows} rows of tokens, one or more must be left to draw")
     stride = tokenizer.config.downsampling
     try:
-        image = data.View(rows * stride).pixels(sources.decode(args.keep))[None]
-    except (OSError, ValueError) as error:
+        image = sources.decode(args.keep, upright=True)
+    except (sources.Unreadable, OSError) as error:
         raise runtime.UserError(f"--keep {args.keep} cannot be read as an image ({error})") from None
+    image = data.View(rows * stride).pixels(image)[None]
     device = next(tokenizer.parameters()).device
     ids = tokenizer.encode(pictures.to_float(image.to(device))).flatten()                # (rows * columns,)
     grey = image.clone()
@@ -366,106 +376,56 @@ def keep_rows(args, model, tokenizer):
 def main(args):
     """Draw what `args` (from `get_args`) ask for, and write it down with all settings."""
     device = runtime.setup_process_group(args.device)
+    runtime.warn_of_slow_half(device.type, args.mixed_precision)
     for_grid = args.num_fid_samples is None
     require(for_grid or not (args.classes or args.save_images or args.keep), "--num-fid-samples makes an npz "
             "of all classes, but --classes, --save-images and --keep belong to a grid; leave these out")
     require(args.keep or not args.rows, "--rows is for --keep FILE; add it, or leave --rows out")
-    args.num_images = args.num_images or (4 if args.keep else 8)
-    model, tokenizer, info = checkpoints.load_pair(args.ckpt, args.tokenizer, not args.raw_weights,
-                                                   args.trust_checkpoint)
-    names = class_names(info["classes"], model.config.num_classes)
+    each = args.num_images or (4 if args.keep else 8)
+    model, tokenizer, info = checkpoints.load_pair(args.ckpt, args.tokenizer, not args.raw_weights)
+    tokenizer.to(device)
+    names = drawn.class_names(info["classes"], model.config.num_classes)
     require(names or not args.classes, f"--classes: {info['path']} is an unconditional model; leave it out")
-    C = max(1, len(names))                                # an unconditional model has one nameless class
-    labels = find_classes(args.classes, names) if for_grid and names else range(C)
-    N = args.num_fid_samples or len(labels) * args.num_images
-    how = how_from_args(args, model, info, N, for_grid)
+    classes = max(1, len(names))                          # an unconditional model has one nameless class
+    labels = drawn.find_classes(args.classes, names) if for_grid and names else range(classes)
+    count = args.num_fid_samples or len(labels) * each
+    how = how_from_args(args, model, info, count, for_grid)
+    beside, kept = keep_rows(args, model, tokenizer) if args.keep else ([], ())
     suffixes = [".npz"]
-    what = N
+    what = count
     if for_grid:
-        suffixes = [".png"] if getattr(tokenizer.config, "frames", None) is None else pictures.VIDEO_FORMATS
+        suffixes = pictures.VIDEO_FORMATS if tokenizer.config.frames else [".png"]
         what = f"keep-{pathlib.Path(args.keep).stem}" if args.keep else "grid"
     path = pathlib.Path(info["path"]).resolve()
     scales = "_".join(f"{setting.cfg_scale:g}" for setting in how.settings)
     name = f"{path.parent.name}-{path.stem}-{what}-cfg{scales}-seed{args.global_seed}"
     output = pathlib.Path(args.output or f"runs/samples/{name}{suffixes[0]}")
-    require(output.suffix in suffixes, f"--output {output}: this writes a {' or '.join(suffixes)} file")
-    record = {"n": N, **dataclasses.asdict(how), "global_seed": args.global_seed, "device": device.type,
+    drawn.check_output(output, suffixes, output.with_suffix("") if args.save_images else output.parent)
+    record = {"n": count, **dataclasses.asdict(how), "global_seed": args.global_seed, "device": device.type,
               "torch": torch.__version__, "tokenizer": info["tokenizer"],
               "checkpoint": {name: info[name] for name in ("path", "preset", "weights", "step", "source")}}
     record["checkpoint"]["sha256"] = runtime.on_main(checkpoints.weights_hash, model)
     runtime.print_facts(("model", f"{info['path']}: {info['preset']}, {info['weights']} weights"),
-                        ("samples", f"{N:,} of {len(labels):,} classes, seed {args.global_seed}"),
-                        ("settings", how), ("running", f"{device}, {runtime.world_size()} ranks"))
-
+                        ("samples", f"{count:,} of {len(labels):,} classes, seed {args.global_seed}"),
+                        ("settings", in_words(how.settings)),
+                        ("running", f"{how.batch_size} at once, {args.mixed_precision}, {device}, "
+                                    f"{runtime.world_size()} ranks"))
     prepare_for_sampling(model.to(device), runtime.AUTOCAST_DTYPES[args.mixed_precision] or torch.float32)
-    tokenizer.to(device)
-    beside, kept = keep_rows(args, model, tokenizer) if args.keep else ([], ())
 
-    def draw(chosen):                                     # batches of the samples with these numbers
-        seeds = [(args.global_seed, n) for n in chosen]
-        return generate(model, tokenizer, [n % C for n in chosen], seeds, how, kept)
+    def draw(numbers):                                    # batches of the samples with these numbers
+        seeds = [(args.global_seed, n) for n in numbers]
+        return generate(model, tokenizer, [n % classes for n in numbers], seeds, how, kept)
 
-    if for_grid:
-        chosen = [i * C + label for label in labels for i in range(args.num_images)]
-        if runtime.is_main():                             # so few that it is not worth sharing them out
-            batches = tqdm(draw(chosen), "drawing", math.ceil(N / how.batch_size), disable=None, unit="batch")
-            samples = torch.cat(list(batches)).split(args.num_images)          # C x (k, 3, [T,] H, W)
-            captions = [names[n % C] for n in chosen] if names else None
-            runtime.write_json(output.with_suffix(".json"),
-                               {**record, "numbers": chosen, "captions": captions})
-            write_grid(output, dict(zip(labels, samples)), names, beside, args.save_images)
-    else:
-        draw_set(output, draw, record)
+    if not for_grid:
+        drawn.write_set(output, draw, record)
+    elif runtime.is_main():                               # so few that it is not worth sharing them out
+        numbers = [i * classes + label for label in labels for i in range(each)]
+        samples = torch.cat(list(draw(numbers))).split(each)         # classes x (k, 3, [T,] H, W)
+        captions = [names[n % classes] for n in numbers] if names else None
+        runtime.write_json(output.with_suffix(".json"), {**record, "numbers": numbers, "captions": captions,
+                                                         "keep": args.keep, "rows": args.rows})
+        drawn.write_grid(output, dict(zip(labels, samples)), names, beside, args.save_images)
     runtime.print_main(f"samples  {output}")
-
-
-def write_grid(output, samples, names, beside, alone):
-    """Save a grid with a row for each class of `samples`, {label: (k, 3, [T,] H, W)}, captioned by `names`
-    and after the images `beside` (with --keep); alone: also save each sample by itself."""
-    rows = []
-    captions = []
-    for label, row in samples.items():
-        rows += [*beside, row]
-        captions += ["original", "kept"][:len(beside)] + [names[label] if names else ""] * len(row)
-        for k, array in enumerate(row.movedim(1, -1).numpy() if alone else ()):
-            save = pictures.save_image if array.ndim == 3 else pictures.write_video
-            save(output.with_suffix("") / f"class-{label:04d}-{k:03d}{output.suffix}", array)
-    grid = torch.cat(rows)
-    pictures.save_samples(output, grid, len(grid) // len(samples), captions if any(captions) else None)
-
-
-def draw_set(output, draw, record):
-    """The npz of samples 0 .. N - 1. Every rank draws parts of one batch each; then rank 0 joins them."""
-    record = json.loads(json.dumps(record))               # as it will be read again
-    N, size = record["n"], record["batch_size"]
-    folder = pathlib.Path(f"{output}.parts")              # of which each holds a batch, whoever draws it
-    parts = [folder / f"{k:06d}.npy" for k in range(math.ceil(N / size))]
-    settings = output.with_suffix(".json") if output.exists() else folder / "record.json"
-    if not (output.exists() or settings.exists()):
-        runtime.write_json(settings, record)
-    runtime.barrier()
-    made_with = runtime.read_json(settings) if settings.exists() else {}
-    runtime.check_same(made_with, record, f"{output} or {folder} exists; delete it, or choose another "
-                                          f"--output: what it was made with")
-    if output.exists():
-        runtime.print_main(f"{output} exists already, made with these settings")
-        return
-    missing = runtime.on_main(lambda: [k for k, part in enumerate(parts) if not part.exists()])
-    todo = missing[runtime.rank()::runtime.world_size()]
-    batches = draw([n for k in todo for n in range(k * size, min((k + 1) * size, N))])
-    for k, samples in zip(tqdm(todo, "drawing", disable=None if runtime.is_main() else True), batches):
-        with runtime.atomic(parts[k]) as temporary:
-            np.save(temporary, samples.movedim(1, -1).numpy())                 # (b, [T,] H, W, 3)
-    runtime.barrier()
-    if runtime.is_main():
-        shape = (N, *np.load(parts[0], mmap_mode="r").shape[1:])
-        joined = np.lib.format.open_memmap(folder / "joined", "w+", np.uint8, shape)
-        for k, part in enumerate(parts):
-            joined[k * size:(k + 1) * size] = np.load(part)
-        runtime.write_json(output.with_suffix(".json"), record)
-        with runtime.atomic(output) as temporary:
-            np.savez(temporary, joined)         # chunk by chunk: 50,000 images of 256 x 256 are 9.8 GB
-        shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

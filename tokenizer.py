@@ -1,12 +1,13 @@
-"""The image tokenizer of Open-MAGVIT2: an image becomes a small grid of 18-bit codes, and codes an image.
+"""The image tokenizer of Open-MAGVIT2: an image becomes a small grid of 18-bit tokens, and tokens an image.
 
 A convolutional encoder shrinks the image, lookup-free quantisation keeps only the sign of each of its K
-output channels, and a convolutional decoder paints the image back from those signs. K signs are a code out
-of 2^K, so a vocabulary of 262,144 costs no codebook at all. In reading order:
+output channels, and a convolutional decoder paints the image back from those signs. K signs are one of 2^K
+patterns: a vocabulary of 262,144 costs no codebook at all. In reading order:
 
-    1. quantisation    codes as ids and bits, the exact entropy term (eq. 3), LFQ (eq. 1, 2); its rivals
-    2. layers          residual block, adaptive GroupNorm, down- and upsampler
-    3. model           encoder, decoder, Tokenizer, presets
+    1. quantisation    ids and bits, LFQ (eq. 1, 2), its exact entropy term (eq. 3), VQ (table 3)
+    2. rivals          of those two, and groups: skip at first
+    3. layers          residual block, adaptive GroupNorm, down- and upsampler
+    4. model           encoder, decoder, Tokenizer, presets
 
     python tokenizer.py reconstruct photo.jpg --ckpt in1k-256          # beside the original: support/codec.py
     python tokenizer.py encode photos --output ids.npz                 # and: decode ids.npz --output decoded
@@ -16,10 +17,10 @@ of 2^K, so a vocabulary of 262,144 costs no codebook at all. In reading order:
     ids = model.encode(torch.zeros(1, 3, 256, 256))                    # (1, 16, 16), each 0 .. 2^18 - 1
     images = model.decode(ids)                                         # (1, 3, 256, 256) in about [-1, 1]
 
-It is trained by train_tokenizer.py and judged by `evaluate.py reconstruction`. Axis letters: B batch, C
-channels, H W height and width of an image, h w of the latent grid, N tokens, K bits of a code. *S: all axes
-in space (and time). Images are RGB in [-1, 1]. Module names are those of the published files, so weights load
-unmapped.
+A token is a place in the grid: z is the encoder's vector there, q what quantisation makes of it, and the id
+is q as a number. Axis letters: B batch, C channels, H W height and width of an image, h w of the grid,
+N tokens, K bits of a token, V ids; *S all axes in space (and time). Images are RGB in [-1, 1]. Modules are
+named as in the published files.
 """
 import math
 from dataclasses import dataclass, field
@@ -32,71 +33,19 @@ from torch.utils.checkpoint import checkpoint
 # ---- 1. Quantisation ---------------------------------------------------------------------------------------
 
 def ids_to_bits(ids, bits):
-    """Token ids (...), int64 in 0 .. 2^bits - 1, to bits (..., bits), int64 0 or 1, bit 0 first (eq. 2)."""
+    """Ids (...), int64 in 0 .. 2^bits - 1, to bits (..., bits), int64 0 or 1, bit 0 first (eq. 2)."""
     return ids.unsqueeze(-1) >> torch.arange(bits, device=ids.device) & 1
 
 
 def bits_to_ids(bits):
-    """Bits (..., K), 0/1 or bool, bit 0 first, to token ids (...), int64: sum over k of 2^k bit_k (eq. 2)."""
+    """Bits (..., K), 0/1 or bool, bit 0 first, to ids (...), int64: the sum over k of 2^k bit_k (eq. 2)."""
     return (bits.long() << torch.arange(bits.shape[-1], device=bits.device)).sum(-1)
 
 
-def bit_products(p, q):
-    """Joint distribution (N, 2^k), bit 0 fastest, of k bits that are 1 and 0 with chances p, q (N, k)."""
-    joint = p.new_ones(len(p), 1)
-    for k in range(p.shape[1]):
-        joint = torch.cat([joint * q[:, k:k + 1], joint * p[:, k:k + 1]], dim=1)
-        # Far below fp32's resolution of a mean over tokens. Left alone, such products become denormal
-        # numbers, which made the whole term 11 times slower on a CPU.
-        joint = joint.masked_fill(joint < 1e-18, 0.0)
-    return joint
-
-
-def lfq_entropies(z, tau=0.01, eps=0.0, mean_over_ranks=None, widths=None):
-    """Both terms of the entropy loss (eq. 3), exact over all 2^K codes, in nats.
-
-    z: (N, K) encoder outputs of N tokens. Returns two scalars; the loss is the first minus the second:
-      per_token  mean over tokens of H(f(z)): small when every token is sure of its code
-      codebook   H(mean over tokens of f(z)): large when the codebook is used evenly. At most K ln 2.
-    f(z) = softmax over codes c in {-1, 1}^K of 2 <z, c> / tau: an N x 2^K table, 1 GiB at N = 1024, K = 18.
-    But the exponent is a sum over channels, so the softmax is a product of K independent bits with p_k =
-    sigmoid(4 z_k / tau). Then (1) the entropy of a token is a sum of K binary entropies, and (2) the mean
-    over tokens of a product of two half-codes is ONE matrix product, (2^(K/2) x N)(N x 2^(K/2)).
-
-    mean_over_ranks: averages a tensor over all ranks, without gradient; None for one process.
-    eps: added inside the logarithm of the codebook term, as the official code does with 1e-5. That reads
-    11.19 instead of 12.48 nats for a uniform 2^18 codebook, so the default is the true entropy.
-    widths: the bits of each part of a code, K in all; None: one part. Parts are taken for independent, so
-    that `codebook` is the sum of their entropies: at least the exact one, and equal to it where they are.
-    Half precision would be wrong by up to 100 % in the gradient (4 z / tau reaches hundreds, where bf16 steps
-    by whole units), so everything here is fp32, whatever autocast says.
-    """
-    with torch.autocast(z.device.type, enabled=False):
-        a = 4 * z.float() / tau                                              # (N, K) log-odds of each bit
-        p, q = torch.sigmoid(a), torch.sigmoid(-a)                           # (N, K); 1 - p would cancel
-        per_token = (p * F.softplus(-a) + q * F.softplus(a)).sum(1).mean()   # K binary entropies a token
-
-        widths = widths or [z.shape[1]]
-        means = []
-        for p, q in zip(p.split(widths, dim=1), q.split(widths, dim=1)):     # a part of k bits
-            half = p.shape[1] // 2
-            low = bit_products(p[:, :half], q[:, :half])                     # (N, 2^(k//2))
-            high = bit_products(p[:, half:], q[:, half:])                    # (N, 2^(k - k//2))
-            means.append((high.T @ low / len(z)).flatten())                  # all its 2^k codes, by id
-        mean = torch.cat(means)                        # of all parts: their entropies are one sum, below
-        if mean_over_ranks:
-            # The value of the global mean with the gradient of the local one. DDP averages gradients, so R
-            # ranks with batch b then have exactly the loss and the gradient of one rank with batch R * b.
-            # 1 MiB for K = 18.
-            mean = mean + (mean_over_ranks(mean.detach()) - mean.detach())
-        # A code that no token touches underflows to 0; clamped, its 0 log 0 is 0, with a finite gradient.
-        log_mean = (mean + eps).clamp_min(torch.finfo(torch.float32).tiny).log()
-        return per_token, -(mean * log_mean).sum()
-
-
 class Quantizer(nn.Module):
-    """What all quantisers share. A token is a number below `group_vocabulary` for each of its groups (one but
-    for --groups), and its id, below `vocabulary`, is all of them in ONE int64, the first group lowest."""
+    """What all quantisers share. An id is below `vocabulary`, made of one below `group_vocabulary` for each
+    group, the first lowest. There is ONE group but for --groups."""
+    own_terms = {}                                 # weights of those of its `losses` that have no flag
 
     def __init__(self, channels, group_vocabulary, groups=1):
         super().__init__()
@@ -110,28 +59,20 @@ class Quantizer(nn.Module):
         return z
 
     def count(self, ids):
-        """How often each of the V codes of each of the G groups is in `ids` (any shape): (G, V) int64."""
+        """How often each of the V ids of each group is among `ids` (any shape): (groups, V) int64."""
         V = self.group_vocabulary
         group = torch.arange(self.groups, device=ids.device)[:, None]
-        codes = ids.flatten() // V ** group % V + V * group                # (G, N), for one bincount of all
-        return codes.flatten().bincount(minlength=V * self.groups).view(-1, V)
+        parts = ids.flatten() // V ** group % V + V * group                # (groups, N), for one bincount
+        return parts.flatten().bincount(minlength=V * self.groups).view(-1, V)
 
     def losses(self, z, q, tau, eps, mean_over_ranks, entropy="exact"):
         """Two dicts of scalars: terms to minimise, and what to report."""
         return {}, {}
 
 
-# --entropy: how many bits at most its codebook term takes together. No group has more than 24.
-JOINT_BITS = {"exact": 24, "groups": 9, "bits": 1}
-
-
 class LFQ(Quantizer):
-    """Lookup-free quantisation (eq. 1): each channel of z becomes +1 where z > 0, else -1. No parameters.
-
-    With groups (WeTok, Zhuang et al., 2025) each K / G bits are a codebook of their own in the entropy term.
-    It costs no more than a code of K / G bits, so K can be larger.
-    """
-    amplitude = 1.0                                # of the codes
+    """Lookup-free quantisation (eq. 1): each channel of z becomes +1 where z > 0, else -1. No parameters."""
+    amplitude = 1.0                                # of q; a rival has another
 
     def __init__(self, config):
         super().__init__(config.bits, 2 ** (config.bits // config.groups), config.groups)
@@ -139,18 +80,15 @@ class LFQ(Quantizer):
     def forward(self, z):
         """z (B, K, *S) to q (B, K, *S) in {-1, +1} * amplitude without gradient, and ids (B, *S) int64."""
         positive = z > 0
-        q = torch.where(positive, self.amplitude, -self.amplitude)
-        return q, bits_to_ids(positive.movedim(1, -1))
+        return torch.where(positive, self.amplitude, -self.amplitude), bits_to_ids(positive.movedim(1, -1))
 
-    def codes(self, ids):
+    def ids_to_q(self, ids):
         """ids (B, *S) to q (B, K, *S) in {-1.0, +1.0} * amplitude."""
         return ((ids_to_bits(ids, self.channels).movedim(-1, 1) * 2.0 - 1.0) * self.amplitude).contiguous()
 
     def losses(self, z, q, tau, eps, mean_over_ranks, entropy="exact"):
         """As of `Quantizer`; both entropies are of whole tokens, reported in bits (at most K)."""
-        bits = self.channels // self.groups
-        joint = min(bits, JOINT_BITS[entropy])
-        widths = [min(joint, bits - first) for first in range(0, bits, joint)] * self.groups
+        widths = part_widths(self.channels, self.groups, entropy)          # None, but for rivals
         per_token, codebook = lfq_entropies(z.movedim(1, -1).flatten(0, -2), tau / self.amplitude, eps,
                                             mean_over_ranks, widths)
         terms = {"commitment": (z - q.detach()).square().mean(), "entropy": per_token - codebook}
@@ -158,59 +96,59 @@ class LFQ(Quantizer):
                        "codebook_bits": codebook.detach() / math.log(2)}
 
 
-class BSQ(LFQ):
-    """Binary spherical quantisation (Zhao et al., 2024): LFQ on the unit sphere, z and codes of length 1.
+def mean_over_tokens(p1, p0):
+    """The distribution over all 2^K ids, averaged over N tokens of K independent bits, which are 1 and 0 with
+    chances p1, p0 (N, K): (2^K,). Of a token, it is the outer product of those over its high and over its low
+    bits. A mean of outer products is ONE matrix product, (2^(K - K/2) x N)(N x 2^(K/2)), and the N x 2^K
+    table, 1 GiB for N = 1024 and K = 18, is never made."""
+    def joint(first, last):                        # of these bits of each token: (N, 2^(last - first))
+        table = p1.new_ones(len(p1), 1)
+        for k in range(first, last):               # one more bit, and twice the ids
+            table = torch.cat([table * p0[:, k:k + 1], table * p1[:, k:k + 1]], dim=1)
+            # Far below fp32's resolution of a mean over tokens. Left alone, such products become denormal
+            # numbers, which made the whole term 11 times slower on a CPU.
+            table = table.masked_fill(table < 1e-18, 0.0)
+        return table
+    N, K = p1.shape
+    return (joint(K // 2, K).T @ joint(0, K // 2) / N).flatten()           # by id: low bits change fastest
 
-    f(z) = softmax over codes c in {-1, 1}^K / sqrt(K) of -|z - c|^2 / tau. In |z|^2 + |c|^2 - 2 <z, c>, the
-    first two are the same for all codes, which leaves 2 <z, c> / tau, a sum over bits as in LFQ. Bit k makes
-    a difference of 4 z_k / (sqrt(K) tau) in it, its log-odds: those of `lfq_entropies` at the temperature
-    sqrt(K) tau, which is thus as exact here. With groups, a token still has length 1 as a whole.
+
+def lfq_entropies(z, tau=0.01, eps=0.0, mean_over_ranks=None, widths=None):
+    """Both terms of the entropy loss (eq. 3), exact over the whole codebook {-1, 1}^K, in nats.
+
+    z: (N, K) encoder outputs of N tokens. Returns two scalars; the loss is the first minus the second:
+      per_token  mean over tokens of H(f(z)): small when every token is sure of its id
+      codebook   H(mean over tokens of f(z)): large when all ids are used evenly. At most K ln 2.
+    f(z) is the softmax over all c in {-1, 1}^K of 2 <z, c> / tau. That is a sum over channels of
+    2 z_k c_k / tau, so f is a product: of K independent bits. From c_k = -1 to c_k = 1 the exponent grows by
+    4 z_k / tau, the log-odds of bit k, so that p_k = sigmoid(4 z_k / tau). Then H(f) is a sum of K binary
+    entropies, and the mean of f one matrix product: `mean_over_tokens`.
+
+    mean_over_ranks: averages a tensor over all ranks, without gradient; None for one process.
+    eps: added inside the logarithm of the codebook term; 0 is the true entropy. With the 1e-5 of the
+    published training, a uniform codebook of 2^18 reads 11.19 of 12.48 nats: it stops pulling where ids are
+    rarer than 1e-5. widths: None, or as of `mean_over_parts`, for a bound in place of the exact term.
+    All is fp32, whatever autocast says: 4 z / tau reaches hundreds, where bf16 steps by whole units, and the
+    gradient would be wrong by up to 100 %.
     """
+    with torch.autocast(z.device.type, enabled=False):
+        a = 4 * z.float() / tau                                            # (N, K) log-odds of each bit
+        p1, p0 = torch.sigmoid(a), torch.sigmoid(-a)                       # (N, K); 1 - p1 would cancel
+        per_token = (p1 * F.softplus(-a) + p0 * F.softplus(a)).sum(1).mean()
 
-    def __init__(self, config):
-        super().__init__(config)
-        self.amplitude = config.bits ** -0.5
-
-    def bound(self, z):
-        """z (B, K, *S) to length 1. Gradients come back through the division: none is along z."""
-        return F.normalize(z, dim=1)
-
-
-class FSQ(Quantizer):
-    """Finite scalar quantisation (Mentzer et al., 2023): tanh, then each channel goes to the nearest level.
-
-    Levels are evenly spaced from -1 to 1 (the paper shifts an even number of them, so that one is 0). Few
-    channels of few levels get used by themselves, so there is no loss.
-    """
-
-    def __init__(self, config):
-        super().__init__(len(config.levels), math.prod(config.levels))
-        levels = torch.tensor(config.levels)
-        self.register_buffer("levels", levels)                             # (C,) L_k
-        self.register_buffer("places", levels.cumprod(0) // levels)        # (C,) value of a digit in the id
-
-    def bound(self, z):
-        """z (B, C, *S) to -1 .. 1."""
-        return z.tanh()
-
-    def forward(self, z):
-        """z (B, C, *S) in -1 .. 1 to the nearest levels q (B, C, *S) without gradient, and ids (B, *S)."""
-        z = z.detach().movedim(1, -1).nan_to_num()                         # NaN as an integer is no id
-        digits = ((z + 1) / 2 * (self.levels - 1)).round().long()          # (B, *S, C) in 0 .. L_k - 1
-        ids = (digits * self.places).sum(-1)
-        return self.codes(ids), ids
-
-    def codes(self, ids):
-        """ids (B, *S) to levels (B, C, *S) in -1 .. 1."""
-        digits = ids.unsqueeze(-1) // self.places % self.levels
-        return (digits / (self.levels - 1) * 2 - 1).movedim(-1, 1).contiguous()
+        own = mean_over_tokens(p1, p0) if widths is None else mean_over_parts(p1, p0, widths)
+        # The value of the global mean with the gradient of the local one. DDP averages gradients, so R ranks
+        # with batch b have exactly the loss and the gradient of one with batch R * b. It is 1 MiB for K = 18.
+        mean = own + (mean_over_ranks(own.detach()) - own.detach()) if mean_over_ranks else own
+        # An id that no token comes near underflows to 0; clamped, its 0 log 0 is 0, with a finite gradient.
+        log_mean = (mean + eps).clamp_min(torch.finfo(torch.float32).tiny).log()
+        return per_token, -(mean * log_mean).sum()
 
 
 class VQ(Quantizer):
-    """The classical alternative (table 3, "LFQ" off): each vector takes the nearest entry of a codebook.
-
-    Entries that no vector chooses get no gradient and stay dead: why large codebooks need LFQ.
-    """
+    """The classical alternative (table 3, "LFQ" off): each z takes the nearest entry of a codebook. Entries
+    that none takes get no gradient and stay dead: why large codebooks need LFQ."""
+    own_terms = {"codebook": 1.0}
 
     def __init__(self, config):
         super().__init__(config.codebook_channels, config.codebook_size)
@@ -227,16 +165,80 @@ class VQ(Quantizer):
             table = self.entries().float()
             # |z - e|^2 = |z|^2 - 2 <z, e> + |e|^2, and |z|^2 is the same for every entry.
             ids = (table.square().sum(1) - 2 * z.movedim(1, -1).float() @ table.T).argmin(-1)
-        return self.codes(ids), ids
+        return self.ids_to_q(ids), ids
 
-    def codes(self, ids):
-        """ids (B, *S) to codebook entries (B, C, *S)."""
+    def ids_to_q(self, ids):
+        """ids (B, *S) to entries of the codebook (B, C, *S)."""
         return F.embedding(ids, self.entries()).movedim(-1, 1).contiguous()
 
     def losses(self, z, q, tau, eps, mean_over_ranks, entropy="exact"):
-        """As of `Quantizer`. Entries move to vectors that chose them; nothing else trains the codebook."""
+        """As of `Quantizer`. Entries move to those z that took them; nothing else trains the codebook."""
         terms = {"commitment": (z - q.detach()).square().mean(), "codebook": (q - z.detach()).square().mean()}
         return terms, {}
+
+
+# ---- 2. Rivals: skip at first ------------------------------------------------------------------------------
+
+# --entropy: how many bits its codebook term takes together, at most. Groups (WeTok, Zhuang et al., 2025) have
+# a codebook each in it: K / G bits cost less, so that K can be larger. No group has more than 24.
+JOINT_BITS = {"exact": 24, "groups": 9, "bits": 1}
+
+
+def part_widths(bits, groups, entropy):
+    """The bits of each part that the codebook term takes together; None: all are one part, as is exact."""
+    group = bits // groups
+    joint = min(group, JOINT_BITS[entropy])
+    return None if joint == bits else [min(joint, group - k) for k in range(0, group, joint)] * groups
+
+
+def mean_over_parts(p1, p0, widths):
+    """`mean_over_tokens` of each part by itself, one after another: (sum of 2^width,). Its entropy is the sum
+    of theirs, which takes parts for independent: at least the exact one, and equal to it where they are."""
+    parts = zip(p1.split(widths, dim=1), p0.split(widths, dim=1))
+    return torch.cat([mean_over_tokens(*part) for part in parts])
+
+
+class BSQ(LFQ):
+    """Binary spherical quantisation (Zhao et al., 2024): LFQ on the unit sphere, z and q of length 1.
+    f(z) = softmax over all c in {-1, 1}^K / sqrt(K) of -|z - c|^2 / tau, where |z| and |c| are the same for
+    all c. That leaves 2 <z, c> / tau, so bit k has the log-odds 4 z_k / (sqrt(K) tau): `lfq_entropies` at
+    the temperature sqrt(K) tau is as exact here. With groups, a token still has length 1 as a whole."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.amplitude = config.bits ** -0.5
+
+    def bound(self, z):
+        """z (B, K, *S) to length 1. Gradients come back through the division: none is along z."""
+        return F.normalize(z, dim=1)
+
+
+class FSQ(Quantizer):
+    """Finite scalar quantisation (Mentzer et al., 2023): tanh, then each channel goes to the nearest level.
+    These are even from -1 to 1 (the paper shifts an even number of them, so that one is 0). Few channels of
+    few levels get used by themselves, so there is no loss."""
+
+    def __init__(self, config):
+        super().__init__(len(config.levels), math.prod(config.levels))
+        levels = torch.tensor(config.levels)
+        self.register_buffer("levels", levels)                             # (C,) L_k
+        self.register_buffer("places", levels.cumprod(0) // levels)        # (C,) value of a digit in the id
+
+    def bound(self, z):
+        """z (B, C, *S) to -1 .. 1."""
+        return z.tanh()
+
+    def forward(self, z):
+        """z (B, C, *S) in -1 .. 1 to the nearest levels q (B, C, *S) without gradient, and ids (B, *S)."""
+        z = z.detach().movedim(1, -1).nan_to_num()                         # NaN as an integer is no id
+        digits = ((z + 1) / 2 * (self.levels - 1)).round().long()          # (B, *S, C) in 0 .. L_k - 1
+        ids = (digits * self.places).sum(-1)
+        return self.ids_to_q(ids), ids
+
+    def ids_to_q(self, ids):
+        """ids (B, *S) to levels (B, C, *S) in -1 .. 1."""
+        digits = ids.unsqueeze(-1) // self.places % self.levels
+        return (digits / (self.levels - 1) * 2 - 1).movedim(-1, 1).contiguous()
 
 
 class SimVQ(VQ):
@@ -252,10 +254,10 @@ class SimVQ(VQ):
         return self.linear(self.codebook.weight)
 
 
-# A new quantiser is a class like these and an entry here. Its terms are weighed by --NAME-weight, or 1.
+# A new quantiser is a class like these and an entry here. Its terms have flags --NAME-weight, or own_terms.
 QUANTIZERS = {"lfq": LFQ, "bsq": BSQ, "fsq": FSQ, "vq": VQ, "simvq": SimVQ}
 
-# ---- 2. Layers. `conv` is nn.Conv2d here; video.py builds the same layers from causal 3D convolutions. -----
+# ---- 3. Layers. `conv` is nn.Conv2d here; video.py builds the same layers from causal 3D convolutions. -----
 
 def group_norm(channels, affine=True):
     """GroupNorm with 32 groups and eps 1e-6. torch's default eps, 1e-5, would shift activations by 5e-5."""
@@ -271,52 +273,50 @@ class ResBlock(nn.Module):
         self.conv1 = conv(in_channels, out_channels, 3, padding=1, bias=False)
         self.norm2 = group_norm(out_channels)
         self.conv2 = conv(out_channels, out_channels, 3, padding=1, bias=False)
-        if in_channels != out_channels:
-            self.nin_shortcut = conv(in_channels, out_channels, 1, bias=False)
+        same = in_channels == out_channels
+        self.nin_shortcut = nn.Identity() if same else conv(in_channels, out_channels, 1, bias=False)
 
     def forward(self, x):                                                  # (B, C, *S)
         h = self.conv1(F.silu(self.norm1(x)))                              # (B, C', *S)
         h = self.conv2(F.silu(self.norm2(h)))
-        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+        return h + self.nin_shortcut(x)
 
 
 class AdaptiveGroupNorm(nn.Module):
-    """GroupNorm, scaled and shifted by the codes: gamma(std of q) * GN(x) + beta(mean of q) (section 2.2).
+    """GroupNorm, scaled and shifted by all tokens: gamma(std of q) * GN(x) + beta(mean of q) (section 2.2).
+    Mean and std over the latent grid, of each channel of q, tell all layers of the decoder what the whole
+    image is about (how often each bit is 1), which a stack of 3x3 convolutions would learn late."""
 
-    Mean and std over the latent grid, of each sample and code channel, tell all layers of the decoder what
-    the whole image is about (how often each bit is on), which a stack of 3x3 convolutions would learn late.
-    """
-
-    def __init__(self, code_channels, channels):
+    def __init__(self, z_channels, channels):
         super().__init__()
         self.norm = group_norm(channels, affine=False)
-        self.gamma = nn.Linear(code_channels, channels)
-        self.beta = nn.Linear(code_channels, channels)
+        self.gamma = nn.Linear(z_channels, channels)
+        self.beta = nn.Linear(z_channels, channels)
 
-    def forward(self, x, q):                                               # (B, C, *S), codes (B, K, *s)
-        flat = q.flatten(2)
-        std = (flat.var(dim=2) + 1e-6).sqrt()                              # (B, K), unbiased variance
-        shape = (*x.shape[:2], *[1] * (x.dim() - 2))                       # (B, C, 1, 1)
-        return self.gamma(std).view(shape) * self.norm(x) + self.beta(flat.mean(dim=2)).view(shape)
+    def forward(self, x, q):                                               # (B, C, *S), (B, K, *s)
+        tokens = q.flatten(2)                                              # (B, K, N)
+        std = (tokens.var(dim=2) + 1e-6).sqrt()                            # (B, K), unbiased variance
+        all_of_it = (..., *[None] * (x.dim() - 2))                         # [..., None, None] for images
+        return self.gamma(std)[all_of_it] * self.norm(x) + self.beta(tokens.mean(dim=2))[all_of_it]
 
 
 def depth_to_space(x, block):
-    """Trade channels for resolution, in 2D and 3D: (B, prod(block) * C, *S) to (B, C, *(S * block)).
-
-    The order is DCR: output channel c at (dy, dx) comes from input channel (dy * block_x + dx) * C + c.
-    `nn.PixelShuffle` is the other order (CRD), and published weights turn to noise with it.
-    """
-    for axis, size in enumerate(block, start=2):                           # (B, dy * dx * C, H, W)
-        x = x.unflatten(1, (size, -1)).movedim(1, axis + 1)                # (B, dx * C, H, dy, W)
-        x = x.flatten(axis, axis + 1)                                      # (B, dx * C, H * dy, W)
-    return x
+    """Trade channels for resolution, in 2D and 3D: (B, prod(block) * C, *S) to (B, C, *(S * block)). The
+    order is DCR: channel c at (dy, dx) comes from input channel (dy * block_x + dx) * C + c. That of
+    `nn.PixelShuffle` is another (CRD), and published weights turn to noise with it."""
+    n = len(block)
+    x = x.unflatten(1, (*block, -1))                                       # (B, dy, dx, C, H, W)
+    x = x.permute(0, n + 1, *[k for i in range(n) for k in (n + 2 + i, 1 + i)])        # (B, C, H, dy, W, dx)
+    return x.reshape(*x.shape[:2], *map(math.prod, zip(x.shape[2::2], block)))         # (B, C, H dy, W dx)
 
 
 def space_to_depth(x, block):
     """The inverse of `depth_to_space`: (B, C, *(S * block)) to (B, prod(block) * C, *S)."""
-    for axis, size in reversed(list(enumerate(block, start=2))):
-        x = x.unflatten(axis, (-1, size)).movedim(axis + 1, 1).flatten(1, 2)
-    return x
+    n = len(block)
+    pairs = [size for side, d in zip(x.shape[2:], block) for size in (side // d, d)]
+    x = x.view(*x.shape[:2], *pairs)                                                   # (B, C, H, dy, W, dx)
+    x = x.permute(0, *range(3, 2 * n + 2, 2), 1, *range(2, 2 * n + 2, 2))              # (B, dy, dx, C, H, W)
+    return x.flatten(1, n + 1)                                                         # (B, dy dx C, H, W)
 
 
 class Upsample(nn.Module):
@@ -345,7 +345,7 @@ class NearestUpsample(nn.Module):
 
 UPSAMPLERS = {"depth-to-space": Upsample, "nearest": NearestUpsample}
 
-# ---- 3. The model ------------------------------------------------------------------------------------------
+# ---- 4. The model ------------------------------------------------------------------------------------------
 
 def flag(default, text, **options):
     """A dataclass field with the help text, and perhaps the choices, of its command-line flag."""
@@ -354,26 +354,24 @@ def flag(default, text, **options):
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """The shape of a tokenizer. Defaults: Open-MAGVIT2-I-In1k, 256 x 256 (table 1). Switches: table 3.
-
-    Raises ValueError for shapes that cannot be.
-    """
+    """The shape of a tokenizer, or ValueError. Defaults: Open-MAGVIT2-I-In1k (table 1). Switches: table 3."""
+    frames = None                                  # what only clips have; no field, and so in no file
+    time_stride = 1
+    grid_axes = "hw"                               # of ids
     resolution: int = flag(256, "side of the crops; any multiple of the stride works", flag="--image-size")
     channels: int = flag(128, "width of the first level")
-    channel_multipliers: tuple = flag((1, 1, 2, 2, 4), "width of each level over the first; each but the "
-                                                       "last halves the resolution")
+    channel_multipliers: tuple = flag((1, 1, 2, 2, 4), "width of levels; all but the last halve the sides")
     blocks: int = flag(4, "residual blocks a level (deeper model)")
     mid_blocks: int = 4                            # residual blocks at the latent grid's resolution
     patch: int = flag(1, "fold patch x patch pixels into channels first: cheap on a CPU")
     quantizer: str = flag("lfq", "of signs, levels (fsq) or codebooks (vq, simvq)", choices=QUANTIZERS)
-    bits: int = flag(18, "bits K of a code of lfq or bsq, so 2^K codes")
+    bits: int = flag(18, "bits K of a token of lfq or bsq, so 2^K ids")
     groups: int = flag(1, "of K / G bits, each with an entropy term of its own: then K is up to 32")
     levels: tuple = flag((8, 5, 5, 5), "levels of each channel of fsq; their product is the vocabulary")
     codebook_size: int = flag(1024, "entries of the codebook of vq or simvq")
     codebook_channels: int = 64                    # length of such an entry
     adaptive_norm: bool = flag(True, "adaptive GroupNorm in the decoder")
-    upsampler: str = flag("depth-to-space", "a conv and depth-to-space, or nearest neighbours and a conv",
-                          choices=UPSAMPLERS)
+    upsampler: str = flag("depth-to-space", "after a conv, or nearest before one", choices=UPSAMPLERS)
     downsampler: str = flag("strided", "strided conv, or average pooling", choices=("strided", "average"))
 
     def __post_init__(self):
@@ -384,10 +382,8 @@ class TokenizerConfig:
               f"channels {self.channels}: GroupNorm has 32 groups; use a multiple of 32")
         check(self.channel_multipliers and min(self.channel_multipliers) >= 1,
               f"channel-multipliers {self.channel_multipliers}: give positive integers, such as 1 2 2 4")
-        check(self.groups >= 1 and self.bits % self.groups == 0,
-              f"groups {self.groups} do not divide bits {self.bits}: use a divisor")
-        check(1 <= self.bits <= min(24 * self.groups, 32), f"bits {self.bits}, groups {self.groups}: a code "
-                                                           f"has 1 to 32 bits, and a group 24 at most")
+        check(self.groups > 0 and self.bits % self.groups == 0 and 0 < self.bits <= min(24 * self.groups, 32),
+              f"groups {self.groups} of bits {self.bits}: groups divide 1 to 32 bits, into 24 at most each")
         check(min(self.levels, default=0) >= 2 and math.prod(self.levels) <= 2 ** 24,
               f"levels {self.levels}: give 2 or more for each channel, with a product of 2^24 at most")
         check(1 <= self.blocks <= 1000 and 0 <= self.mid_blocks <= 1000 and self.patch >= 1,
@@ -412,121 +408,106 @@ class TokenizerConfig:
         """The factor between neighbouring levels along each axis, shallowest first."""
         return [(2, 2)] * (len(self.channel_multipliers) - 1)
 
-    @property
-    def folds(self):
-        """How many samples along each axis `patch` folds into channels."""
-        return self.patch, self.patch
-
 
 PRESETS = {
     "in1k-256": TokenizerConfig(),
     "in1k-128": TokenizerConfig(resolution=128, channel_multipliers=(1, 2, 2, 4)),
     "pt-256-2^18": TokenizerConfig(),
     "pt-256-2^14": TokenizerConfig(bits=14),
-    # For a laptop: 32 x 32 images, 8 x 8 tokens. Folding 2 x 2 pixels first makes a step three times faster
-    # than a full-resolution level, at no loss in quality at this size.
+    # For a laptop: 32 x 32 images, 8 x 8 tokens. Folding 2 x 2 pixels makes a step three times faster.
     "toy": TokenizerConfig(resolution=32, channels=32, channel_multipliers=(1, 2), blocks=1, mid_blocks=0,
                            patch=2, bits=10)}
 
 
-class Level(nn.Module):
-    """The residual blocks at one resolution, the first from `width` to `out_width` channels."""
+class Blocks(nn.ModuleList):
+    """Residual blocks, the first from `width` to `out_width` channels."""
 
     def __init__(self, width, out_width, count, conv):
-        super().__init__()
-        self.block = nn.ModuleList(ResBlock(out_width if i else width, out_width, conv) for i in range(count))
+        super().__init__(ResBlock(out_width if i else width, out_width, conv) for i in range(count))
 
-
-def run(blocks, x, checkpointing):
-    """x through `blocks`; with checkpointing, activations are recomputed in the backward pass, not stored."""
-    for block in blocks:
-        if checkpointing and torch.is_grad_enabled():
-            x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)       # no dropout in here
-        else:
-            x = block(x)
-    return x
+    def forward(self, x, checkpointing):
+        """checkpointing: activations are recomputed in the backward pass, not stored. There is no dropout."""
+        again = checkpointing and torch.is_grad_enabled()
+        for block in self:
+            x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False) if again else block(x)
+        return x
 
 
 class Encoder(nn.Module):
     """Images to z, K channels for each token, not yet quantised."""
 
-    def __init__(self, config, code_channels, conv=nn.Conv2d, pool=nn.AvgPool2d):
+    def __init__(self, config, z_channels, conv, pool):
         super().__init__()
         self.checkpointing = False
-        self.patch = config.folds
+        self.patch = (1, config.patch, config.patch)[-len(config.grid_axes):]         # (dy, dx): no frames
         width = config.channels
         self.conv_in = conv(3 * math.prod(self.patch), width, 3, padding=1, bias=False)
         self.down = nn.ModuleList()
         for i, multiplier in enumerate(config.channel_multipliers):
-            level = Level(width, config.channels * multiplier, config.blocks, conv)
+            blocks = Blocks(width, config.channels * multiplier, config.blocks, conv)
             width = config.channels * multiplier
-            if i < len(config.strides) and config.downsampler == "strided":
-                level.downsample = conv(width, width, 3, stride=config.strides[i], padding=1)
-            elif i < len(config.strides):
-                level.downsample = pool(config.strides[i])
-            self.down.append(level)
-        self.mid_block = nn.ModuleList(ResBlock(width, width, conv) for _ in range(config.mid_blocks))
+            if i == len(config.strides):
+                downsample = nn.Identity()
+            elif config.downsampler == "strided":
+                downsample = conv(width, width, 3, stride=config.strides[i], padding=1)
+            else:
+                downsample = pool(config.strides[i])
+            self.down.append(nn.ModuleDict({"block": blocks, "downsample": downsample}))
+        self.mid_block = Blocks(width, width, config.mid_blocks, conv)
         self.norm_out = group_norm(width)
-        self.conv_out = conv(width, code_channels, 1)
+        self.conv_out = conv(width, z_channels, 1)
 
     def forward(self, x):                                                 # (B, 3, H, W) in [-1, 1]
-        h = self.conv_in(space_to_depth(x, self.patch) if max(self.patch) > 1 else x)
+        h = self.conv_in(space_to_depth(x, self.patch))
         for level in self.down:
-            h = run(level.block, h, self.checkpointing)                   # (B, width, H / 2^i, W / 2^i)
-            if hasattr(level, "downsample"):
-                h = level.downsample(h)
-        h = run(self.mid_block, h, self.checkpointing)
+            h = level.downsample(level.block(h, self.checkpointing))      # (B, width, H / 2^i, W / 2^i)
+        h = self.mid_block(h, self.checkpointing)
         return self.conv_out(F.silu(self.norm_out(h)))                    # (B, K, h, w)
 
 
 class Decoder(nn.Module):
-    """Codes q to images. Levels are stored shallowest first, as in the encoder, and run deepest first."""
+    """q to images. Levels are stored shallowest first, as in the encoder, and run deepest first."""
 
-    def __init__(self, config, code_channels, conv=nn.Conv2d, upsamplers=UPSAMPLERS):
+    def __init__(self, config, z_channels, conv, upsampler):
         super().__init__()
         self.checkpointing = False
-        self.patch = config.folds
+        self.patch = (1, config.patch, config.patch)[-len(config.grid_axes):]         # (dy, dx): no frames
         width = config.channels * config.channel_multipliers[-1]
-        self.conv_in = conv(code_channels, width, 3, padding=1)
-        self.mid_block = nn.ModuleList(ResBlock(width, width, conv) for _ in range(config.mid_blocks))
+        self.conv_in = conv(z_channels, width, 3, padding=1)
+        self.mid_block = Blocks(width, width, config.mid_blocks, conv)
         self.up = nn.ModuleList()
         self.adaptive = nn.ModuleList()                                   # empty with adaptive_norm off
         for i, multiplier in reversed(list(enumerate(config.channel_multipliers))):
             if config.adaptive_norm:
-                self.adaptive.insert(0, AdaptiveGroupNorm(code_channels, width))
-            level = Level(width, config.channels * multiplier, config.blocks, conv)
+                self.adaptive.insert(0, AdaptiveGroupNorm(z_channels, width))
+            blocks = Blocks(width, config.channels * multiplier, config.blocks, conv)
             width = config.channels * multiplier
-            if i > 0:
-                level.upsample = upsamplers[config.upsampler](width, config.strides[i - 1], conv)
-            self.up.insert(0, level)
+            upsample = upsampler(width, config.strides[i - 1], conv) if i > 0 else nn.Identity()
+            self.up.insert(0, nn.ModuleDict({"block": blocks, "upsample": upsample}))
         self.norm_out = group_norm(width)
         self.conv_out = conv(width, 3 * math.prod(self.patch), 3, padding=1)
 
     def forward(self, q):                                                 # (B, K, h, w)
-        h = run(self.mid_block, self.conv_in(q), self.checkpointing)
-        for i in reversed(range(len(self.up))):
-            if len(self.adaptive):
-                h = self.adaptive[i](h, q)
-            h = run(self.up[i].block, h, self.checkpointing)              # (B, width, H / 2^i, W / 2^i)
-            if hasattr(self.up[i], "upsample"):
-                h = self.up[i].upsample(h)
+        h = self.mid_block(self.conv_in(q), self.checkpointing)
+        for i, level in reversed(list(enumerate(self.up))):
+            h = self.adaptive[i](h, q) if len(self.adaptive) else h
+            h = level.upsample(level.block(h, self.checkpointing))        # (B, width, H / 2^i, W / 2^i)
         h = self.conv_out(F.silu(self.norm_out(h)))                       # in about [-1, 1]: there is no tanh
-        return depth_to_space(h, self.patch) if max(self.patch) > 1 else h
+        return depth_to_space(h, self.patch)
 
 
 class Tokenizer(nn.Module):
     """Encoder, quantiser and decoder (figure 2, stage I)."""
-    grid_axes = "h, w"                             # of its ids
+    conv = nn.Conv2d                               # for clips, these three are others
+    pool = nn.AvgPool2d
+    upsamplers = UPSAMPLERS
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.quantizer = QUANTIZERS[config.quantizer](config)
-        self.encoder, self.decoder = self.build_networks(config, self.quantizer.channels)
-
-    def build_networks(self, config, code_channels):
-        """(encoder, decoder); a tokenizer of other things has other ones."""
-        return Encoder(config, code_channels), Decoder(config, code_channels)
+        self.encoder = Encoder(config, self.quantizer.channels, self.conv, self.pool)
+        self.decoder = Decoder(config, self.quantizer.channels, self.conv, self.upsamplers[config.upsampler])
 
     def check_images(self, images):
         """Raise ValueError unless `images` is (B, 3, H, W), divides into tokens, and makes two or more."""
@@ -539,12 +520,9 @@ class Tokenizer(nn.Module):
                              f"{stride}; use multiples of {stride} that make at least two tokens")
 
     def forward(self, images):
-        """Everything that training needs of a batch.
-
-        images (B, 3, H, W) in [-1, 1]. Returns reconstruction (B, 3, H, W) and z (B, K, h, w), before
-        quantisation but bounded for it, both in fp32; q of z's shape, after it; ids (B, h, w). The decoder
-        sees q, while its gradient reaches z as if quantisation had been the identity (straight-through).
-        """
+        """All that training needs of images (B, 3, H, W) in [-1, 1]: reconstruction (B, 3, H, W) and z
+        (B, K, h, w), bounded but not yet quantised, both in fp32; q of z's shape; ids (B, h, w). The decoder
+        sees q, while its gradient reaches z as if quantisation had been the identity (straight-through)."""
         self.check_images(images)
         z = self.quantizer.bound(self.encoder(images).float())            # (B, K, h, w)
         q, ids = self.quantizer(z)                                        # (B, K, h, w), (B, h, w)
@@ -566,14 +544,15 @@ class Tokenizer(nn.Module):
     @torch.no_grad()
     def decode(self, ids):
         """Token ids (B, h, w) of any integer dtype to images (B, 3, H, W), in about [-1, 1], not clamped."""
-        if ids.is_floating_point() or ids.dim() != 1 + len(self.config.folds) or math.prod(ids.shape[1:]) < 2:
-            raise ValueError(f"token ids must be integers (B, {self.grid_axes}) with two tokens or more, not "
-                             f"{ids.dtype} {list(ids.shape)}")
+        axes = ", ".join(["B", *self.config.grid_axes])
+        if ids.is_floating_point() or ids.dim() != len(axes.split()) or math.prod(ids.shape[1:]) < 2:
+            raise ValueError(f"token ids must be integers ({axes}) with two tokens or more, not {ids.dtype} "
+                             f"{list(ids.shape)}")
         ids = ids.long()                           # of uint32, torch knows no minimum
         if int(ids.min()) < 0 or int(ids.max()) >= self.quantizer.vocabulary:
             raise ValueError(f"token ids must lie in 0 .. {self.quantizer.vocabulary - 1}, but reach from "
                              f"{int(ids.min())} to {int(ids.max())}; they belong to another tokenizer")
-        return self.decoder(self.quantizer.codes(ids).to(next(self.decoder.parameters()).dtype))
+        return self.decoder(self.quantizer.ids_to_q(ids).to(next(self.decoder.parameters()).dtype))
 
 
 if __name__ == "__main__":                         # files through a tokenizer: support/codec.py

@@ -3,138 +3,48 @@
     python train_ar.py                                                # toy preset, on what stage I has left
     python train_ar.py --tokenizer runs/video/step-00000900.pt --results-dir runs/video_ar        # of clips
     torchrun --nproc-per-node=8 train_ar.py --preset AR-B --tokenizer in1k-256 --data-path imagenet \\
-        --mixed-precision bf16 --compile --resume                     # the published recipe
+        --num-workers 8 --mixed-precision bf16 --compile --resume     # the published recipe
 
-The tokenizer does not change any more, so every image is encoded once, before training: 256 codes cost
-nothing to read, while encoding costs half as much as a training step of AR-B. (--online: random crops in
-every step.) The objective is the likelihood of these codes (eq. 7), each in its M sub-tokens:
+The published recipe encodes a random crop of every image anew in each step (--online). But the tokenizer does
+not change any more: stored once, before training, the 256 ids of an image cost nothing to read, while to
+encode it costs half as much as a training step of AR-B. Stored are centre crops (--center-crop, the toy's) or
+ten of each image (--ten-crop): five places, mirrored or not, where a photograph of 4:3 has 86 random crops.
+The objective is the likelihood of these ids (eq. 7), each in its M sub-tokens:
 
     loss = mean over tokens t of the sum over m of -log p(x_t^m | class, x_1 .. x_{t-1}, x_t^1 .. x_t^{m-1})
 
 in nats. Divided by log 2, these are the bits that an ideal compressor would need for a token: at most K.
 
-The tokens of a clip are a sequence too: with a tokenizer of clips, all of this trains a model of clips, which
-the paper leaves as future work. In reading order: 1. tokens; 2. recipes and flags; 3. the loop, in `main`;
-4. what it reports. B batch, N tokens of an image, M sub-tokens of a token, S side of an image, n its crops.
+The tokens of a clip are a sequence too, which the paper leaves as future work. In reading order: 1. recipes
+and flags; 2. what it learns from; 3. the loop, in `main`; 4. what it reports. Axis letters: B batch, N tokens
+of an image, M sub-tokens of a token, S side of an image, D width.
 """
+import argparse
+import contextlib
 import copy
 import dataclasses
-import json
 import math
-import pathlib
 
 import numpy as np
 import torch
-from tqdm import tqdm
+import torch.nn as nn
 
 import ar_model
 import sample
-from support import checkpoints, data, pictures, runtime, sources
+from support import checkpoints, data, pictures, runtime, sources, tokens
 
-# ---- 1. Tokens: the data set, encoded once -----------------------------------------------------------------
-
-MISSING = -1                          # stands where codes are not there yet, or where an image is unreadable
-
-
-class Tokens(sources.Samples):
-    """Stored codes in the form of a data set (see data.py): an item is (codes (N,) int64, label, index).
-
-    So the loaders of images serve tokens too: the same order, shares of ranks, position after resuming. Row i
-    of `codes`, int64 (rows, n, N), belongs to item indices[i] of `dataset`. Of ten crops, any one is given.
-    """
-
-    def __init__(self, codes, dataset, indices, missing, vocabulary):
-        view = dataclasses.replace(dataset.view, crop="random" if codes.shape[1] > 1 else "center")
-        paths = [dataset.paths[i] for i in indices]
-        super().__init__(dataset.name, dataset.classes, paths, [dataset.labels[i] for i in indices], view)
-        self.codes = codes
-        self.vocabulary = vocabulary
-        self.broken[torch.tensor(missing, dtype=torch.long)] = True
-
-    def read(self, index, rng):
-        """Codes (N,), int64."""
-        crops = self.codes[index]                                                         # (n, N)
-        codes = crops[rng.integers(len(crops)) if len(crops) > 1 else 0]
-        if codes.min() < 0 or codes.max() >= self.vocabulary:
-            raise ValueError(f"codes beyond the {self.vocabulary} of the tokenizer: the file is damaged")
-        return torch.from_numpy(codes.astype(np.int64))
-
-
-def encode(tokenizer, x, precision):
-    """uint8 images (B, 3, S, S) or clips (B, 3, T, S, S) to codes (B, N), int64 on the tokenizer's device.
-
-    `precision` is fp32 by default, even where training's is not: a code consists of the signs of z, and many
-    a z is close to 0. bf16 would flip some, and the transformer learn codes that the decoder does not know.
-    """
-    device = next(tokenizer.parameters()).device
-    with torch.no_grad(), runtime.autocast(device, precision):
-        return tokenizer.encode(pictures.to_float(x.to(device, non_blocking=True))).flatten(1)
-
-
-def stored_tokens(path, dataset, made_with, tokenizer, args, limit=None):
-    """`Tokens` of `dataset`, at most `limit` of them, encoded first unless that is done. A collective.
-
-    path: of one memory map of all codes, int64 (rows, n, N). The JSON file beside it says what they are and,
-    when all is done, which rows are missing. Raises `UserError` that names both sides if it holds others.
-    made_with: the record of the tokenizer and, if it is known, the fingerprint of the "data".
-    """
-    indices = data.evenly_spaced(limit, len(dataset))
-    fingerprint = made_with.get("data") or runtime.on_main(data.fingerprint, dataset, indices)
-    grid = tokenizer.config.latent_grid(*dataset.axes)
-    shape = (len(indices), 10 if dataset.view.crop == "ten" else 1, math.prod(grid))
-    wanted = {"tokenizer": made_with["sha256"], "data": fingerprint, "grid": list(grid), "shape": list(shape),
-              "crops": dataset.view.crop, "precision": args.token_precision,
-              "origin": f"{made_with['path']} of {dataset.name}"}
-    header = path.with_suffix(".json")
-    if runtime.is_main() and not header.exists():
-        # Made whole, full of MISSING, and its header last: a kill leaves what can be continued, or no header.
-        with runtime.atomic(path) as temporary, open(temporary, "wb") as file:
-            for _ in indices:
-                file.write(b"\xff" * (8 * shape[1] * shape[2]))
-        runtime.write_json(header, {**wanted, "missing": None})
-    runtime.barrier()
-    with checkpoints.guard(f"{header}, or {path}, which it describes,"):
-        stored = json.loads(header.read_text())
-        runtime.check_same(stored, wanted, f"{path} holds tokens by {stored['origin']}, not by "
-                           f"{wanted['origin']}; delete it and {header} to have them made anew, or choose "
-                           f"another --tokens: what they are", wanted.keys() - {"origin"})
-        codes = np.memmap(path, "<i8", "r+" if stored["missing"] is None else "r", shape=shape)
-    if stored["missing"] is None:
-        runtime.print_main(f"encoding {len(indices):,} {dataset.kind}s of {dataset.name} to {path}")
-        fill(codes, dataset, indices, tokenizer, args)
-        stored["missing"] = np.flatnonzero(codes[:, 0, 0] == MISSING).tolist()
-        runtime.write_json(header, stored)
-    return Tokens(codes, dataset, indices, stored["missing"], tokenizer.quantizer.vocabulary)
-
-
-def fill(codes, dataset, indices, tokenizer, args):
-    """Encode what is MISSING in the memory map `codes`, which all ranks share; each rank fills its batches.
-
-    A batch has the same rows whoever encodes it, and after any kill: with the same neighbours, an image has
-    the same codes, to the last bit."""
-    rows, n, N = codes.shape
-    size = max(1, (16 if dataset.view.frames else 64) // n)              # images or clips of 1 or 10 crops
-    todo = [row for first in range(0, rows, size) if (codes[first:first + size] == MISSING).any()
-            for row in range(first, min(first + size, rows))]
-    runtime.barrier()                                     # nobody writes while others look for MISSING
-    loader = data.eval_batches(dataset, [indices[row] for row in todo], size, args.num_workers)
-    for x, _, found in tqdm(loader, "encoding", unit="batch", disable=not runtime.is_main() or None):
-        ids = encode(tokenizer, x.reshape(-1, 3, *dataset.axes), args.token_precision)    # (b * n, N)
-        codes[np.searchsorted(indices, found.numpy())] = ids.reshape(-1, n, N).cpu().numpy()
-    codes.flush()
-    runtime.barrier()                                     # what is MISSING now is broken
-    dataset.raise_if_broken(all_ranks=True)               # more than 1 %
-
-
-# ---- 2. Recipes and flags ----------------------------------------------------------------------------------
+# ---- 1. Recipes and flags ----------------------------------------------------------------------------------
 
 # What `get_args` takes as defaults, beside the preset's model. Published settings: section 4.1 of the paper.
-PUBLISHED_AR_RECIPE = dict(lr=3e-4, length="300ep", warmup="6ep", final_lr=0.1, global_batch_size=768)
+# Epochs are of whole batches: 1,668 steps for ImageNet, where the official ones have 1,669, the last of 143.
+PUBLISHED_AR_RECIPE = dict(lr=3e-4, length="300ep", warmup="6ep", final_lr=0.1, global_batch_size=768,
+                           betas=(0.9, 0.95), online=True, ten_crop=False, raw_weights=True)
 AR_RECIPES = {
     "AR-B": PUBLISHED_AR_RECIPE, "AR-L": PUBLISHED_AR_RECIPE,
     "AR-XL": dict(PUBLISHED_AR_RECIPE, lr=2.4e-4, length="350ep", warmup="7ep"),
     # Minutes on two cores: a large learning rate that decays to 0.
-    "toy": dict(lr=3e-3, length="1800", warmup="50", final_lr=0.0, global_batch_size=32)}
+    "toy": dict(PUBLISHED_AR_RECIPE, lr=3e-3, length="1800", warmup="50", final_lr=0.0, global_batch_size=32,
+                online=False, raw_weights=False)}
 
 
 def get_args(argv=None):
@@ -142,12 +52,17 @@ def get_args(argv=None):
     first = runtime.ArgumentParser("", add_help=False)
     first.add_argument("--preset", choices=ar_model.PRESETS, default="toy", help="see below")
     preset = first.parse_known_args(argv)[0].preset
+    recipe = AR_RECIPES[preset]
     parser = runtime.ArgumentParser(__doc__)
-    count, count0, number = runtime.positive_int, runtime.non_negative_int, runtime.non_negative_float
+    count = runtime.positive_int
+    count0 = runtime.non_negative_int
+    number = runtime.non_negative_float
     precisions = runtime.AUTOCAST_DTYPES
     group = parser.add_argument_group("data and preset")
     group.add_argument("--preset", choices=ar_model.PRESETS, default="toy", help="model and recipe")
     group.add_argument("--tokenizer", help="file, or published name as in1k-256 (newest of runs/tokenizer)")
+    group.add_argument("--raw-weights", action=argparse.BooleanOptionalAction, help="of the tokenizer, not "
+                       "their EMA (published presets, and --init-from a published file: raw)")
     group.add_argument("--data-path", help="folder, tar shards, generated, generated-plain (the tokenizer's)")
     group.add_argument("--val-data-path", help="held-out images, if --data-path has no val/ or test/")
     group.add_argument("--split-list", help="of clips: official UCF-101 list of those to train on")
@@ -159,12 +74,13 @@ def get_args(argv=None):
     group.add_argument("--init-from", help="start from this AR model, a file or a published name as AR-B")
     group.add_argument("--unconditional", action="store_true", help="ignore the classes of the data set")
     group.add_argument("--tokens", help="file for stored tokens (tokens.bin in --results-dir)")
-    crops = group.add_mutually_exclusive_group()
-    crops.add_argument("--ten-crop", action="store_true", help="store ten crops, or of a video ten clips")
-    crops.add_argument("--online", action="store_true", help="encode random crops in every step instead")
-    group.add_argument("--flip", action="store_true", help="with --online: mirror half of the images")
     group.add_argument("--token-precision", choices=precisions, default="fp32", help="tokenizer's autocast")
     group.add_argument("--results-dir", default="runs/ar", help="for checkpoints, logs and grids of samples")
+    crops = group.add_mutually_exclusive_group()
+    crops.add_argument("--online", action="store_true", help="encode random crops in every step (AR-B, ..)")
+    crops.add_argument("--ten-crop", action="store_true", help="store ten crops, or of a video ten clips")
+    crops.add_argument("--center-crop", action="store_true", help="store one crop, of the centre (toy)")
+    group.add_argument("--flip", action="store_true", help="with --online: mirror half of the images")
     group = parser.add_argument_group("model")
     group.add_argument("--split", type=count, nargs="+", metavar="BITS", help="bits of each sub-token")
     runtime.add_config_flags(group, ar_model.PRESETS[preset])
@@ -173,9 +89,16 @@ def get_args(argv=None):
     group.add_argument("--global-batch-size", type=count, help="images a step, over all ranks")
     group.add_argument("--accumulation", type=count, default=1, help="micro-batches a step")
     group.add_argument("--lr", type=number, help="peak learning rate of AdamW")
-    group.add_argument("--warmup", type=runtime.duration, help="steps, or epochs as in 6ep")
+    group.add_argument("--final-lr", type=runtime.fraction, help="the last one, as a fraction of the peak")
+    group.add_argument("--warmup", type=runtime.duration,
+                       help=f"linear warm-up: steps, or epochs (the preset's {recipe['warmup']}; with "
+                            f"another --length at most a twentieth of it)")
+    group.add_argument("--betas", type=runtime.bounded(float, 0.0, 0.999999), nargs=2, help="of AdamW")
     group.add_argument("--weight-decay", type=number, default=0.05, help="of all parameters")
+    group.add_argument("--max-grad-norm", type=number, default=1.0, help="clip gradients (0: do not)")
     group.add_argument("--ema-decay", type=runtime.fraction, default=0.0, help="of an EMA to draw with")
+    group.add_argument("--ema-warmup", action=argparse.BooleanOptionalAction, default=True,
+                       help="let the EMA follow faster in the first steps")
     group = parser.add_argument_group("speed and memory")
     group.add_argument("--mixed-precision", choices=precisions, default="fp32", help="autocast dtype")
     group.add_argument("--compile", action="store_true", help="torch.compile the transformer's blocks")
@@ -188,20 +111,54 @@ def get_args(argv=None):
     group.add_argument("--log-every", type=count, default=50, help="steps between status lines")
     group.add_argument("--val-every", type=count, default=500, help="steps between validations, with samples")
     group.add_argument("--checkpoint-every", type=count, default=500, help="steps between checkpoints")
-    group.add_argument("--dry-run", action="store_true", help="print the plan and stop")
-    parser.set_defaults(**AR_RECIPES[preset], split=list(ar_model.PRESETS[preset].bits))
+    group.add_argument("--keep", type=count, default=3, help="newest checkpoints that stay, of all written")
+    group.add_argument("--dry-run", action="store_true", help="check everything, print the plan and stop")
+    # Of what is not given here, `print_plan` and `settle` choose these three.
+    parser.set_defaults(**{**recipe, "warmup": None, "online": False, "raw_weights": None},
+                        split=list(ar_model.PRESETS[preset].bits))
     return parser.parse_args(argv)
 
 
+def settle(args):
+    """Choose crops and weights of the tokenizer where no flag does: those of the run that --resume continues,
+    else the recipe's, but raw weights for --init-from a published model: it knows no other tokens. Returns
+    the fingerprint of that run's data, for `data.fingerprint`."""
+    existing = runtime.list_checkpoints(args.results_dir)
+    crops = AR_RECIPES[args.preset]
+    raw = crops["raw_weights"]
+    like = "2:"
+    paths = existing
+    if args.resume != "latest":
+        paths = runtime.list_checkpoints(args.resume or "") or [args.resume]
+    for path in filter(None, paths):
+        with contextlib.suppress(runtime.UserError), checkpoints.guard(path):     # `checkpoints.resume` tells
+            saved = checkpoints.read(path)
+            if saved.get("format") == checkpoints.AR:
+                crops = {name: saved["args"][name] for name in ("online", "ten_crop")}
+                raw = saved["tokenizer"]["weights"] == "raw"
+                like = saved["dataset"]["fingerprint"]
+    if args.init_from and not existing:
+        raw = raw or checkpoints.opened(args.init_from, False)[1].get("source") == "published"
+    if args.raw_weights is None:
+        args.raw_weights = raw
+    if not (args.online or args.ten_crop or args.center_crop):
+        args.online = crops["online"]
+        args.ten_crop = crops["ten_crop"]
+    return like
+
+
+# ---- 2. What it learns from --------------------------------------------------------------------------------
+
 def prepare(args):
-    """(tokenizer on the CPU, record of it, training data, held-out data or None, `ARConfig`). Fills in flags
-    that were not given from the tokenizer. Raises ValueError for what does not fit together."""
+    """(tokenizer on the CPU, training data, held-out data or None, `ARConfig`, records of both for a
+    checkpoint). Fills in flags that were not given. Raises ValueError for what does not fit together."""
+    like = settle(args)
     args.tokenizer = args.tokenizer or str(runtime.latest_checkpoint("runs/tokenizer", "tokenizer"))
-    tokenizer, info = checkpoints.load_tokenizer(args.tokenizer)
+    tokenizer, info = checkpoints.load_tokenizer(args.tokenizer, not args.raw_weights)
     tokenizer.requires_grad_(False)
     made_with = {**{name: info[name] for name in ("path", "weights", "preset")},
                  "sha256": checkpoints.weights_hash(tokenizer)}
-    frames = getattr(tokenizer.config, "frames", None)                   # None: it is a tokenizer of images
+    frames = tokenizer.config.frames                                     # None: it is a tokenizer of images
     runtime.require(frames or not (args.frames or args.split_list), f"--tokenizer {args.tokenizer} is of "
                     f"images, but --frames and --split-list are for clips; leave them out")
     if args.data_path is None:
@@ -212,32 +169,47 @@ def prepare(args):
     args.frames = args.frames or frames
     sizes = {"frames": args.frames} if frames else {}
     dataclasses.replace(tokenizer.config, resolution=args.image_size, **sizes)    # raises if it cannot be
-    runtime.require(args.online or not args.flip, "--flip goes with --online; stored tokens have --ten-crop")
-    runtime.require(bool(args.split_list) == bool(args.val_split_list), "--split-list and --val-split-list "
-                    "are a pair, such as trainlist01.txt and testlist01.txt; give both or neither")
-    view = data.View(args.image_size, args.frames, resize=args.resize)
-    held_out = sources.build_dataset(args.val_data_path or args.data_path, "val", view, args.val_split_list)
-    crop = "random" if args.online else "ten" if args.ten_crop else "center"
-    view = dataclasses.replace(view, crop=crop, flip=args.flip)
-    dataset = sources.build_dataset(args.data_path, "train", view, args.split_list)
-    if held_out.name == dataset.name and not args.split_list and not dataset.name.startswith("generated"):
-        runtime.print_main(f"no validation: {dataset.name} has no val/ or test/; see --val-data-path")
-        held_out = None
-    if not args.unconditional:
-        runtime.require(dataset.classes, f"--data-path {dataset.name} has no classes; make a subfolder for "
-                        f"each, or add --unconditional")
-        runtime.require(held_out is None or held_out.classes == dataset.classes, "the held-out images have "
-                        f"other class folders than {dataset.name}, or none; sort them alike, name others "
-                        f"with --val-data-path, or add --unconditional")
+    dataset, held_out = build_datasets(args)
     vocabulary = tokenizer.quantizer.vocabulary
     runtime.require(2 ** sum(args.split) == vocabulary, f"--split {' + '.join(map(str, args.split))} are "
-                    f"{sum(args.split)} bits, but {vocabulary} codes of --tokenizer {args.tokenizer} have "
-                    f"{math.log2(vocabulary):.4g}; split these (if no integer: use other --levels or "
-                    f"--codebook-size)")
+                    f"{sum(args.split)} bits, but the {vocabulary} ids of --tokenizer {args.tokenizer} have "
+                    f"{math.log2(vocabulary):.4g}; split these (not whole: use --levels, --codebook-size)")
     grid = tokenizer.config.latent_grid(*dataset.axes)
     config = runtime.config_from_args(ar_model.PRESETS[args.preset], args, bits=args.split, grid=grid,
                                       num_classes=0 if args.unconditional else len(dataset.classes))
-    return tokenizer, made_with, dataset, held_out, config
+    record = {"length": len(dataset),
+              "fingerprint": runtime.on_main(data.fingerprint, dataset, range(len(dataset)), like)}
+    return tokenizer, dataset, held_out, config, {"tokenizer": made_with, "dataset": record}
+
+
+def build_datasets(args):
+    """(training set, held-out set or None) of images or clips. Their labels are of the same classes."""
+    runtime.require(args.online or not args.flip, "--flip goes with --online; stored tokens have --ten-crop")
+    runtime.require(bool(args.split_list) == bool(args.val_split_list), "--split-list and --val-split-list "
+                    "are a pair, such as trainlist01.txt and testlist01.txt; give both or neither")
+    crop = "random" if args.online else "ten" if args.ten_crop else "center"
+    view = data.View(args.image_size, args.frames, crop, args.flip, args.resize)
+    dataset = sources.build_dataset(args.data_path, "train", view, args.split_list)
+    view = dataclasses.replace(view, crop="center", flip=False)
+    classes = () if args.unconditional else dataset.classes
+    held_out = sources.build_dataset(args.val_data_path or args.data_path, "val", view, args.val_split_list,
+                                     classes=classes)
+    if runtime.on_main(data.same_samples, dataset, held_out):
+        runtime.print_main(f"no validation: {dataset.name} has no val/ or test/; see --val-data-path")
+        held_out = None
+    if args.unconditional:
+        return dataset, held_out
+    runtime.require(classes, f"--data-path {dataset.name} has no classes; make a subfolder for each, or add "
+                             f"--unconditional")
+    if held_out:
+        strange = set(held_out.classes or ["(none)"]).difference(classes)
+        runtime.require(not strange, f"{held_out.name}, held out, has classes that {dataset.name} lacks: "
+                        f"{', '.join(sorted(strange)[:5])}; sort them alike, name others with "
+                        f"--val-data-path, or add --unconditional")
+        number = torch.tensor([classes.index(name) for name in held_out.classes])
+        held_out.labels = number[held_out.labels]
+        held_out.classes = classes
+    return dataset, held_out
 
 
 def start_from(path, model, classes, made_with):
@@ -246,7 +218,7 @@ def start_from(path, model, classes, made_with):
     Classes of equal names keep their row of the table. Other sub-tokens start with new embeddings and heads;
     another grid has another rotary table, which is no weight.
     """
-    source, _, info = checkpoints.load_ar(path)
+    source, inner, info = checkpoints.load_ar(path)
     state = source.state_dict()
     known = info["classes"] or []
     if known != classes and (known or source.config.num_classes != len(classes)):
@@ -258,8 +230,12 @@ def start_from(path, model, classes, made_with):
         table[-1] = old[-1]                                              # of "no class"
         state["class_embedding.weight"] = table
         runtime.print_main(f"start    {len(set(classes) & set(known))} of {len(classes)} classes are known")
-    if (info["tokenizer"] or {}).get("sha256") != made_with["sha256"]:
-        runtime.print_main("start    these are tokens of another tokenizer: their meaning is learned anew")
+    theirs = (info["tokenizer"] or {}).get("sha256")
+    if inner and not theirs:                                             # in published files: the raw weights
+        theirs = checkpoints.weights_hash(inner)
+    if theirs and theirs != made_with["sha256"]:
+        runtime.print_main(f"start    warning: {path} learned tokens by other weights than the "
+                           f"{made_with['weights']} ones of {made_with['path']}: what they mean is new to it")
     checkpoints.load_partly(model, state, ("token_embeddings.", "heads."),
                             f"the {info['weights']} weights of {path} ({info['preset']})")
 
@@ -271,128 +247,146 @@ MUST_STAY = ("global_batch_size", "global_seed", "mixed_precision", "online", "t
              "token_precision", "weight_decay", "ema_decay")
 
 
-def main(args):
-    """Train an AR model as `args` (from `get_args`) say."""
-    device = runtime.setup_process_group(args.device)
-    tokenizer, made_with, dataset, held_out, config = prepare(args)
-    classes = dataset.classes[:config.num_classes]                       # none, if --unconditional
-    length, warmup = print_plan(args, config, made_with, dataset, held_out)
-    if args.dry_run:
-        return
-    # ---- everything that the loop changes, and that a checkpoint must therefore hold ----
-    torch.manual_seed(args.global_seed)                                  # equal initial weights on every rank
-    with device:
+def build_model(config, device, args):
+    """An `ARModel` as the flags say. For --dry-run its tensors have shapes, but take no memory."""
+    with torch.device("meta") if args.dry_run else device:
         model = ar_model.ARModel(config)
-    if args.init_from and not runtime.list_checkpoints(args.results_dir):
-        start_from(args.init_from, model, classes, made_with)
     model.checkpointing = args.activation_checkpointing
-    # One group of parameters: the published schedule lets all of them decay, even the scales of the norms.
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), fused=device.type == "cuda",
-                                  weight_decay=args.weight_decay)
-    scaler = torch.amp.GradScaler(device.type, enabled=args.mixed_precision == "fp16")
-    state = {"model": model, "optimizer": optimizer, "scaler": scaler}
-    shown = model                                                        # what is validated and drawn with
-    if args.ema_decay:
-        shown = state["ema"] = copy.deepcopy(model).requires_grad_(False)
-    seed = np.random.default_rng((args.global_seed, runtime.rank())).integers(2 ** 63)
-    torch.manual_seed(int(seed))                                         # for dropout, a rank's own
-    record = {"length": len(dataset),
-              "fingerprint": runtime.on_main(data.fingerprint, dataset, range(len(dataset)))}
-    saved = checkpoints.resume(args, state, MUST_STAY, config=dataclasses.asdict(config), dataset=record,
-                               tokenizer={"sha256": made_with["sha256"]})
-    step = saved.get("step", 0)
-    skipped = saved.get("skipped", 0)                                    # steps that were not finite
-    lock = runtime.lock(args.results_dir)                                # held until `main` ends
-    # With the tokenizer inside, a checkpoint alone is enough to draw images, as the published files are.
-    first_stage = {"format": checkpoints.format_of(tokenizer), "config": dataclasses.asdict(tokenizer.config),
-                   "model": tokenizer.state_dict()}                      # stays on the CPU
-    tokenizer.to(device)
-    path = pathlib.Path(args.tokens or f"{args.results_dir}/tokens.bin")
-    if not args.online:
-        dataset = stored_tokens(path, dataset, {**made_with, "data": record["fingerprint"]}, tokenizer, args)
-    if held_out:
-        path = path.with_name(f"{path.stem}-val.bin")
-        held_out = stored_tokens(path, held_out, made_with, tokenizer, args, args.val_size)
-    # The order of the data is a function of (seed, step), so the loader has no state to be saved.
-    loader = data.train_loader(dataset, args.global_batch_size, args.global_seed, step, args.accumulation,
-                               args.num_workers if args.online else 0)
     if args.compile:
         # Block by block: one small graph serves all layers, while the whole model would compile for minutes.
         for block in [*model.inter_blocks, *model.intra_blocks]:
             block.compile(dynamic=False)
+    return model
+
+
+def learning_rate(step, length, warmup, args):
+    """The rate in `step`, 0 .. length - 1: it rises from 0.005 of its peak, stays there for a twentieth of
+    the other steps, and falls in a straight line. The last step has --final-lr."""
+    if step < warmup:
+        return args.lr * (0.005 + (1 - 0.005) * step / warmup)
+    done = (step - warmup) / max(1, length - 1 - warmup)
+    return args.lr * (1 - (1 - args.final_lr) * max(0, done - 0.05) / 0.95)
+
+
+def main(args):
+    """Train an AR model as `args` (from `get_args`) say."""
+    device = runtime.setup_process_group(args.device)
+    tokenizer, dataset, held_out, config, records = prepare(args)
+    classes = dataset.classes[:config.num_classes]                       # none, if --unconditional
+    torch.manual_seed(args.global_seed)                                  # equal initial weights on every rank
+    model = build_model(config, device, args)
+    length, warmup = print_plan(args, model, records["tokenizer"], dataset, held_out)
+    # ---- everything that the loop changes, and that a checkpoint must therefore hold ----
+    if args.init_from and not runtime.list_checkpoints(args.results_dir):
+        start_from(args.init_from, model, classes, records["tokenizer"])
+    # One group of parameters: the published schedule lets all of them decay, even the scales of the norms.
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, args.betas, weight_decay=args.weight_decay,
+                                  fused=device.type == "cuda")
+    scaler = torch.amp.GradScaler(device.type, enabled=args.mixed_precision == "fp16")
+    parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    shown = model                                                        # what is validated and drawn with
+    if args.ema_decay:
+        shown = parts["ema"] = copy.deepcopy(model).requires_grad_(False)
+    seed = np.random.default_rng((args.global_seed, runtime.rank())).integers(2 ** 63)
+    torch.manual_seed(int(seed))                                         # for dropout, a rank's own
+    made_with = {name: records["tokenizer"][name] for name in ("weights", "sha256")}
+    saved = checkpoints.resume(args, parts, MUST_STAY, config=dataclasses.asdict(config), tokenizer=made_with,
+                               dataset=records["dataset"])
+    step = saved.get("step", 0)
+    skipped = saved.get("skipped", 0)                                    # steps that were not finite
+    lock = None if args.dry_run else runtime.lock(args.results_dir)      # held until `main` ends
+    tokenizer.to(device)
+    if not args.online:
+        dataset = tokens.stored(dataset, records, tokenizer, args)
+    if held_out:
+        held_out = tokens.stored(held_out, records, tokenizer, args, held_out=True)
+    if args.dry_run:
+        return
+    # The order of the data is a function of (seed, step), so the loader has no state to be saved.
+    loader = data.train_loader(dataset, args.global_batch_size, args.global_seed, step, args.accumulation,
+                               args.num_workers if args.online else 0)
     ddp_model = runtime.distributed(model, device)
     logger = runtime.Logger(args.results_dir, length, step)
     meters = runtime.Meters()                                            # means since the last log line
     in_a_row = 0                                                         # steps skipped just now
     stop = runtime.StopRequest()
     while step < length and not stop.agreed:
-        lr = args.lr * runtime.learning_rate_factor(step, length, warmup, "plateau", args.final_lr)
-        optimizer.param_groups[0]["lr"] = lr
+        lr = learning_rate(step, length, warmup, args)
+        optimizer.param_groups[0].update(lr=lr, betas=args.betas)        # as the flags say, even if resumed
 
-        # ---- forward and backward: the likelihood of the true codes, eq. 7 ----
+        # ---- forward and backward: the likelihood of the true ids, eq. 7 ----
         logs = []                                                        # of this step, for the meters
         for micro in range(args.accumulation):
-            ids, labels, _ = next(loader)                                # stored codes (B, N), or images
+            ids, labels, _ = next(loader)                                # stored ids (B, N), or images
             if args.online:
-                ids = encode(tokenizer, ids, args.token_precision)       # (B, N)
-            # A code of K bits is too many classes for one softmax: it becomes M sub-tokens.
+                ids = tokens.encode(tokenizer, ids, args.token_precision)                 # (B, N)
+            # A token of K bits has too many ids for one softmax: it becomes M sub-tokens.
             subtokens = ar_model.ids_to_subtokens(ids.to(device), config.bits)            # M x (B, N)
             labels = labels.to(device).clamp(max=config.num_classes)     # (B,); --unconditional: all 0
-            with runtime.micro_batch(ddp_model, micro, args):            # autocast; see there
+            # Ranks average their gradients in the last backward pass of a step, not in each of them.
+            ddp_model.require_backward_grad_sync = micro == args.accumulation - 1
+            with runtime.autocast(device, args.mixed_precision):
                 # All true tokens enter at once (teacher forcing), and each position sees those before it.
                 # The loss is a scalar, and `terms` (M,) are the shares of the sub-tokens in it.
                 loss, terms = ddp_model(subtokens, labels, return_loss=True)
                 scaler.scale(loss / args.accumulation).backward()
             logs.append({**{f"loss/{m + 1}": term for m, term in enumerate(terms)}, "loss": loss})
 
-        # ---- the optimizer's step ----
+        # ---- the optimizer's step, and the EMA that follows; a step that is not finite changes nothing ----
         scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)  # inf: measure it
         logs.append({"grad_norm": norm})
         # DDP has averaged the gradients, so their norm, and what follows from it, is the same on every rank.
         finite = bool(norm.isfinite())                                   # the step's one wait for the device
-        if finite:
-            scaler.step(optimizer)                                       # optimizer.step(), but for fp16
-        scaler.update()                                                  # fp16: smaller after an overflow
-        optimizer.zero_grad(set_to_none=True)
-
-        # ---- the EMA follows; a step that was not finite has changed no weight ----
         step += 1
         if finite:
-            in_a_row = 0
-            meters.update(*logs)
+            scaler.step(optimizer)                                       # optimizer.step(), but for fp16
             if args.ema_decay:
-                decay = min(args.ema_decay, step / (step + 9))           # follows faster in the first steps
+                decay = min(args.ema_decay, step / (step + 9)) if args.ema_warmup else args.ema_decay
                 now = [p.detach() for p in model.parameters()]           # or the EMA would grow a graph
                 torch._foreach_lerp_(list(shown.parameters()), now, 1 - decay)
+            in_a_row = 0
+            meters.update(*logs)                                         # a skipped step spoils no mean
         else:
             skipped += 1
             in_a_row += 1
             runtime.report_skipped(step, in_a_row, logs, args.results_dir)   # stops after ten in a row
+        scaler.update()                                                  # fp16: smaller after an overflow
+        optimizer.zero_grad(set_to_none=True)
 
         # ---- logs and checkpoints. A checkpoint's step is always logged, so that no mean is cut in two ----
-        stopping = stop.requested(step)                                  # a collective: every rank, every step
+        stopping = stop.requested(step)                                  # collective: every rank, every step
         saving = stopping or step == length or finite and step % args.checkpoint_every == 0
+        looking = step == length or step % args.val_every == 0
         if saving or step % args.log_every == 0:
             log = in_units(meters.pop(args.global_batch_size), config, args)
             logger.log(step, {**log, "lr": lr, "skipped_steps": skipped}, SHOWN)
-        if step % args.val_every == 0 or step == length:
-            shown.eval()                                                 # no dropout
-            if held_out:
-                log = in_units(validate(shown, held_out, device, args), config, args)
-                logger.log(step, {f"val_{name}": value for name, value in log.items()}, SHOWN)
-            if runtime.is_main():                                        # the other ranks wait for it
-                draw_samples(shown, tokenizer, classes, step, args)
-            model.train()
+        elif logger.early(step):                                         # a sign of life, on the screen alone
+            logger.show(step, in_units(meters.means(args.global_batch_size), config, args), SHOWN)
+        if looking and held_out:
+            log = in_units(validate(shown, held_out, device, args), config, args)
+            logger.log(step, {f"val_{name}": value for name, value in log.items()}, SHOWN)
         if saving:
             path = runtime.save_checkpoint(args.results_dir, step, {
-                "format": checkpoints.format_of(model), "preset": args.preset, "step": step,
-                "config": dataclasses.asdict(config), "ema": {},         # or what the next line has of it
-                **{name: part.state_dict() for name, part in state.items()},
-                "skipped": skipped, "rng": runtime.rng_states(), "classes": classes, "tokenizer": made_with,
-                "dataset": record, "first_stage": first_stage, "args": vars(args)})
-        if stopping:
-            runtime.print_main(f"saved {path}; --resume continues from here")
+                "format": checkpoints.format_of(model),
+                "preset": args.preset,
+                "step": step,
+                "model": model.state_dict(),
+                "ema": shown.state_dict() if args.ema_decay else {},
+                "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(),
+                "config": dataclasses.asdict(config),
+                **records,                                               # of "tokenizer" and "dataset"
+                "first_stage": {"format": checkpoints.format_of(tokenizer), "model": tokenizer.state_dict(),
+                                "config": dataclasses.asdict(tokenizer.config)},    # so this file can draw images
+                "classes": classes,
+                "skipped": skipped,
+                "rng": runtime.rng_states(),
+                "args": vars(args)}, args.keep)
+            stop.saved(path)                                             # says so, if a signal was the reason
+        if looking and not stop.agreed:
+            runtime.on_main(draw_samples, shown, tokenizer, classes, step, args)
+        model.train()
     return stop.agreed                                                   # 0, or the signal
 
 
@@ -421,8 +415,8 @@ def flops_per_image(config):
 def in_units(numbers, config, args):
     """The means `numbers`, and what the losses and the speed among them say in other units.
 
-    bits and bits/m: of a token and of its sub-tokens; perplexity: the number of equally likely codes between
-    which one hesitates as much; bits_per_pixel: what the tokens of a sample can be compressed to; mfu, model
+    bits and bits/m: of a token and of its sub-tokens; perplexity: the number of equally likely ids between
+    which one hesitates as much; bits_per_pixel: what the tokens of an image can be compressed to; mfu, model
     FLOPs utilisation: `flops_per_image` times images/s of a rank, over the peak of its GPU if that is known.
     """
     report = dict(numbers)
@@ -440,10 +434,11 @@ def in_units(numbers, config, args):
 
 def validate(model, held_out, device, args):
     """The mean losses over all `held_out` tokens, {"loss": nats, ..}. A collective."""
+    model.eval()                                                         # no dropout
     bits = model.config.bits
     sums = torch.zeros(len(bits) + 1, dtype=torch.float64, device=device)                 # terms; images
-    micro_batch = runtime.micro_batch_size(args.global_batch_size, args.accumulation)
-    for ids, labels, _ in data.eval_batches(held_out, range(len(held_out)), micro_batch):
+    size = runtime.micro_batch_size(args.global_batch_size, args.accumulation)
+    for ids, labels, _ in data.eval_batches(held_out, range(len(held_out)), size):
         labels = labels.to(device).clamp(max=model.config.num_classes)
         with torch.no_grad(), runtime.autocast(device, args.mixed_precision):
             _, terms = model(ar_model.ids_to_subtokens(ids.to(device), bits), labels, return_loss=True)
@@ -455,6 +450,7 @@ def validate(model, held_out, device, args):
 
 def draw_samples(model, tokenizer, classes, step, args):
     """Save a grid of samples: a column for each of up to ten classes, always drawn from the same seeds."""
+    model.eval()
     columns = min(10, len(classes) or 10)
     labels = [i % columns * len(classes) // columns for i in range(4 * columns)]
     # Guidance of 2 is mild, and every model gains from it; without classes there is nothing to guide towards.
@@ -466,42 +462,38 @@ def draw_samples(model, tokenizer, classes, step, args):
     pictures.save_samples(path, torch.cat(list(batches)), columns, captions)
 
 
-def print_plan(args, config, made_with, dataset, held_out):
-    """Say what is about to happen, before anything takes time. Returns (steps, those of the warm-up)."""
+def print_plan(args, model, made_with, dataset, held_out):
+    """Say what is about to happen, before anything takes time. Returns (steps, those of the warm-up).
+
+    A run that is shorter than its recipe's, say to fine-tune, has no use for the whole of its warm-up.
+    """
+    config = model.config
     batch = args.global_batch_size
-    micro_batch = runtime.micro_batch_size(batch, args.accumulation)
     epoch = len(dataset) // batch                                        # steps
     runtime.require(epoch, f"--global-batch-size {batch} is more than the {len(dataset)} {dataset.kind}s of "
                            f"{dataset.name}; lower it")
+    recipe = AR_RECIPES[args.preset]
     length = runtime.to_steps(args.length, epoch)
-    warmup = runtime.to_steps(args.warmup, epoch)
-    with torch.device("meta"):                                           # shapes without memory
-        model = ar_model.ARModel(config)
+    runtime.require(length, f"--length {args.length} is 0 steps of {batch} {dataset.kind}s; give at least 1")
+    warmup = runtime.to_steps(args.warmup or recipe["warmup"], epoch)
+    how = "warm-up"
+    if args.warmup is None and args.length != recipe["length"] and warmup > length // 20:
+        warmup = length // 20
+        how = "a twentieth of --length for the warm-up"
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     grid = " x ".join(map(str, config.grid))
     bits = " + ".join(map(str, config.bits))
     runtime.print_facts(
         ("model", f"{args.preset}: {parameters:.2f} M parameters, {config.num_classes or 'no'} classes"),
-        ("tokens", f"{grid} of {bits} bits, by {made_with['path']} ({made_with['weights']} weights)"),
+        ("tokens", f"{grid} of {bits} bits, by {made_with['path']} ({made_with['weights']} weights), of "
+                   f"{dataset.view.crop} crops"),
         ("data", f"{dataset.name}, {len(dataset):,} {dataset.kind}s, {len(held_out or ()):,} held out"),
-        ("batch", f"{batch} = {runtime.world_size()} ranks x {args.accumulation} x {micro_batch}, a step of "
+        ("batch", f"{batch} = {runtime.world_size()} ranks x {args.accumulation} micro-batches x "
+                  f"{runtime.micro_batch_size(batch, args.accumulation)}, a step of "
                   f"{batch * flops_per_image(config) / 1e12:.3g} TFLOP"),
-        ("length", f"{length:,} steps = {length / epoch:.1f} epochs, {warmup:,} of them warm-up"))
-    if args.dry_run:
-        runtime.print_facts(("cost", cost_of_step(args, model)))
+        ("length", f"{length:,} steps = {length * batch / len(dataset):.1f} epochs"),
+        ("lr", f"{args.lr:g}, {how} {warmup:,} steps"))
     return length, warmup
-
-
-def cost_of_step(args, model):
-    """The line of `runtime.describe_cost`."""
-    batch = runtime.micro_batch_size(args.global_batch_size, args.accumulation)
-
-    def loss(model):
-        ids = torch.zeros(batch, model.config.tokens, dtype=torch.long)
-        return model(ar_model.ids_to_subtokens(ids, model.config.bits), ids[:, 0], return_loss=True)[0]
-
-    model.checkpointing = args.activation_checkpointing
-    return runtime.describe_cost((model,), loss, 20 if args.ema_decay else 16, args)    # with Adam's two
 
 
 if __name__ == "__main__":

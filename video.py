@@ -1,4 +1,4 @@
-"""Open-MAGVIT2-V: the tokenizer of clips. 17 frames of 128 x 128 become 5 x 16 x 16 codes, and codes become
+"""Open-MAGVIT2-V: the tokenizer of clips. 17 frames of 128 x 128 become 5 x 16 x 16 tokens, and tokens become
 frames.
 
 It is the image tokenizer of tokenizer.py with a third axis (the design is MAGVIT-v2's): the same blocks, LFQ
@@ -21,7 +21,7 @@ It is trained by `train_tokenizer.py --preset toy-video` or ucf-128. To see a cl
     ids = model.encode(torch.zeros(1, 3, 17, 128, 128))                # (1, 5, 16, 16), each 0 .. 2^18 - 1
     clips = model.decode(ids)                                          # (1, 3, 17, 128, 128) in about [-1, 1]
 
-Axis letters: B clips, C channels, T frames, H W height and width, t h w of the latent grid, K bits of a code.
+Axis letters: B clips, C channels, T frames, H W height and width, t h w of the grid, K bits of a token.
 """
 import math
 from dataclasses import dataclass
@@ -37,11 +37,10 @@ import tokenizer
 
 class CausalConv3d(nn.Conv3d):
     """A 3D convolution that never looks ahead: in time it is padded in front only, by kernel - 1 frames of
-    zeros.
+    zeros. Space is padded inside the convolution, at no cost.
 
-    Space is padded inside the convolution, at no cost. Padding time costs a copy (none with --compile, where
-    the activation before it writes into the padded tensor), which the two cases that need none avoid: 1x1x1
-    kernels, and clips of one frame. The backward pass keeps the copy instead of the original, not both.
+    Padding time costs a copy (none with --compile, where the activation before it writes into the padded
+    tensor). The backward pass keeps the copy instead of the original, not both.
     """
 
     def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, bias=True):
@@ -50,10 +49,11 @@ class CausalConv3d(nn.Conv3d):
     def forward(self, x):
         """x (B, C, T, H, W) to (B, C', T', H', W'), T' = T / stride rounded up."""
         past = self.kernel_size[0] - 1
-        if past and x.shape[2] == 1:
-            # All slices of the kernel but the last would meet zeros: an image needs a third of the work.
-            return F.conv3d(x, self.weight[:, :, -1:], self.bias, self.stride, self.padding)
-        return super().forward(F.pad(x, (0, 0, 0, 0, past, 0)) if past else x)
+        if past and x.shape[2] > 1:
+            return super().forward(F.pad(x, (0, 0, 0, 0, past, 0)))
+        # The economy: a kernel of one slice has no past, and for a clip of one frame all slices but the last
+        # would meet zeros, so that an image needs a third of the work.
+        return F.conv3d(x, self.weight[:, :, -1:], self.bias, self.stride, self.padding)
 
 
 class CausalAvgPool(nn.AvgPool3d):
@@ -100,6 +100,7 @@ UPSAMPLERS = {"depth-to-space": CausalUpsample, "nearest": CausalNearestUpsample
 @dataclass(frozen=True)
 class VideoTokenizerConfig(tokenizer.TokenizerConfig):
     """The shape of a video tokenizer. Defaults: Open-MAGVIT2-V on UCF-101; the rest as for images."""
+    grid_axes = "thw"
     resolution: int = tokenizer.flag(128, "side of the crops", flag="--image-size")
     channel_multipliers: tuple = tokenizer.flag(
         (1, 2, 2, 4), "width of each level over the first; each but the last halves the resolution")
@@ -127,11 +128,6 @@ class VideoTokenizerConfig(tokenizer.TokenizerConfig):
         by_rule = [1 if multiplier == 1 else 2 for multiplier in self.channel_multipliers[:-1]]
         return [(stride, 2, 2) for stride in self.time_strides or by_rule]
 
-    @property
-    def folds(self):
-        """How many samples along each axis `patch` folds into channels: pixels, but not frames."""
-        return 1, self.patch, self.patch
-
     def latent_grid(self, frames, height, width):
         """The axes (t, h, w) of the ids of a clip of 1 + k * time_stride frames."""
         return 1 + (frames - 1) // self.time_stride, *super().latent_grid(height, width)
@@ -151,12 +147,9 @@ class VideoTokenizer(tokenizer.Tokenizer):
 
     Everything but shapes is inherited: `forward`, `encode` (clips to ids (B, t, h, w)) and `decode`.
     """
-    grid_axes = "t, h, w"
-
-    def build_networks(self, config, code_channels):
-        """(encoder, decoder) of causal 3D convolutions."""
-        return (tokenizer.Encoder(config, code_channels, CausalConv3d, CausalAvgPool),
-                tokenizer.Decoder(config, code_channels, CausalConv3d, UPSAMPLERS))
+    conv = CausalConv3d
+    pool = CausalAvgPool
+    upsamplers = UPSAMPLERS
 
     def check_images(self, clips):
         """Raise ValueError unless `clips` is (B, 3, 1 + k * time_stride, H, W) with sides that the stride

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 from PIL import Image
 
-from support import checkpoints, pictures, runtime
+from support import checkpoints, pictures, runtime, tokens
 
 
 def model_size(row, done):
@@ -17,13 +17,14 @@ def model_size(row, done):
 
 def prefixes(row, done):
     """How many first tokens tell each of N images from all others (mean), and how many a new one shares."""
-    codes = np.fromfile(done[1].tokens, "<i8").reshape(-1, 16)    # (20000, 16): the last 1,000 are new
+    header = runtime.read_json(done[1].tokens.with_suffix(".json"))
+    ids = tokens.open_ids(done[1].tokens, header)[:, 0]           # (20000, 16): the last 1,000 are new
     n = row["images"]
-    codes = np.concatenate([codes[:n], codes[-1000:]])
+    ids = np.concatenate([ids[:n], ids[-1000:]])
     needed, shared = 1, 0
     for t in range(1, 17):
-        _, group = np.unique(codes[:, :t], axis=0, return_inverse=True)
-        of_group = np.bincount(group.ravel()[:n], minlength=len(codes))
+        _, group = np.unique(ids[:, :t], axis=0, return_inverse=True)
+        of_group = np.bincount(group.ravel()[:n], minlength=len(ids))
         needed += (of_group[group.ravel()[:n]] > 1).mean()
         shared += (of_group[group.ravel()[n:]] > 0).mean()
     return {"tokens needed": needed, "log2 N / K": np.log2(n) / row["bits"], "tokens shared": shared}

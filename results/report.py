@@ -4,6 +4,7 @@
     python results/report.py runs/a runs/b --output both.html
 """
 import base64
+import contextlib
 import html
 import io
 import json
@@ -18,7 +19,7 @@ from PIL import Image, ImageSequence
 
 sys.path[:0] = [str(pathlib.Path(__file__).resolve().parent.parent)]
 
-from support import pictures, runtime                              # noqa: E402
+from support import checkpoints, pictures, runtime, tokens                 # noqa: E402
 from support.runtime import require                                        # noqa: E402
 
 PAGE = """<!DOCTYPE html>
@@ -64,15 +65,17 @@ def bit_bars(balance):
     return page + f'</div><p class="{"dead" if dead else "alive"}">Dead bits: {str(dead)[1:-1] or "none"}</p>'
 
 
-def code_histogram(path):
-    """HTML of how often each code occurs, the most frequent first, in the tokens that train_ar.py stored."""
-    shape = runtime.read_json(path.with_suffix(".json"))["shape"]
-    rows = np.memmap(path, f"<i{path.stat().st_size // math.prod(shape)}", "r").reshape(shape[0], -1)
-    rows = rows[::math.ceil(rows.nbytes / 2 ** 26)]                                  # 64 MiB tell enough
-    counts = np.sort(np.unique(rows[rows >= 0], return_counts=True)[1])[::-1]        # -1: not encoded yet
+def id_histogram(path):
+    """HTML of how often each id occurs, the most frequent first, in the tokens that train_ar.py stored."""
+    with checkpoints.guard(path):
+        header = runtime.read_json(path.with_suffix(".json"))
+        ids = tokens.open_ids(path, header)
+        rows = tokens.stored_rows(path, header)
+        counts = ids[rows[::math.ceil(ids.nbytes / 2 ** 26)]]                        # 64 MiB tell enough
+        counts = np.sort(np.unique(counts, return_counts=True)[1])[::-1]
     ranks = np.linspace(0, len(counts) - 1, min(300, len(counts))).astype(int).tolist()
-    return (f"<h3>How often each code occurs</h3><p>{len(counts):,} codes in {counts.sum():,} tokens, the "
-            f"most frequent first</p>" + chart("tokens", {rank: int(counts[rank]) for rank in ranks}))
+    return (f"<h3>How often each id occurs</h3><p>{len(counts):,} ids in {counts.sum():,} tokens, the most "
+            f"frequent first</p>" + chart("tokens", {rank: int(counts[rank]) for rank in ranks}))
 
 
 def embed(path, errors=False):
@@ -110,7 +113,7 @@ def folded(values):
 
 
 def run_section(folder):
-    """HTML of a training run: its curves, newest pictures, bits, codes, settings."""
+    """HTML of a training run: its curves, newest pictures, bits, ids, settings."""
     curves = pictures.read_metrics(folder, (int, float, list))
     balances = curves.pop("bit_balance", {})               # the only list
     page = f'<h2>{html.escape(folder.name)}: step {max(curves.pop("step", [0]))}</h2><div class="panels">'
@@ -122,8 +125,8 @@ def run_section(folder):
         page += embed(path, errors=path.name.startswith("reconstructions"))
     for balance in list(balances.values())[-1:]:
         page += bit_bars(balance)
-    if (folder / "tokens.json").exists():
-        page += code_histogram(folder / "tokens.bin")
+    with contextlib.suppress(runtime.UserError, OSError):                # one of its files may be deleted
+        page += id_histogram(folder / "tokens.bin")
     for path in runtime.list_checkpoints(folder)[-1:]:
         stored = torch.load(path, "cpu", weights_only=True, mmap=True)                 # tensors stay on disk
         page += folded(stored.get("args"))

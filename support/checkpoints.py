@@ -1,11 +1,11 @@
 """What is in a file: our own checkpoints and those that the authors published, read safely and strictly.
 
-    model, info = checkpoints.load_tokenizer("in1k-256")     # of images or clips: a file, or a published name
-    model, tokenizer, info = checkpoints.load_ar("AR-B")
-    python -m support.checkpoints runs/ar/step-00001800.pt toy.pt    # weights alone, in half precision
+    model, info = checkpoints.load_tokenizer("in1k-256")     # of images or clips: a published name,
+    model, tokenizer, info = checkpoints.load_ar("runs/ar")  # a folder (its newest step-*.pt), or a file
+    python -m support.checkpoints runs/ar toy.pt             # the weights alone, in half precision
 
-Safe: nothing that is stored in a file is ever run. Strict: a name too many or too few, or another shape, is
-an error that lists them. A published name is downloaded once (see `runtime.fetch`). Our files
+Safe: nothing that a file names is imported or run, see pickles.py. Strict: a name too many or too few, or
+another shape, is an error that lists them. Published names are downloaded once (see `runtime.fetch`). Ours
 are literal dicts (see the ends of both training loops), published ones Lightning's, with a `state_dict` of
 
     encoder.* decoder.*      the raw weights of a tokenizer; in an AR file under first_stage_model.*
@@ -19,33 +19,20 @@ if not __package__:
     print("error: in the folder above, type: python -m support.checkpoints", file=sys.stderr)
     sys.exit(2)
 
-import argparse
-import collections
-import contextlib
 import dataclasses
+import functools
 import hashlib
 import pathlib
-import re
-import zipfile
 
 import torch
-from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 import ar_model
 import tokenizer
 import video
 from support import metrics, runtime
+from support.pickles import KINDS, PUBLISHED, guard, located, named_tensors, read
 from support.runtime import UserError, require
 
-PUBLISHED = {                       # name: (repository of https://huggingface.co/TencentARC, file)
-    "in1k-256": ("Open-MAGVIT2-Tokenizer-256-resolution", "imagenet_256_L.ckpt"),
-    "in1k-128": ("Open-MAGVIT2-Tokenizer-128-resolution", "imagenet_128_L.ckpt"),
-    "pt-256-2^18": ("Open-MAGVIT2-Tokenizer-262144-Pretrain", "pretrain256_262144.ckpt"),
-    "pt-256-2^14": ("Open-MAGVIT2-Tokenizer-16384-Pretrain", "pretrain256_16384.ckpt"),
-    "ucf-128": ("Open-MAGVIT2-Tokenizer-262144-Video", "video_128_262144.ckpt"),
-    "AR-B": ("Open-MAGVIT2-AR-B-256-resolution", "AR_256_B.ckpt"),
-    "AR-L": ("Open-MAGVIT2-AR-L-256-resolution", "AR_256_L.ckpt"),
-    "AR-XL": ("Open-MAGVIT2-AR-XL-256-resolution", "AR_256_XL.ckpt")}
 FORMATS = {                         # the mark of our own files: (model, config, presets)
     "open-magvit2-tokenizer": (tokenizer.Tokenizer, tokenizer.TokenizerConfig, tokenizer.PRESETS),
     "open-magvit2-video-tokenizer": (video.VideoTokenizer, video.VideoTokenizerConfig, video.PRESETS),
@@ -60,67 +47,16 @@ AR_NAMES = {"pre_emb.": "token_embeddings.0.", "post_emb.": "token_embeddings.1.
 WRAPPER = ".conv_1."                # published causal convolutions are modules around one; ours are not
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "kernel")       # have no EMA
 TRAINED_ON = ("data_path", "val_data_path", "resize", "split_list", "val_split_list")
-# Plain containers that Lightning files hold beside the weights. None of them runs code when it is unpickled.
-HARMLESS = [argparse.Namespace, collections.defaultdict, collections.Counter, dict, list, set,
-            pathlib.PosixPath, pathlib.PurePosixPath]
 
-# ---- 1. The border: files that may be anything -------------------------------------------------------------
+# ---- 1. Weights, and the state of a training run -----------------------------------------------------------
 
+def opened(path, ema=True):
+    """(path, dict) of the file that `path` means, in the form of ours, whoever wrote it. See `located`.
 
-@contextlib.contextmanager
-def guard(path):
-    """Within it, whatever a file makes go wrong that is not what it claims to be becomes one `UserError`."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError, EOFError,
-            zipfile.BadZipFile) as error:                 # the last two: npz files that were cut off
-        raise UserError(f"{path} is damaged, of another version, or not what it claims to be "
-                        f"({type(error).__name__}: {' '.join(str(error).split())[:200]})") from None
-
-
-def read(path, trust=False):
-    """The dict in a checkpoint file, its tensors on the CPU, read from disk when they are first used.
-
-    Raises `UserError` for a missing or truncated file, and for one that needs classes outside of PyTorch;
-    those are unpickled only with trust=True, because unpickling can run any code its author wished.
-    """
-    path = pathlib.Path(path)
-    require(path.exists(), f"checkpoint {path} does not exist; check the path, or name a published one of "
-                           f"{', '.join(PUBLISHED)}")
-    require(path.is_file(), f"checkpoint {path} is a folder; name the .pt or .ckpt file inside it")
-    try:
-        with torch.serialization.safe_globals(HARMLESS):
-            stored = torch.load(path, "cpu", weights_only=not trust, mmap=zipfile.is_zipfile(path))
-    except Exception as error:                            # unpickling damaged bytes raises almost anything
-        foreign = re.search(r"(?:GLOBAL|global|class|type)\W+([A-Za-z_]\w*(?:\.\w+)+)", str(error))
-        problem = (f"cannot be read: the file is truncated or is no PyTorch checkpoint "
-                   f"({type(error).__name__}); copy or download it again, or use an earlier one")
-        if isinstance(error, PermissionError):
-            problem = "may not be read; change its permissions"
-        elif trust and isinstance(error, (ImportError, NotImplementedError)):
-            problem = f"holds objects that this machine cannot make ({error}); install what they need"
-        elif foreign and "nsupported" in str(error):
-            problem = (f"holds a pickled {foreign[1]}, which could run code when loaded; nothing was "
-                       f"executed (if you trust its author, add --trust-checkpoint)")
-        raise UserError(f"checkpoint {path} {problem}") from None
-    require(isinstance(stored, dict), f"checkpoint {path} holds a {type(stored).__name__}, not a dictionary")
-    return stored
-
-
-@contextlib.contextmanager
-def opened(path, trust=False):
-    """Gives (path, dict) of a file or, under a published name, of that in the cache, downloaded first."""
-    if not pathlib.Path(path).exists() and str(path) in PUBLISHED:
-        repository, file = PUBLISHED[str(path)]
-        path = runtime.fetch(f"https://huggingface.co/TencentARC/{repository}/resolve/main/{file}")
-    stored = read(path, trust)
-    with guard(path):
-        for part in ("state_dict", "model", "ema"):
-            for wrapper in ("module.", "_orig_mod.", "module."):           # of DDP, of torch.compile
-                consume_prefix_in_state_dict_if_present(stored.get(part, {}), wrapper)
-        yield path, stored
+    ema: of a published tokenizer, the EMA weights."""
+    path = located(path)
+    stored = read(path)
+    return path, from_lightning(path, stored, ema) if "state_dict" in stored else stored
 
 
 def differences(own, state):
@@ -134,23 +70,27 @@ def differences(own, state):
 
 def listed(names):
     """The first ten of `names`, in order."""
-    names = sorted(names)
     more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-    return ", ".join(names[:10]) + more
+    return ", ".join(sorted(names)[:10]) + more
 
 
 def load_state(part, state, source):
-    """Load a network, optimizer or scaler strictly, or raise one line that names `source`."""
-    with guard(source):
-        if isinstance(part, torch.nn.Module):
-            problem = differences(part.state_dict(), state)
-            require(not problem, f"{source} does not fit this model; {problem}")
+    """Load a network, optimizer, scaler or tensor strictly, or raise one line that names `source`."""
+    if isinstance(part, torch.nn.Module):
+        problem = differences(part.state_dict(), state or {})
+        require(not problem, f"{source} does not fit this model; {problem}")
         part.load_state_dict(state)
-        if isinstance(part, torch.optim.Optimizer):       # which takes states of any shape, and fails later
-            for parameter, values in part.state.items():
-                for name in ("exp_avg", "exp_avg_sq"):
-                    require(values[name].shape == parameter.shape, f"{source} is of another network: {name} "
-                            f"is {list(values[name].shape)}, expected {list(parameter.shape)}")
+    elif isinstance(part, torch.Tensor):
+        require(getattr(state, "shape", None) == part.shape, f"{source} is no tensor {list(part.shape)}")
+        part.copy_(state)
+    else:
+        with guard(source):
+            part.load_state_dict(state)
+        for parameter, values in getattr(part, "state", {}).items():     # an optimizer takes any, fails later
+            for name in ("exp_avg", "exp_avg_sq"):
+                shape = getattr(values.get(name), "shape", None)
+                require(shape == parameter.shape, f"{source} is of another network: {name} is {shape}, "
+                                                  f"expected {parameter.shape}")
 
 
 def load_partly(model, state, may_differ, source):
@@ -165,125 +105,139 @@ def load_partly(model, state, may_differ, source):
     runtime.print_main(f"start    {source}; anew: {listed(anew) or 'nothing'}")
 
 
-def below(prefix, state):
-    """What has `prefix` before its name in {name: tensor}, without it."""
-    return {name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)}
-
-
-def discriminator_in(path):
-    """The weights of the discriminator in a file, ours or published: {name: tensor}, empty for none."""
-    with opened(path) as (_, stored):
-        return stored.get("discriminator") or below("loss.discriminator.", stored.get("state_dict", {}))
-
-
 def resume(args, parts, flags, **records):
     """The checkpoint that --resume continues, restored into `parts`; an empty dict for a new run.
 
-    parts: {name: network, optimizer or scaler}; the random generators are restored too. Raises `UserError`
-    unless the file holds just these, and the `flags` and `records` ({name: dict}) of its run are those of
-    this one. Where the newest file is damaged, the one before it is taken. No run is written over.
+    parts: {name: network, optimizer, scaler or tensor}; the random generators are restored too. Raises
+    `UserError` unless the file holds just these, and the `flags` and `records` ({name: dict}) of its run are
+    those of this one. Where the newest file is damaged, the one before it is taken. No run is written over.
     """
     existing = runtime.list_checkpoints(args.results_dir)
     require(args.resume or not existing, f"{args.results_dir} already holds a run up to "
             f"{existing and existing[-1]}; continue it with --resume, or choose another --results-dir")
-    candidates = existing if args.resume == "latest" else [args.resume]
-    if not (args.resume and candidates):
+    candidates = existing
+    if args.resume not in (None, "latest"):
+        candidates = runtime.list_checkpoints(args.resume) or [args.resume]
+    if not candidates:
         if args.resume:
             runtime.print_main(f"--resume: no checkpoint in {args.results_dir} yet, starting from scratch")
         return {}
     for path in reversed(candidates):
         try:
-            saved = read(path)
-            with guard(path):
-                damaged = zipfile.ZipFile(path).testzip()  # or a flipped bit in a momentum passes unnoticed
-            require(not damaged, f"checkpoint {path} is damaged, in {damaged}; use an earlier one")
+            saved = read(path, whole=True)
             break
         except UserError as error:
             if path == candidates[0]:
                 raise
             runtime.print_main(f"{error}; trying the one before")
-    with guard(path):
-        require(saved.get("format") == format_of(parts["model"]), f"--resume {path}: not a training "
-                                                                  f"checkpoint of this script and preset")
-        what = f"--resume {path}: a flag that must stay as it was"
-        runtime.check_same(saved["args"], vars(args), what, flags)
-        require(("discriminator" in saved) == ("discriminator" in parts), f"--resume {path}: --gan-weight "
-                f"cannot be switched on or off in the middle of a run")
-        newest = max([int(file.stem[5:]) for file in existing], default=0)
-        require(args.resume == "latest" or newest <= saved["step"], f"--resume {path}: {args.results_dir} "
-                f"holds newer ones, up to step {newest}; move them away, or use another --results-dir")
-        for what, record in records.items():
-            runtime.check_same(saved[what], record, f"--resume {path}: the {what}", record)
-        for name, part in parts.items():
-            load_state(part, saved[name], f"{name} of {path}")
+    where = f"--resume {path}"
+    require(saved.get("format") == format_of(parts["model"]),
+            f"{where}: not a training checkpoint of this script and preset")
+    for name in ("args", "step", "rng", *records):
+        require(saved.get(name) is not None, f"{where}: it holds no {name}")
+    runtime.check_same(saved["args"], vars(args), f"{where}: a flag that must stay as it was", flags)
+    require(("discriminator" in saved) == ("discriminator" in parts),
+            f"{where}: --gan-weight cannot be switched on or off in the middle of a run")
+    newest = max([int(file.stem[5:]) for file in existing], default=0)
+    require(args.resume == "latest" or newest <= saved["step"], f"{where}: {args.results_dir} holds newer "
+            f"ones, up to step {newest}; move them away, or use another --results-dir")
+    for name, record in records.items():
+        known = record.keys() & saved[name].keys()         # older files know less of a run
+        runtime.check_same(saved[name], record, f"{where}: the {name}", known)
+    for name, part in parts.items():
+        load_state(part, saved.get(name), f"{name} of {path}")
+    with guard(f"rng of {path}"):
         runtime.restore_rng_state(saved["rng"])
     runtime.print_main(f"resuming {path} at step {saved['step']}")
     return saved
 
 
-# ---- 2. Tokenizers and transformers. Published files are first brought into the form of ours ---------------
+# ---- 2. Tokenizers and transformers ------------------------------------------------------------------------
 
-def load_tokenizer(path, ema=True, trust=False):
-    """(tokenizer of images or clips, info) of a checkpoint of ours, or a published one or AR file.
+def load_tokenizer(path, ema=True):
+    """(tokenizer of images or clips, info) of a checkpoint of ours, or a published one, or of an AR model.
 
     ema: take the EMA weights where the file has them (published results are with EMA), else the raw ones.
-    trust: see `read`. The model is in eval mode on the CPU; info says "path", "preset", "weights" ("EMA" or
-    "raw"), "step", "source" ("ours" or "published") and "trained_on". Raises `UserError`, listing names.
+    The model is in eval mode on the CPU; info says "path", "preset", "weights" ("EMA" or "raw"), "step",
+    "source" ("ours" or "published") and "trained_on". Raises `UserError`, listing names.
     """
-    with opened(path, trust) as (path, stored):
-        if "state_dict" in stored:
-            stored = published_tokenizer(path, stored, ema)
-        elif stored.get("format") == AR:
-            require(stored.get("first_stage"), f"{path} is an AR model without its tokenizer")
-            stored = {**stored["first_stage"], "args": stored.get("args", {})}    # of data that both learned
-        return build(path, stored, ema, TOKENIZERS)
+    path, stored = opened(path, ema)
+    if stored.get("format") == AR:
+        require(stored.get("first_stage"), f"{path} is an AR model without its tokenizer")
+        stored = {**stored["first_stage"], "args": stored.get("args")}         # of data that both learned
+    return build(path, stored, ema, TOKENIZERS)
 
 
-def load_ar(path, ema=True, trust=False):
+def load_ar(path, ema=True):
     """(ARModel, its tokenizer or None, info) of one of our checkpoints or a published file.
 
     As `load_tokenizer`; info also says "classes" (their names, None where the file has none) and "tokenizer",
     the record of the one that made the tokens.
     """
-    with opened(path, trust) as (path, stored):
-        if "state_dict" in stored:
-            stored = published_ar(path, stored)
-        model, info = build(path, stored, ema, [AR])
-        info.update({name: stored[name] for name in ("classes", "tokenizer")})
-        decoder = None
-        if stored["first_stage"] is not None:
-            decoder, _ = build(f"the tokenizer inside {path}", stored["first_stage"], False, TOKENIZERS)
-        return model, decoder, info
+    path, stored = opened(path)
+    model, info = build(path, stored, ema, [AR])
+    info.update(classes=stored.get("classes"), tokenizer=stored.get("tokenizer"))
+    require(info["classes"] is None or len(info["classes"]) == model.config.num_classes
+            and {str} >= set(map(type, info["classes"])), f"{path} names other classes than it has")
+    decoder = None
+    if stored.get("first_stage") is not None:
+        decoder, _ = build(f"the tokenizer inside {path}", stored["first_stage"], False, TOKENIZERS)
+    return model, decoder, info
 
 
-def load_pair(ckpt=None, tokenizer_path=None, ema=True, trust=False):
+def load_pair(ckpt=None, tokenizer_path=None, ema=True):
     """(ARModel, its tokenizer, info of `load_ar`): all that drawing needs, on the CPU.
 
     ckpt: None is the newest of runs/ar. tokenizer_path: for published files that contain none; for our files
     it must be the one that made the tokens. Raises `UserError` where the two do not belong together.
     """
     ckpt = ckpt or runtime.latest_checkpoint("runs/ar", "AR model")
-    model, decoder, info = load_ar(ckpt, ema, trust)
+    model, decoder, info = load_ar(ckpt, ema)
+    made_with = info["tokenizer"] or {}
     if tokenizer_path:
-        own = info["tokenizer"]
-        decoder, its = load_tokenizer(tokenizer_path, ema, trust)
+        decoder, its = load_tokenizer(tokenizer_path, ema)
         info["tokenizer"] = {**its, "sha256": weights_hash(decoder)}
-        require(info["source"] == "published" or own["sha256"] == info["tokenizer"]["sha256"],
+        require(info["source"] == "published" or made_with.get("sha256") == info["tokenizer"]["sha256"],
                 f"--tokenizer {tokenizer_path} is not the one that {ckpt} was trained with and contains, "
-                f"{own and own['path']}; leave the flag out")
+                f"{made_with.get('path')}; leave the flag out")
     require(decoder, f"{ckpt} contains no whole tokenizer; name the file of one with --tokenizer")
-    codes = decoder.quantizer.vocabulary
-    axes = 2 if getattr(decoder.config, "frames", None) is None else 3
+    ids = decoder.quantizer.vocabulary
+    axes = 2 if decoder.config.frames is None else 3
     needed = 2 ** sum(model.config.bits)
-    require(codes == needed and axes == len(model.config.grid), f"{ckpt} draws tokens of {needed} codes on a "
-            f"grid {model.config.grid}, but {info['tokenizer']['path']}, its tokenizer, has {codes} codes on "
-            f"{axes} axes; give the right one with --tokenizer")
+    require(ids == needed and axes == len(model.config.grid), f"{ckpt} draws {needed} ids on a grid "
+            f"{model.config.grid}, but its tokenizer, {tokenizer_path or made_with.get('path')}, has {ids} "
+            f"ids on {axes} axes; give the right one with --tokenizer")
     return model, decoder, info
 
 
 def format_of(model):
     """The mark under "format" in our checkpoints of this kind of model."""
     return next(mark for mark, (kind, _, _) in FORMATS.items() if type(model) is kind)
+
+
+def config_in(path, stored, kind, state):
+    """The config in a file, a dataclass of this `kind`. Raises `UserError` where it cannot be one of `state`.
+
+    Limits keep what is built of a damaged config small, and its sizes below 2^63."""
+    values = stored.get("config") or {}
+    defaults = {field.name: field.default for field in dataclasses.fields(kind)}
+    require(values.keys() == defaults.keys(), f"{path} was written by another version of this project: its "
+                                              f"config differs in {listed(values.keys() ^ defaults)}")
+    for name, value in values.items():
+        numbers = value if type(value) is tuple else [value] if type(value) is int else []
+        most = 2 ** 9 if type(value) is tuple else 2 ** 16
+        if name.endswith("blocks"):
+            most = len(state)
+        elif name in ("levels", "codebook_size", "num_classes"):
+            most = 2 ** 24
+        whole = {int} >= set(map(type, numbers)) and len(numbers) <= 64 and max(numbers, default=0) <= most
+        require(type(value) is type(defaults[name]) and whole,
+                f"{path} has a config that cannot be: {name} is {str(value)[:50]}")
+    try:
+        return kind(**values)
+    except ValueError as error:
+        require(runtime.in_one_line(error) is None, f"{path} has a config that cannot be: {error}")
+        raise
 
 
 def build(path, stored, ema, kinds):
@@ -294,50 +248,52 @@ def build(path, stored, ema, kinds):
     require(mark in kinds, f"{path} is no {what}, but marked {mark}")
     kind, config_kind, presets = FORMATS[mark]
     part = "ema" if ema and stored.get("ema") else "model"
-    state = stored[part]
-    values = stored["config"]
-    fields = {field.name for field in dataclasses.fields(config_kind)}
-    require(values.keys() == fields, f"{path} was written by another version of this project: its config "
-                                     f"differs in {listed(values.keys() ^ fields)}")
-    require(all(values[name] <= len(state) for name in fields if name.endswith("blocks")),
-            f"{path} has a config of more blocks than it has weights")
-    config = config_kind(**values)
-    preset = stored["preset"] if mark == AR else next(    # an AR model may have any number of classes
+    state = stored.get(part) or {}
+    config = config_in(path, stored, config_kind, state)
+    preset = stored.get("preset") if mark == AR else next(     # an AR model may have any number of classes
         (name for name, known in presets.items() if known == config), "custom")
-    with torch.device("meta"):                            # shapes first, without memory or random weights
+    with torch.device("meta"):                             # shapes first, without memory or random weights
         model = kind(config)
     problem = differences(model.state_dict(), state)
     guess = f", taken for {preset}," if "source" in stored else ""
     require(not problem, f"{path}{guess} does not fit this model; {problem}")
     model.to_empty(device="cpu")
-    if mark == AR:                                        # a constant, and so in no checkpoint
+    if mark == AR:                                         # a constant, and so in no checkpoint
         model.rope = ar_model.rope_table(config.grid, config.width // config.heads)
     model.load_state_dict(state)
-    args = stored.get("args", {})
+    args = stored.get("args") or {}
     return model.eval(), {"path": str(path), "preset": preset, "weights": "EMA" if part == "ema" else "raw",
                           "step": stored.get("step"), "source": stored.get("source", "ours"),
                           "trained_on": {name: args.get(name) for name in TRAINED_ON}}
 
 
-def in_our_form(mark, state, published, **more):
-    """A published file as a checkpoint of ours, with this state, of the preset with the most similar one."""
-    found = {(name, tensor.shape) for name, tensor in state.items()}
-    kind, _, presets = FORMATS[mark]
+# ---- 3. Published files, brought into the form of ours -----------------------------------------------------
 
-    def unlike(preset):
-        with torch.device("meta"):
-            own = kind(presets[preset]).state_dict()
-        return len(found ^ {(name, tensor.shape) for name, tensor in own.items()})
-
-    preset = min(presets, key=unlike)
-    return {"format": mark, "source": "published", "step": published.get("global_step"), "preset": preset,
-            "config": dataclasses.asdict(presets[preset]), "model": state, **more}
+def below(prefix, state):
+    """What has `prefix` before its name in {name: tensor}, without it."""
+    return {name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)}
 
 
-def published_tokenizer(path, published, ema):
-    """A published tokenizer, or the one in a published AR file, in our form; `ema`: of its EMA weights."""
-    state = {name.removeprefix("first_stage_model."): tensor
-             for name, tensor in published["state_dict"].items()}
+def from_lightning(path, published, ema):
+    """A published tokenizer, or transformer with the tokenizer inside it, as a checkpoint of ours."""
+    state = published["state_dict"]
+    if not below("transformer.", state):
+        return published_tokenizer(path, state, published, ema)
+    inner = below("first_stage_model.", state)
+    own = {}
+    for name in [name for name in state if not name.startswith("first_stage_model.")]:
+        theirs = next((theirs for theirs in AR_NAMES if name.startswith(f"transformer.{theirs}")), None)
+        ours = name.replace(f"transformer.{theirs}", AR_NAMES[theirs], 1) if theirs else f"{name} (published)"
+        own[ours] = state[name]
+    record = None
+    if inner:
+        inner = published_tokenizer(path, inner, published, False)
+        record = {"path": str(path), "weights": "raw", "preset": inner["preset"], "sha256": None}
+    return in_our_form(AR, own, published, first_stage=inner or None, classes=None, tokenizer=record)
+
+
+def published_tokenizer(path, state, published, ema):
+    """The published tokenizer with these weights in our form; `ema`: its EMA weights must be whole."""
     extra = [name for name in state if not name.startswith(PUBLISHED_NAMES)]
     require(not extra, f"{path} holds names that no published tokenizer has: {listed(extra)}")
     averaged = below("model_ema.", state) if ema else {}
@@ -347,34 +303,38 @@ def published_tokenizer(path, published, ema):
                    if name.startswith(PUBLISHED_NAMES[:3]) and not name.endswith(BUFFERS)}
         wrong = dotless.keys() ^ (averaged.keys() - {"decay", "num_updates"})
         require(not wrong, f"the EMA weights in {path} do not match its raw ones, in "
-                           f"{listed(dotless.get(name, name) for name in wrong)}; --raw-weights does without")
-    weights = {name: averaged.get(name.replace(".", ""), tensor) for name, tensor in state.items()
-               if name.startswith(("encoder.", "decoder."))}
-    require(weights, f"{path} holds no tokenizer: no encoder.* and no decoder.*")
+                f"{listed([dotless.get(name, name) for name in wrong])}; sample.py, evaluate.py and "
+                f"tokenizer.py can do without: --raw-weights")
+    own = {name: averaged.get(name.replace(".", ""), tensor) for name, tensor in state.items()
+           if name.startswith(("encoder.", "decoder."))}
+    require(own, f"{path} holds no tokenizer: no encoder.* and no decoder.*")
     of_images, of_clips = TOKENIZERS
-    mark = of_clips if any(WRAPPER in name for name in weights) else of_images
-    weights = {name.replace(WRAPPER, "."): tensor for name, tensor in weights.items()}
-    return in_our_form(mark, weights, published, ema=weights if averaged else {})
+    mark = of_clips if any(WRAPPER in name for name in own) else of_images
+    own = {name.replace(WRAPPER, "."): tensor for name, tensor in own.items()}
+    return in_our_form(mark, own, published, ema=own if averaged else {},
+                       discriminator=below("loss.discriminator.", state))
 
 
-def our_ar_name(name):
-    """Our name of what a published file calls `name`. A strange one is kept, and found to be too many."""
-    for theirs, ours in AR_NAMES.items():
-        if name.startswith(f"transformer.{theirs}"):
-            return ours + name.removeprefix(f"transformer.{theirs}")
-    return f"{name} (as published)"
+@functools.cache
+def shapes_of(kind, config):
+    """{(name, shape)} of the weights of a model."""
+    with torch.device("meta"):                             # without memory or random weights
+        return {(name, tensor.shape) for name, tensor in kind(config).state_dict().items()}
 
 
-def published_ar(path, published):
-    """A published AR file in our form, and inside it the tokenizer that it may have."""
-    own = {our_ar_name(name): tensor for name, tensor in published["state_dict"].items()
-           if not name.startswith("first_stage_model.")}
-    inner = None
-    record = None
-    if len(own) < len(published["state_dict"]):
-        inner = published_tokenizer(path, published, False)
-        record = {"path": str(path), "weights": "raw", "preset": inner["preset"], "sha256": None}
-    return in_our_form(AR, own, published, first_stage=inner, classes=None, tokenizer=record)
+def in_our_form(mark, state, published, **more):
+    """A checkpoint of ours with the weights `state`, of the preset that has the most similar ones."""
+    kind, _, presets = FORMATS[mark]
+    found = {(name, tensor.shape) for name, tensor in state.items()}
+    preset = min(presets, key=lambda name: len(found ^ shapes_of(kind, presets[name])))
+    step = published.get("global_step")
+    return {"format": mark, "source": "published", "step": step if isinstance(step, int) else None,
+            "preset": preset, "config": dataclasses.asdict(presets[preset]), "model": state, **more}
+
+
+def discriminator_in(path):
+    """The weights of the discriminator in a file, ours or published: {name: tensor}, empty for none."""
+    return opened(path)[1].get("discriminator") or {}
 
 
 def weights_hash(model):
@@ -386,7 +346,7 @@ def weights_hash(model):
     return digest.hexdigest()
 
 
-# ---- 3. The networks of the metrics ------------------------------------------------------------------------
+# ---- 4. The networks of the metrics ------------------------------------------------------------------------
 
 RANDOM_LABEL = "NOT COMPARABLE (random weights)"
 HEADS = "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1"
@@ -416,44 +376,47 @@ def load_network(name, weights_dir=None, random=False, eps=1e-3):
     if random:
         return metrics.randomise(network).eval().requires_grad_(False), RANDOM_LABEL
     paths = [runtime.fetch(url, weights_dir, sha) for url, sha in NETWORK_FILES[name]]
+    states = [named_tensors(path, read(path)) for path in paths]
     own = network.state_dict()
-    if len(paths) == 2:                                   # LPIPS: a classifier, of which the head is not used
-        trunk, heads = map(read, paths)
-        state = {key: tensor for key, tensor in trunk.items() if key in own}
-        state.update({f"heads.{i}": heads[f"lin{i}.model.1.weight"] for i in range(5)})
+    if len(paths) == 2:                                    # LPIPS: a classifier without its head, and weights
+        state = {key: tensor for key, tensor in states[0].items() if key in own}
+        state.update({f"heads.{key[:1]}": tensor for key, tensor in below("lin", states[1]).items()})
     else:
         # Old files lack BatchNorm's counters of training steps, which nothing reads in eval mode.
-        state = {**{key: tensor for key, tensor in own.items() if key.endswith("_tracked")}, **read(paths[0])}
+        state = {**{key: tensor for key, tensor in own.items() if key.endswith("_tracked")}, **states[0]}
     load_state(network, state, f"{name} of {paths[-1].parent}")
     return network.eval().requires_grad_(False), " ".join(sha for _, sha in NETWORK_FILES[name])
 
 
-# ---- 4. Weights to pass on ---------------------------------------------------------------------------------
+# ---- 5. Weights to pass on ---------------------------------------------------------------------------------
 
 def get_args(argv=None):
     """Parse the command line."""
-    parser = runtime.ArgumentParser("Keep of one of our checkpoints what drawing or encoding needs: the "
-                                    "weights (EMA ones where there are any), in half precision.")
-    parser.add_argument("checkpoint", help="of train_tokenizer.py or train_ar.py")
+    parser = runtime.ArgumentParser("Keep of a checkpoint what drawing or encoding needs: the weights (EMA "
+                                    "ones where there are any), in half precision.")
+    parser.add_argument("checkpoint", help=f"file, folder of a run, or one of {', '.join(PUBLISHED)}")
     parser.add_argument("output", help="file to write, some ten times smaller")
     return parser.parse_args(argv)
 
 
 def main(args):
     """Write the smaller file."""
-    def in_half(state):
-        return {name: tensor.half() for name, tensor in state.items()}
-
-    with opened(args.checkpoint) as (_, stored), runtime.atomic(args.output) as temporary:
-        kept = {name: stored[name] for name in ("format", "preset", "step", "config", "classes", "tokenizer")
-                if name in stored}
-        kept["args"] = {name: stored["args"].get(name) for name in TRAINED_ON}
-        kept.update(model=in_half(stored["ema"] or stored["model"]), ema={})
-        if "first_stage" in stored:
-            inner = stored["first_stage"]
-            kept["first_stage"] = {**inner, "model": in_half(inner["model"])}
-        torch.save(kept, temporary)
-    print(f"wrote {args.output}, {pathlib.Path(args.output).stat().st_size / 1e6:.1f} MB")
+    output = pathlib.Path(args.output)
+    require(output.suffix in (".pt", ".pth", ".ckpt"), f"{output}: a checkpoint is called NAME.pt")
+    path, stored = opened(args.checkpoint)
+    training = output in runtime.list_checkpoints(output.parent)
+    require(not training and not (output.exists() and output.samefile(path)),
+            f"{output} holds what --resume needs, which would be lost; choose another name")
+    _, info = build(path, stored, True, list(FORMATS))     # raises unless it is whole
+    smaller = {name: stored[name] for name in KINDS.keys() - {"rng", "discriminator"} if name in stored}
+    smaller["args"] = info["trained_on"]
+    for part in filter(None, (smaller, smaller.get("first_stage"))):
+        state = part.get("ema") or part["model"]
+        part["ema"] = {}
+        part["model"] = {name: x.half() if x.is_floating_point() else x for name, x in state.items()}
+    with runtime.atomic(output) as temporary:
+        torch.save(smaller, temporary)
+    print(f"wrote {output}, {output.stat().st_size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

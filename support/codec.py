@@ -4,8 +4,8 @@
     python tokenizer.py encode photos --output ids.npz
     python tokenizer.py decode ids.npz --output decoded
 
-Without files, held-out generated samples. tokenizer.py hands its command line over to here. Axis letters as
-there: B batch, H W height and width, T frames, h w of the latent grid.
+Without files, held-out generated images or clips. tokenizer.py hands its command line over to here. Axis
+letters: 3 colours, T frames, H W height and width of an image or clip, t h w of a part of it.
 """
 import sys
 
@@ -16,20 +16,22 @@ if not __package__:
 import json
 import math
 import pathlib
+import zipfile
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torchvision.transforms.functional import pil_to_tensor
 
-from support import checkpoints, data, metrics, pictures, runtime, sources
+from support import checkpoints, data, metrics, pictures, reading, runtime, sources
+from support.runtime import require
 
 # ---- 1. Of any size: in parts ------------------------------------------------------------------------------
 
 def parts_of(shape, frames, tile):
     """Cut (3, [T,] H, W) into parts that go through the model one by one, of `frames` and `tile` at most.
 
-    Yields (index, weight): slices of (3, T, H, W), and how much the part counts, (h', w'). Tiles overlap by a
+    Yields (index, weight): slices of (3, T, H, W), and how much the part counts, (h, w). Tiles overlap by a
     quarter, along which one fades into the next. frames, tile None: not cut.
     """
     *time, H, W = shape[1:]
@@ -61,14 +63,14 @@ def to_tokens(model, x, tile=None):
     Parts are filled up to whole tokens, two at least, with their last pixels, and in time with their last
     frame. An image is a clip of one frame.
     """
-    frames = getattr(model.config, "frames", None)
+    frames = model.config.frames
     stride = model.config.downsampling
     device = next(model.parameters()).device
     ids = []
     for index, _ in parts_of(x.shape, frames, tile):
         part = pictures.to_float(x.view(3, -1, *x.shape[-2:])[index].to(device))[None]    # (1, 3, t, h, w)
         t, h, w = part.shape[2:]
-        spare = [0, -w % stride, 0, -h % stride, 0, (1 - t) % getattr(model.config, "time_stride", 1)]
+        spare = [0, -w % stride, 0, -h % stride, 0, (1 - t) % model.config.time_stride]
         if max(h, w) <= stride:
             spare[1] += stride
         part = F.pad(part, spare, mode="replicate")
@@ -79,45 +81,49 @@ def to_tokens(model, x, tile=None):
 def from_tokens(model, ids, shape, tile=None):
     """The inverse: uint8 of this `shape`, (3, H, W) or (3, T, H, W)."""
     canvas = torch.zeros(3, math.prod(shape[1:-2]), *shape[-2:])
-    for (index, weight), part in zip(parts_of(shape, getattr(model.config, "frames", None), tile), ids):
+    for (index, weight), part in zip(parts_of(shape, model.config.frames, tile), ids):
         t, h, w = canvas[index].shape[1:]
         y = model.decode(part)[0].float().clamp(-1, 1).cpu()
         canvas[index] += weight * y.view(3, -1, *y.shape[-2:])[:, :t, :h, :w]
     return pictures.to_uint8(canvas).view(*shape)
 
 
-def read_samples(files, config):
+# ---- 2. Files ----------------------------------------------------------------------------------------------
+
+def read_files(files, config):
     """Yield (name, uint8 (3, [T,] H, W), frames a second) of files and folders; broken ones are left out."""
-    frames = getattr(config, "frames", None)
-    suffixes = sources.IMAGE_SUFFIXES + (sources.VIDEO_SUFFIXES if frames else ())
+    suffixes = sources.IMAGE_SUFFIXES + (sources.VIDEO_SUFFIXES if config.frames else ())
     if not files:
-        held_out = sources.build_dataset("generated", "val", data.View(config.resolution, frames))
+        held_out = sources.build_dataset("generated", "val", data.View(config.resolution, config.frames))
         for i in range(8):
             yield f"generated-{i}", held_out[i][0], 10
     paths = []
     for path in map(pathlib.Path, files):
-        runtime.require(path.exists(), f"{path} does not exist; check the path")
+        require(path.exists(), f"{path} does not exist; check the path")
         found = sorted(path.rglob("*")) if path.is_dir() else [path]
         found = [file for file in found if file.suffix.lower() in suffixes]
-        runtime.require(found, f"{path}: this tokenizer takes {' '.join(suffixes)}, or a folder of them")
+        require(found, f"{path}: this tokenizer takes {' '.join(suffixes)}, or a folder of them")
         paths += found
     for i, path in enumerate(paths):                       # numbered: two folders may hold the same name
-        fps = 0
         try:
-            if path.suffix.lower() in sources.VIDEO_SUFFIXES:
-                x = torch.stack([pil_to_tensor(frame()) for frame in sources.video_frames(path)], dim=1)
-                fps = sources.frame_rate(path)
-            else:
-                x = pil_to_tensor(sources.decode(path, upright=True))
-        except runtime.UserError:                          # PyAV is missing
-            raise
-        except Exception as error:                         # decoders raise almost anything on damaged bytes
+            x, fps = read_file(path)
+        except (sources.Unreadable, OSError) as error:     # anything else is a bug
             print(f"broken file left out: {path} ({error})")
         else:
             yield f"{i}-{path.stem}", x, fps
 
 
-def write_sample(folder, name, x, fps):
+def read_file(path):
+    """(uint8 (3, H, W) or (3, T, H, W), frames a second or 0) of an image or a video. Raises `Unreadable`."""
+    if path.suffix.lower() in sources.IMAGE_SUFFIXES:
+        return pil_to_tensor(sources.decode(path, upright=True)), 0
+    frames = [pil_to_tensor(frame()) for frame in sources.video_frames(path)]
+    if len({frame.shape for frame in frames}) != 1:
+        raise sources.Unreadable("it has no frames, or frames of several sizes")
+    return torch.stack(frames, dim=1), reading.frame_rate(path)
+
+
+def write_file(folder, name, x, fps):
     """Write uint8 (3, H, W) as FOLDER/NAME.png, (3, T, H, W) as FOLDER/NAME.webp; returns the path."""
     if x.dim() == 3:
         pictures.save_image(f"{folder}/{name}.png", x.movedim(0, -1).numpy())
@@ -125,6 +131,28 @@ def write_sample(folder, name, x, fps):
     pictures.write_video(f"{folder}/{name}.webp", x.movedim(0, -1).numpy(), fps)
     return f"{folder}/{name}.webp"
 
+
+def read_ids(path, identity):
+    """What `encode` wrote to `path`: a list of (name, shape, frames a second, tile, ids of all parts).
+
+    identity: the hash of the tokenizer's weights, which must have been the same. Raises `UserError`.
+    """
+    require(pathlib.Path(path).is_file(), f"{path} does not exist; check the path")
+    require(zipfile.is_zipfile(path), f"{path} is damaged or no npz; give one that encode wrote")
+    with checkpoints.guard(path), np.load(path) as file:
+        arrays = dict(file)
+    require("about" in arrays, f"{path} holds no ids of ours; give an npz that encode wrote")
+    about = json.loads(str(arrays["about"]))
+    require(about["tokenizer"] == identity, f"{path} was encoded by another tokenizer, {about['ckpt']}; name "
+                                            f"it with --ckpt")
+    encoded = []
+    for k, (name, shape, fps, count, tile) in enumerate(about["samples"]):
+        ids = [torch.from_numpy(arrays[f"{k}-{i}"]) for i in range(count)]
+        encoded.append((pathlib.PurePath(name).name, shape, fps, tile, ids))
+    return encoded
+
+
+# ---- 3. The command line -----------------------------------------------------------------------------------
 
 def compare(model, x, y, tile):
     """(uint8 original, reconstruction and four times their difference side by side, what to say of them)."""
@@ -151,7 +179,6 @@ def get_args(argv=None):
                         "pixels that overlap, for less memory; GroupNorm then sees the mean of a tile, not "
                         "of the image, so that tiles can differ in tone")
     parser.add_argument("--raw-weights", action="store_true", help="the raw weights, not their EMA")
-    parser.add_argument("--trust-checkpoint", action="store_true", help="unpickle foreign classes in --ckpt")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
     return parser.parse_intermixed_args(argv)              # files may stand behind flags
 
@@ -160,27 +187,23 @@ def main(args):
     """Run the command."""
     device = runtime.setup_process_group(args.device)
     ckpt = args.ckpt or runtime.latest_checkpoint("runs/tokenizer", "tokenizer")
-    model, info = checkpoints.load_tokenizer(ckpt, not args.raw_weights, args.trust_checkpoint)
+    model, info = checkpoints.load_tokenizer(ckpt, not args.raw_weights)
     model.to(device)
     print(f"{ckpt}: {info['preset']}, {info['weights']} weights")
     identity = checkpoints.weights_hash(model)
     folder = args.output or "runs/reconstructions"
     if args.command == "decode":
-        runtime.require(args.files, "decode needs files: the npz that encode wrote")
+        require(args.files, "decode needs files: the npz that encode wrote")
         for path in args.files:
-            with checkpoints.guard(path), np.load(path) as file:
-                about = json.loads(str(file["about"]))
-                runtime.require(about["tokenizer"] == identity, f"{path} was encoded by another tokenizer, "
-                                                                f"{about['ckpt']}; name it with --ckpt")
-                for k, (name, shape, fps, count, tile) in enumerate(about["samples"]):
-                    ids = [torch.from_numpy(file[f"{k}-{i}"]).to(device) for i in range(count)]
-                    print(write_sample(folder, name, from_tokens(model, ids, shape, tile), fps))
+            for name, shape, fps, tile, ids in read_ids(path, identity):
+                x = from_tokens(model, [part.to(device) for part in ids], shape, tile)
+                print(write_file(folder, name, x, fps))
         return
     arrays = {}
-    samples = []
-    for k, (name, x, fps) in enumerate(read_samples(args.files, model.config)):
+    encoded = []
+    for k, (name, x, fps) in enumerate(read_files(args.files, model.config)):
         ids = to_tokens(model, x, args.tile)
-        samples.append([name, list(x.shape), fps, len(ids), args.tile])
+        encoded.append([name, list(x.shape), fps, len(ids), args.tile])
         tokens = sum(part.numel() for part in ids)
         bits = tokens * math.log2(model.quantizer.vocabulary) / x[0].numel()
         line = f"{name}: {' x '.join(map(str, x.shape[1:]))}, {tokens:,} tokens, {bits:.4f} bits a pixel"
@@ -188,11 +211,11 @@ def main(args):
             arrays.update({f"{k}-{i}": part.cpu().numpy().astype(np.uint32) for i, part in enumerate(ids)})
         else:
             beside, text = compare(model, x, from_tokens(model, ids, x.shape, args.tile), args.tile)
-            line += f"{text}: {write_sample(folder, name, beside, fps)}"
+            line += f"{text}: {write_file(folder, name, beside, fps)}"
         print(line)
-    runtime.require(samples, "none of the files could be read")
+    require(encoded, "none of the files could be read")
     if args.command == "encode":
-        about = {"tokenizer": identity, "ckpt": str(ckpt), "samples": samples}
+        about = {"tokenizer": identity, "ckpt": str(ckpt), "samples": encoded}
         with runtime.atomic(args.output or "runs/ids.npz") as temporary:
             np.savez(temporary, about=np.array(json.dumps(about)), **arrays)
         print(f"wrote {args.output or 'runs/ids.npz'}")

@@ -24,6 +24,7 @@ if not __package__:
     print("error: in the folder above, type: python -m support.data", file=sys.stderr)
     sys.exit(2)
 
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -38,9 +39,10 @@ import torchvision.transforms.functional as TF
 from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
 
-from support import pictures, runtime
+from support import pictures, runtime, signals
+from support.reading import MAX_PIXELS, Unreadable
 from support.runtime import require
-from support.sources import MAX_PIXELS, SPLITS, build_dataset
+from support.sources import SPLITS, build_dataset
 
 # ---- 1. What a network sees of a file ----------------------------------------------------------------------
 
@@ -72,25 +74,27 @@ class View:
         """PIL RGB image (H, W) to uint8 (3, S, S), or (10, 3, S, S) of ten crops, as this view says.
 
         Resizing a tensor, or cropping as the ADM evaluator does, moves pixels by up to a level on average:
-        FID then compares other images. Raises ValueError where a side would not fit into memory.
+        FID then compares other images. Raises `Unreadable` where a side would not fit into memory.
         """
         if self.crop == "original":
             return TF.pil_to_tensor(image)
         size = self.image_size
         shorter = int(1.1 * size) if self.crop == "ten" else self.resize or size
         if shorter ** 2 * max(image.size) / min(image.size) > MAX_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} pixels are too unequal to be resized")
-        image = TF.pil_to_tensor(TF.resize(image, shorter, TF.InterpolationMode.BILINEAR))
+            raise Unreadable(f"{image.width} x {image.height} pixels are too unequal to be resized")
+        image = TF.resize(image, shorter, TF.InterpolationMode.BILINEAR)
         if self.crop == "ten":
-            crops = torch.stack(TF.five_crop(image, size))
+            crops = torch.stack(TF.five_crop(TF.pil_to_tensor(image), size))
             return torch.cat([crops, crops.flip(-1)])
         if self.crop == "random":
-            top = int(rng.integers(image.shape[1] - size + 1))
-            left = int(rng.integers(image.shape[2] - size + 1))
+            top = int(rng.integers(image.height - size + 1))
+            left = int(rng.integers(image.width - size + 1))
             image = TF.crop(image, top, left, size, size)
         else:
             image = TF.center_crop(image, size)
-        return image.flip(-1) if self.flip and rng.random() < 0.5 else image
+        if self.flip and rng.random() < 0.5:
+            image = TF.hflip(image)
+        return TF.pil_to_tensor(image)
 
 
 # ---- 2. Order, shares of ranks, batches --------------------------------------------------------------------
@@ -99,23 +103,66 @@ def evenly_spaced(count, length):
     """`count` of the indices 0 .. length - 1 (None: all): of as many equal parts one each, always the same.
 
     So a set sorted by class keeps every class; drawn at random, as one whose classes take turns would lose
-    nine of ten to a step of 10.
+    nine of ten to a step of 10. All of them are a range, which takes no memory.
     """
     count = min(count or length, length)
+    if count == length:
+        return range(length)
     edges = np.arange(count + 1) * length // count
     return np.random.default_rng(0).integers(edges[:-1], edges[1:]).tolist()
 
 
-def fingerprint(dataset, indices):
-    """sha256 of view, labels, file sizes and 16 of `dataset[indices]`: the same where data has moved."""
+def fingerprint(dataset, indices, like="2:"):
+    """What identifies `dataset[indices]`, wherever the data lie, in under a second.
+
+    "2:" and a sha256 of the view, all names in the set, the indices and their labels, the sizes of 1,000
+    files, and 16 of the samples. So it misses a file that has changed under its name, unless it is one of the
+    1,000 and has another size now, or one of the 16.
+    like: a recorded one. Older versions wrote another kind, without "2:"; for such a one, that is returned.
+    """
+    indices = np.asarray(indices, np.int64)
+    if not like.startswith("2:"):
+        return older_fingerprint(dataset, indices)
+    some = indices[list(evenly_spaced(1000, len(indices)))]
+    view = {field.name: getattr(dataset.view, field.name) for field in dataclasses.fields(View)
+            if getattr(dataset.view, field.name) != field.default}       # so that new fields change nothing
+    digest = hashlib.sha256(json.dumps([view, sizes_of_files(dataset, some)]).encode())
+    for facts in (dataset.paths.text, torch.from_numpy(indices), dataset.labels[torch.from_numpy(indices)]):
+        digest.update(facts.numpy())
+    return "2:" + with_samples(digest, dataset, indices)
+
+
+def older_fingerprint(dataset, indices):
+    """The same in the form of older versions: of all files' sizes, which takes a while, and of no names."""
+    labels = dataset.labels[torch.from_numpy(indices)].tolist()
+    facts = [dataclasses.astuple(dataset.view)[:7], len(dataset), labels, sizes_of_files(dataset, indices)]
+    return with_samples(hashlib.sha256(json.dumps(facts).encode()), dataset, indices)
+
+
+def sizes_of_files(dataset, indices):
+    """The bytes of each file, where a sample is one: a list."""
     paths = [dataset.paths[i] for i in indices]
-    facts = [dataclasses.astuple(dataset.view), len(dataset), [dataset.labels[i] for i in indices],
-             [os.path.getsize(path) for path in paths if os.path.exists(path)]]
-    digest = hashlib.sha256(json.dumps(facts).encode())
+    return [os.path.getsize(path) for path in paths if os.path.exists(path)]
+
+
+def with_samples(digest, dataset, indices):
+    """The hexadecimal digits of `digest` after 16 of the samples."""
     for i in evenly_spaced(16, len(indices)):
         sample = dataset[indices[i]]
         digest.update(sample[0].numpy().tobytes() if sample else b"broken")
     return digest.hexdigest()
+
+
+def same_samples(first, second):
+    """Whether two sets hold the same, wherever it lies and however it is looked at: then none is held out."""
+    if not torch.equal(first.paths.text, second.paths.text):
+        return False
+    prints = []
+    for dataset in (first, second):
+        alike = copy.copy(dataset)
+        alike.view = View(16, first.view.frames)
+        prints.append(fingerprint(alike, range(len(alike))))
+    return prints[0] == prints[1]
 
 
 @functools.lru_cache(maxsize=2)
@@ -143,7 +190,7 @@ def train_loader(dataset, global_batch_size, seed, start_step=0, accumulation=1,
             epoch, position = divmod(step, len(dataset) // global_batch_size)
             batch = epoch_order(len(dataset), seed, epoch)[position * global_batch_size:][:global_batch_size]
             for first in range(rank * share, global_batch_size, world_size * share):
-                yield [(int(index), (seed, epoch, int(index))) for index in batch[first:first + share]]
+                yield [(index, (seed, epoch, index)) for index in batch[first:first + share].tolist()]
 
     return batches(dataset, shares_of_this_rank(), num_workers)
 
@@ -158,41 +205,47 @@ class eval_batches:
     def __init__(self, dataset, indices, batch_size, num_workers=0):
         self.dataset = dataset
         self.num_workers = num_workers
-        parts = [list(indices[first:first + batch_size]) for first in range(0, len(indices), batch_size)]
-        self.parts = parts[runtime.rank()::runtime.world_size()]
+        self.indices = np.asarray(indices, np.int64)
+        self.batch_size = batch_size
+        self.firsts = range(0, len(indices), batch_size)[runtime.rank()::runtime.world_size()]
 
     def __len__(self):
-        return len(self.parts)
+        return len(self.firsts)
+
+    @property
+    def parts(self):
+        """The indices of each batch, int64 arrays, which are cut one by one."""
+        return (self.indices[first:first + self.batch_size] for first in self.firsts)
 
     def __iter__(self):
         seed = self.dataset.view.seed
-        requests = [[(int(index), (seed, int(index))) for index in part] for part in self.parts]
+        requests = ([(index, (seed, index)) for index in part.tolist()] for part in self.parts)
         found = batches(self.dataset, requests, self.num_workers)
         for (x, labels, indices), part in zip(found, self.parts):
-            asked = indices == torch.tensor(part)         # others replace broken ones
+            asked = indices == torch.from_numpy(part)     # others stand in for broken ones
             if asked.any():
                 yield x[asked], labels[asked], indices[asked]
 
 
 def batches(dataset, requests, num_workers):
     """The batches for each list of (index, seed) in `requests`, with an eye on the broken samples."""
+    asked, requests = itertools.tee(requests)
     loader = DataLoader(dataset, batch_sampler=requests, collate_fn=collate, num_workers=num_workers,
-                        worker_init_fn=leave_process_group, pin_memory=torch.cuda.is_available(),
+                        worker_init_fn=signals.follow_trainer, pin_memory=torch.cuda.is_available(),
                         generator=torch.Generator())      # its own: the global one must not depend on loaders
-    for batch in loader:
-        dataset.raise_if_broken()
+    with signals.held():
+        found = iter(loader)                              # starts the workers
+    for batch, request in zip(found, asked):
+        if batch is None or batch[2].tolist() != [index for index, _ in request]:
+            dataset.raise_if_broken()                     # others stand in: only then is it time to count
         yield batch
 
 
 def collate(items):
     """[x, labels, indices] of items; None where too many are broken, for then `batches` stops."""
+    if isinstance(items, tuple):                          # one batch already: tokens
+        return items
     return None if None in items else default_collate(items)
-
-
-def leave_process_group(worker):
-    """Ctrl-C goes to a whole process group; a worker that it killed would stop the trainer from saving."""
-    if hasattr(os, "setpgrp"):                            # not on Windows
-        os.setpgrp()
 
 
 # ---- 3. Looking at a data set ------------------------------------------------------------------------------
@@ -220,8 +273,8 @@ def main(args):
     view = View(args.image_size, args.frames, args.crop, args.flip, args.resize)
     dataset = build_dataset(args.data_path, args.split, view)
     require(args.frames or args.output.lower().endswith(".png"), f"--output {args.output} is no .png")
-    by_class = sorted(range(len(dataset)), key=dataset.labels.__getitem__)        # a row for each of ten
-    chosen = [by_class[i] for i in evenly_spaced(40 if args.frames else 80, len(dataset))]
+    by_class = dataset.labels.argsort(stable=True)        # a row for each of ten
+    chosen = by_class[list(evenly_spaced(40 if args.frames else 80, len(dataset)))].tolist()
     start = time.perf_counter()
     shown = [dataset[index] for index in chosen]
     milliseconds = (time.perf_counter() - start) / len(chosen) * 1000
@@ -230,11 +283,12 @@ def main(args):
         for _ in tqdm(everything, "reading", disable=None):
             pass
     dataset.raise_if_broken()
-    classes = [f"{name} {dataset.labels.count(i)}" for i, name in enumerate(dataset.classes[:10])]
+    counts = dataset.labels.bincount(minlength=10).tolist()
+    classes = [f"{name} {count}" for name, count in zip(dataset.classes[:10], counts)]
     runtime.print_facts(
         ("data", dataset.name),
         (f"{dataset.kind}s", f"{len(dataset)}, {milliseconds:.2f} ms to read one, "
-                             f"{int(dataset.broken.sum())} known to be broken"),
+                             f"{dataset.count_broken()} known to be broken"),
         ("classes", f"{len(dataset.classes)}: {', '.join(classes)}"),
         ("seen as", f"{' x '.join(map(str, dataset.axes))}, {view.crop} crop"))
     captions = [dataset.classes[label] if dataset.classes else str(index) for _, label, index in shown]

@@ -1,10 +1,7 @@
-"""Every metric as a lecture: what it sees, what it misses, and the trap that has caught people before.
+"""Every metric as a lecture: what it sees, what it misses, what has caught people, what others print for it.
 
-Pure functions on tensors, and the networks behind some of them; evaluate.py measures with them, and the
-training of stage I uses LPIPS, PSNR and the usage of the codebook. Nothing here knows of files or flags: the
-networks are built with random weights, and checkpoints.py fills in the published ones.
-
-Axis letters: B images, T frames of a clip, N of a set, H W their size, D features. Errors are ValueErrors.
+Pure functions on tensors, and the networks behind some of them, with random weights: checkpoints.py fills in
+the published ones. B images, T frames of a clip, N of a set, H W their size, D features. Errors: ValueErrors.
 """
 import numpy as np
 import scipy.linalg
@@ -13,12 +10,20 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 
-# ---- 1. Pixels and codes: what one image and its reconstruction, or one bag of tokens, can tell ------------
+# ---- 1. Pixels and ids: what one image and its reconstruction, or one bag of tokens, can tell --------------
 
 def check(condition, text):
     """Raise ValueError(text) unless `condition` holds."""
     if not condition:
         raise ValueError(text)
+
+
+def check_finite(*sets):
+    """Raise ValueError where features are NaN or infinite: comparisons, clamps and `max` would hide it."""
+    for i, features in enumerate(sets, 1):
+        wrong = torch.as_tensor(features).isfinite().logical_not().nonzero().tolist()
+        check(not wrong, f"features of set {i} are not finite, first at {wrong[:1]}; an image or a weight is "
+                         f"damaged, or half precision overflowed")
 
 
 def as_frames(x):
@@ -38,11 +43,11 @@ def check_pair(reference, images):
 def psnr(reference, images):
     """Peak signal-to-noise ratio in dB of uint8 images (B, 3, H, W) against `reference`: (B,), float64.
 
-    Sees: the mean squared error of an image, on a log scale; 6 dB more are half the distance.
-    Misses: structure. A blurred lawn beats a crisp one whose blades are shifted by a pixel, so a tokenizer
-    trained without a GAN wins here and looks worse.
-    Trap: average the dB of images, not their errors, or a few hard images decide. An image that comes back
-    exactly has infinite PSNR, and so has the mean: a hint of comparing a file with itself."""
+    Sees: the mean squared error of an image, on a log scale; 6 dB more are half the distance. Misses:
+    structure. A blurred lawn beats a crisp one whose blades are shifted by a pixel, so a tokenizer trained
+    without a GAN wins here and looks worse. Trap: average the dB of images, not their errors, as torchmetrics
+    does, or a few hard images decide (27.75 for 28.63). An image that comes back exactly has infinite PSNR
+    (piq: 80), and so has the mean: a hint of comparing a file with itself."""
     check_pair(reference, images)
     error = (reference.int() - images.int()).square().double()           # exact
     return 10 * (255 ** 2 / error.mean((1, 2, 3))).log10()
@@ -63,8 +68,9 @@ def ssim(reference, images):
 
     scikit-image's version, as in the paper: uniform 7 x 7 windows, unbiased variances, channel by channel.
     Sees: in each window, whether brightness, contrast and pattern agree. Misses: what lies outside the
-    window, and colour as such. Trap: there are many SSIMs. An 11 x 11 Gaussian window (torchmetrics, piq), or
-    data_range=2 for images in [0, 1] (LlamaGen: 0.675 for what is 0.54 here) gives other numbers."""
+    window, and colour as such. Trap: there are many SSIMs. For 0.8966 here, an 11 x 11 Gaussian window gives
+    0.8890, torchmetrics since 1.4.2 0.8899 (it counts a reflected border); piq halves images of 384 pixels
+    and more (0.955 for 0.892); too large a data_range flatters (LlamaGen's 2 for [0, 1]: 0.675 for 0.54)."""
     check_pair(reference, images)
     check(min(images.shape[2:]) >= 7, f"SSIM needs images of 7 x 7 or more, not {list(images.shape[2:])}")
     c1 = (0.01 * 255) ** 2
@@ -87,11 +93,10 @@ def ssim(reference, images):
 
 
 def codebook_usage(counts):
-    """How well codes are used. counts ([G,] V): how often each occurred; figures of G groups are averaged.
+    """How well ids are used. counts ([G,] V): how often each occurred; figures of G groups are averaged.
 
-    usage: the fraction of the codebook that occurred at all. Sees dead codes, but a code used once counts as
-    much as one used a million times. Trap: it grows with the number of images. 2^18 codes need all 50,000 of
-    ImageNet val to reach 100 %.
+    usage: the fraction of the codebook that occurred at all. Sees dead ids, but one used once counts as much
+    as one used a million times. Trap: it grows with the images: 2^18 ids need all 50,000 of ImageNet val.
     perplexity: 2^entropy of the frequencies: an evenly used codebook of this size would carry as much."""
     p = counts.double() / counts.sum(-1, keepdim=True)
     perplexity = (-torch.xlogy(p, p).sum(-1)).exp()
@@ -99,12 +104,12 @@ def codebook_usage(counts):
 
 
 def total_variation(counts, others):
-    """Half the sum of |p - q| over the codes of two bags of tokens, given as counts ([G,] V): in 0 .. 1.
+    """Half the sum of |p - q| over the ids of two bags of tokens, given as counts ([G,] V): in 0 .. 1.
 
-    Sees: codes, and so colours and textures, that one bag has more often; 1 says that it shares none. Misses:
+    Sees: ids, and so colours and textures, that one bag has more often; 1 says that it shares none. Misses:
     where in an image they stand, and which go together: tokens of real images, shuffled, have distance 0.
-    Trap: two finite bags of one distribution are at a distance, too, a large one where codes are many and
-    tokens few. The distance of two equal sets of real images tells how large; read it beside this one."""
+    Trap: two finite bags of one distribution are at a distance, too, a large one where ids are many and
+    tokens few: read it beside that of two equal sets of real images."""
     p, q = [each.double() / each.sum(-1, keepdim=True) for each in (counts, others)]
     return float((p - q).abs().sum(-1).mean() / 2)
 
@@ -119,8 +124,7 @@ class LPIPS(nn.Module):
     """Learned perceptual image patch similarity (Zhang et al., 2018), version 0.1, of images in [-1, 1].
 
     Five feature maps of a frozen classifier, each position normalised to unit length; squared differences are
-    weighted by learned non-negative weights, one a channel, and averaged over positions. Feeding images in
-    [0, 1] is the classical mistake: distances come out far too small."""
+    weighted by learned weights, one a channel, and averaged. Trap: in [0, 1] images seem far too similar."""
 
     def __init__(self, net="vgg"):
         super().__init__()
@@ -160,14 +164,12 @@ def resize_tf1(images, size=299):
     """Bilinear resize as TensorFlow 1 did it: float (B, C, H, W) to (B, C, size, size).
 
     Output pixel i reads from i * in / out, without the half-pixel shift that makes the grid's centres meet,
-    and without antialiasing. The image moves by up to half a pixel: wrong, and part of every FID like ADM's.
-    """
+    and without antialiasing. The image moves by up to half a pixel: wrong, and part of FIDs like ADM's."""
     for dim in (-1, -2):                                               # x first: the order of roundings
         n = images.shape[dim]
         position = torch.arange(size, device=images.device) * torch.tensor(n / size, device=images.device)
         low = position.long()
-        weight = position - low
-        weight = weight if dim == -1 else weight.unsqueeze(1)
+        weight = position - low if dim == -1 else (position - low)[:, None]
         below = images.index_select(dim, low)
         above = images.index_select(dim, (low + 1).clamp(max=n - 1))
         images = below + (above - below) * weight
@@ -184,11 +186,10 @@ def inception_input(images, rule):
     if rule == "tf1":
         check(images.dtype == torch.uint8, f"rule tf1 takes uint8 images, not {str(images.dtype)[6:]}")
         return (resize_tf1(images.float()) - 128) / 128
-    x = images
-    if x.dtype == torch.uint8:                         # by a tensor: a GPU turns a number into its inverse
-        x = x.float() / torch.full((), 255.0, device=x.device)
-    antialias = rule == "half-pixel-antialiased"
-    return 2 * F.interpolate(x, (299, 299), mode="bilinear", align_corners=False, antialias=antialias) - 1
+    if images.dtype == torch.uint8:                    # by a tensor: a GPU turns a number into its inverse
+        images = images.float() / torch.full((), 255.0, device=images.device)
+    return 2 * F.interpolate(images, (299, 299), mode="bilinear", align_corners=False,
+                             antialias=rule == "half-pixel-antialiased") - 1
 
 
 class FIDInception(torchvision.models.Inception3):
@@ -279,7 +280,8 @@ class Mixed3D(nn.Module):
 
 class I3D(nn.Module):
     """Inflated Inception, trained on Kinetics-400 (Carreira and Zisserman, 2017): FVD's eye. eps of its
-    BatchNorms: 1e-3 in the TensorFlow graph that defines FVD, 1e-5 in the official script's port of it."""
+    BatchNorms: 1e-3 in the TensorFlow graph that defines FVD and in StyleGAN-V's port, 1e-5 in that of the
+    official script and cd-fvd. Clips matter more: StyleGAN-V takes 2,048 of 16 frames, of train and test."""
     WIDTHS = {"3b": (64, 96, 128, 16, 32, 32), "3c": (128, 128, 192, 32, 96, 64),
               "4b": (192, 96, 208, 16, 48, 64), "4c": (160, 112, 224, 24, 64, 64),
               "4d": (128, 128, 256, 24, 64, 64), "4e": (112, 144, 288, 32, 64, 64),
@@ -365,9 +367,8 @@ class Moments:
 def root_of(mean, covariance):
     """R (D, rank) with R R^T = `covariance` (D, D), by a pivoted Cholesky decomposition; numpy float64.
 
-    A covariance of n vectors has rank n - 1 at most; further eigenvalues are rounding errors, which must go
-    before a square root makes 1e-8 of 1e-16. As it is a difference of second moments, it is as exact as these
-    are: the decomposition ends where what is left is below their rounding."""
+    A covariance of n vectors has rank n - 1 at most; further eigenvalues are rounding errors of the second
+    moments that it is a difference of, and must go before a square root makes 1e-8 of 1e-16."""
     size = len(mean)
     rounding = size * np.finfo(np.float64).eps * (covariance.diagonal() + mean ** 2).max()
     factor, pivots, rank, _ = scipy.linalg.lapack.dpstrf(covariance.T, tol=rounding, lower=1)
@@ -385,28 +386,29 @@ def frechet_distance(mean1, covariance1, mean2, covariance2):
     and artefacts as well as missing classes. sFID's features keep positions, so it sees layout better.
     Misses: everything about single images (a reconstruction may show another dog), and higher moments.
     Traps: FID falls with N: with 2,500 images a perfect model already reads 2 % of the features' variance, so
-    compare equal N. And reconstructions of ImageNet val belong beside val, not train (LlamaGen's tokenizer:
-    2.19 against val, 4.28 against train), generated images beside train.
+    compare equal N. Reconstructions of ImageNet val belong beside val, not train (LlamaGen's: 2.19 and 4.28).
+    Others resize otherwise (clean-fid, torchmetrics since 1.8), or skip .JPEG and subfolders (pytorch-fid).
 
     With S1 = R1 R1^T and S2 = R2 R2^T, the eigenvalues of S1 S2 that are not 0 are those of A A^T with
     A = R1^T R2, which is symmetric: real by construction, without the complex residues of a general square
     root. The root of lower rank stands first, so that A A^T has no eigenvalues of rounding errors."""
     check(mean1.shape == mean2.shape and covariance1.shape == covariance2.shape == mean1.shape * 2,
           f"statistics of {mean1.shape[0]} and {mean2.shape[0]} features cannot be compared")
+    check_finite(np.vstack([mean1, covariance1]), np.vstack([mean2, covariance2]))
     roots = [root_of(mean1, covariance1), root_of(mean2, covariance2)]
     low, high = sorted(roots, key=lambda root: root.shape[1])
     product = low.T @ high                                                 # (rank, rank')
     trace = np.sqrt(np.linalg.eigvalsh(product @ product.T).clip(0)).sum()
     distance = ((mean1 - mean2) ** 2).sum() + np.trace(covariance1) + np.trace(covariance2) - 2 * trace
-    return max(0.0, float(distance))                                       # -1e-13 is a rounding error of 0
+    return max(float(distance), 0.0)                                       # -1e-13 is a rounding error of 0
 
 
 def check_sets(x, y, least=2):
-    """Raise ValueError unless both are features (N, D), (M, D) of `least` images or more."""
+    """Raise ValueError unless both are finite features (N, D), (M, D) of `least` images or more."""
     check(x.dim() == y.dim() == 2 and x.shape[1] == y.shape[1],
           f"features of {list(x.shape)} and {list(y.shape)} cannot be compared")
-    check(min(len(x), len(y)) >= least, f"a set must have more than {least - 1} images to be compared, "
-                                        f"these have {len(x)} and {len(y)}")
+    check(min(len(x), len(y)) >= least, f"sets of {len(x)} and {len(y)}: use more than {least - 1} images")
+    check_finite(x, y)
 
 
 def frechet_distance_official(x, y):
@@ -430,7 +432,7 @@ def kid(reference, samples, subsets=100, seed=2020):
     """Kernel Inception Distance (Binkowski et al., 2018) of features (N, D), (M, D): its mean and std.
 
     How much more alike, by the kernel (x y / D + 1)^3, two images of one set are than two of both: a squared
-    maximum mean discrepancy, over random subsets of 1,000 images, which are those of torch-fidelity.
+    maximum mean discrepancy, over random subsets of 1,000 images: torch-fidelity's, which raises for fewer.
     Sees: what FID sees, and third moments. It does not fall with N: 5,000 samples can stand beside 50,000.
     Misses: differences that 1,000 images at a time do not show. Traps: papers print it times 1,000, or not.
     It may be negative, as an unbiased estimate of 0 must be. The std is that of subsets of one set."""
@@ -465,30 +467,29 @@ def mind(reference, samples, directions=1000, seed=2020):
     return 3 * samples.shape[1] * float((x - y).square().mean())
 
 
-def inception_score(logits, split_size=5000):
+def inception_score(logits, equal_parts=True, size=5000):
     """Inception Score of logits (N, 1008): mean and std over consecutive blocks, and the number of blocks.
 
-    exp of the mean KL(p(class | image) || p(class)) in a block.
+    exp of the mean KL(p(class | image) || p(class)) in a block. Blocks: equal parts of about `size`, or of
+    `size` with the rest as one more, as in ADM's evaluator, where one image more than 5,000 halves the score.
     Sees: sharp predictions (recognisable) that differ from image to image (diverse). Misses: the real
     data, which never enter, and everything inside a class: one perfect image a class gets the best score.
-    Trap: order. Images sorted by class make each block a few classes only, and the score collapses (real
-    samples of one model: 62 instead of 298); shuffle first. One block scores higher than ten."""
+    Traps: images sorted by class make each block a few classes only (62 for what is 298), so shuffle first.
+    And small blocks score lower: torch-fidelity and torchmetrics make ten of any number."""
+    check_finite(logits)
+    blocks = logits.tensor_split(max(1, round(len(logits) / size))) if equal_parts else logits.split(size)
     scores = []
-    for block in logits.split(split_size):
+    for block in blocks:
         log_p = block.double().log_softmax(1)
         log_mean = log_p.logsumexp(0) - np.log(len(block))
-        scores.append((log_p.exp() * (log_p - log_mean)).sum(1).mean().exp())
-    scores = torch.stack(scores)
-    return float(scores.mean()), float(scores.std(correction=0)), len(scores)
+        scores.append(float((log_p.exp() * (log_p - log_mean)).sum(1).mean().exp()))
+    return np.mean(scores), np.std(scores), len(scores)
 
 
 def squared_distances(u, v, half=False):
-    """Squared Euclidean distances of the rows of u (n, D) and v (m, D): (n, m) in float32.
-
-    half: in float16 unless that overflows, as in the TensorFlow evaluator: steps of 0.25, which move the
-    third digit of precision and recall."""
-    a = u.half() if half else u.float()
-    b = v.half() if half else v.float()
+    """Squared Euclidean distances of the rows of u (n, D) and v (m, D): (n, m) in float32. `half`: in float16
+    unless that overflows, as in ADM's evaluator: steps of 0.25, which move the third digit of precision."""
+    a, b = [x.half() if half else x.float() for x in (u, v)]
     distances = a.square().sum(1)[:, None] - 2 * (a @ b.T) + b.square().sum(1)
     if half and not distances.isfinite().all():
         return squared_distances(u, v)
@@ -501,8 +502,8 @@ def precision_recall(reference, samples, k=3, half=False, rows=2048):
     Each set is taken as the union of balls around its points, reaching to the k-th neighbour. Precision: how
     many samples lie in the reference's union (fidelity). Recall: how many reference images lie in the
     samples' (coverage). Misses: how well regions are weighted, and one outlier can cover a lot of space.
-    Traps: the original uses VGG features, ADM and the paper Inception's; and set sizes matter (ADM: 10,000
-    real, 50,000 generated). Works on blocks of `rows`: the whole table of distances would take 2 GB."""
+    Traps: VGG's features (the original, torch-fidelity's default) or Inception's (ADM, the paper); and set
+    sizes (ADM: 10,000 real, 50,000 generated). In blocks of `rows`: all distances at once would take 2 GB."""
     check_sets(reference, samples, k + 1)
 
     def radii(points):                                                 # + 1: the nearest is the point itself

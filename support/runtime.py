@@ -5,11 +5,12 @@ exists (one process talks to itself through an in-memory store), so no loop asks
 """
 import argparse
 import collections
+import concurrent.futures
 import contextlib
-import copy
 import dataclasses
 import difflib
 import errno
+import functools
 import hashlib
 import json
 import math
@@ -17,9 +18,8 @@ import mmap
 import os
 import pathlib
 import re
-import shutil
-import signal
 import sys
+import threading
 import time
 import traceback
 import urllib.error
@@ -28,6 +28,9 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
+
+from support import signals
+from support.signals import Stopped, StopRequest
 
 # ---- 1. Errors that a user can fix, and flags --------------------------------------------------------------
 
@@ -45,26 +48,32 @@ def require(condition, message):
 def run_script(main, get_args):
     """Entry point of every script: parse, run, and turn a user's mistake into one line and exit status 2.
 
-    That is what we raise for a user (see `in_one_line`), what the disk says, and memory that does not suffice.
-    Other exceptions are bugs and keep their traceback. A signal number that `main` returns becomes the exit status 128 + signal.
+    That is what we raise for a user (see `in_one_line`), what the disk says, and too little memory. Other
+    exceptions are bugs and keep their traceback. A signal becomes the exit status 128 + its number: the one
+    that `main` returns, or one that arrives where nobody waits for it (see `StopRequest`).
     """
+    stop = StopRequest(at_once=True)
     try:
-        signal_number = main(get_args())
-        sys.exit(128 + signal_number if signal_number else 0)
-    except BrokenPipeError:                                # as in `python -m support.data | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    except Exception as error:
-        where = f"[rank {rank()}] " if world_size() > 1 else ""
-        text = in_one_line(error)
-        if text is None:
-            raise
-        print(f"error: {where}{text}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        try:
+            args = get_args()
+            warn_of_slow_save(getattr(args, "results_dir", None))
+            number = main(args)
+            sys.exit(128 + number if number else 0)
+        except BrokenPipeError:                            # as in `python -m support.data | head -1`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        except Exception as error:
+            text = in_one_line(error)
+            if text is None:
+                signals.tell_torchrun(traceback.format_exc())
+                raise
+            signals.say_why(f"error: {text}")
+            sys.exit(2)
+    except Stopped as stopped:                             # out here: an error may just be on its way
+        signals.say_why(f"signal {stopped.number}: stopped, {stopped.kept}")
+        sys.exit(128 + stopped.number)
     finally:
+        stop.at_once = False                               # what is left to do is short
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -91,7 +100,7 @@ def in_one_line(error):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse with defaults shown in --help, no abbreviated flags, and one-line errors of exit status 2."""
+    """argparse with defaults shown in --help, no abbreviated flags, and mistakes as `UserError`."""
 
     def __init__(self, description, **options):
         # The first paragraph of a docstring is the description; the commands below it would be re-wrapped.
@@ -99,13 +108,13 @@ class ArgumentParser(argparse.ArgumentParser):
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options)
 
     def error(self, message):
-        """One line without the usage, a hint for a flag under its name in other projects, exit status 2."""
+        """One line without the usage, and a hint for a flag under its name in other projects."""
         if message.startswith("unrecognized arguments: --"):
             word = message.split()[2].split("=")[0].lower().replace("_", "-")
             close = difflib.get_close_matches(SYNONYMS.get(word, word), self._option_string_actions, 1)
             if close:
                 message += f" (did you mean {close[0]}?)"
-        self.exit(2, f"error: {message} (see --help)\n")
+        raise UserError(f"{message} (see --help)")
 
 
 # What other projects call the flags of this one.
@@ -194,13 +203,16 @@ def setup_process_group(device="auto"):
         torch.backends.cudnn.allow_tf32 = False            # fp32 means fp32: ten bits would flip codes near 0
     if not dist.is_initialized():
         alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        hook = sys.excepthook
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", **alone)
+        if alone:
+            sys.excepthook = hook                          # or each line of a traceback began with [rank0]
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
 def rank():
-    """This process's number, 0 outside a process group."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    """This process's number."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
 
 
 def world_size():
@@ -231,8 +243,19 @@ def print_facts(*facts):
 
 
 def on_main(function, *values):
-    """`function(*values)`, computed on rank 0 for all ranks. A collective."""
-    return gather_objects(function(*values) if is_main() else None)[0]
+    """`function(*values)`, computed on rank 0 for all ranks; all raise its `UserError`. A collective."""
+    if world_size() == 1:
+        return function(*values)
+    found = [None]
+    if is_main():
+        try:
+            found = [function(*values)]
+        except UserError as error:
+            found = [error]
+    dist.broadcast_object_list(found)                      # the files of a data set are too much to be gathered
+    if isinstance(found[0], UserError):
+        raise found[0]
+    return found[0]
 
 
 def all_reduce_sum(tensor):
@@ -266,41 +289,28 @@ def distributed(module, device):
         return DistributedDataParallel(module, broadcast_buffers=False, **options)
 
 
-class StopRequest:
-    """Turns SIGTERM and SIGINT into a question that the loop asks once a step, so that it can save first.
-
-    A second signal of the same kind kills at once, as people expect of a second Ctrl-C.
-    """
-
-    def __init__(self):
-        self.received = 0
-        self.agreed = 0                                    # the signal that all ranks stop for, 0 for none
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.note)
-
-    def note(self, number, frame):
-        """The signal handler."""
-        self.received = number
-        signal.signal(number, signal.SIG_DFL)
-
-    def requested(self, step):
-        """Whether any rank has received a signal; `agreed` then names it, and step `step` is to be saved. A
-        collective."""
-        flag = torch.tensor(self.received)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        self.agreed = int(flag)
-        if self.agreed:
-            print_main(f"signal {self.agreed}: saving step {step} ...")
-        return self.agreed > 0
-
-
 AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def autocast(device, mixed_precision):
-    """The autocast context for `--mixed-precision` fp32, bf16 or fp16 on `device`."""
+    """The autocast context for `--mixed-precision` fp32, bf16 or fp16 on `device`.
+
+    Half precision is for GPUs. Seen with torch 2.14: on a CPU without AVX-512, convolutions 27 to 70 times
+    slower than in fp32; with it, on another machine, two weight gradients in bf16 that were garbage, of a
+    512 -> 1, 5 x 5 convolution on a single pixel, and of a padded conv3d of depth 2.
+    """
     dtype = AUTOCAST_DTYPES[mixed_precision]
+    warn_of_slow_half(device.type, mixed_precision)
     return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+@functools.cache
+def warn_of_slow_half(device, precision):
+    """Say once if `device` is a CPU that computes in this "bf16" or "fp16" by slow, old kernels."""
+    supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{precision}_supported", None)
+    if device == "cpu" and supported and not supported():
+        print_main(f"warning: this CPU has no instructions for {precision}: training is 5 to 22 times slower "
+                   f"than with --mixed-precision fp32; half precision is for GPUs")
 
 
 def rng_states():
@@ -331,12 +341,14 @@ def atomic(path):
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         yield temporary
-        with open(temporary, "rb") as file:
+        with open(temporary, "r+b") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except RuntimeError as error:                          # so torch.save tells of a full disk
-        require(shutil.disk_usage(path.parent).free > 1 << 20, f"no space left to write {path}; free some")
-        raise error
+    except (OSError, RuntimeError) as error:               # of torch.save a RuntimeError, whose context it is
+        cause = error if isinstance(error, OSError) else error.__context__
+        if isinstance(cause, OSError) and cause.filename is None:
+            raise OSError(cause.errno, cause.strerror or str(cause), str(path)) from None
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -358,7 +370,11 @@ def read_json(path):
     return value
 
 
-def lock(results_dir):
+# What a kill leaves of the files that a training run writes by `atomic`.
+REMAINS = re.compile(r"\.((step|reconstructions|samples)-\d+|metrics|tokens[-.\w]*)\.\d+\.\w+")
+
+
+def lock(results_dir, flag="--results-dir"):
     """Let nobody else write to `results_dir` as long as the value returned lives; a kill frees it, too.
 
     Removes what a kill in the middle of a save has left there. Rank 0 holds the lock.
@@ -373,10 +389,16 @@ def lock(results_dir):
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)   # unlike flock: workers do not inherit it
     except ImportError:
         pass
-    except OSError:
-        raise UserError(f"another run writes to {folder}; stop it, or use another --results-dir") from None
-    for temporary in folder.glob(".step-*.pt"):
-        temporary.unlink()
+    except (BlockingIOError, PermissionError):
+        raise UserError(f"another run writes to {folder}; stop it, or use another {flag}") from None
+    except OSError as error:                               # ENOLCK, ENOSYS, EOPNOTSUPP: some network disks
+        print(f"warning: {folder} cannot be locked ({error.strerror}); start no second run in it", flush=True)
+        return file
+    for path in filter(lambda path: REMAINS.fullmatch(path.name), list(folder.iterdir())):
+        if path.name.startswith(".step-"):
+            print(f"removed  {path}, {path.stat().st_size / 1e6:.0f} MB of a save that a kill ended; give "
+                  f"the next one more time, under torchrun by --shutdown-timeout", flush=True)
+        path.unlink()
     return file
 
 
@@ -385,8 +407,16 @@ def save_checkpoint(results_dir, step, checkpoint, keep=3):
     collective."""
     path = pathlib.Path(results_dir) / f"step-{step:08d}.pt"             # names that sort by age
     if is_main():
-        with atomic(path) as temporary:
-            torch.save(checkpoint, temporary)
+        start = time.monotonic()
+        with atomic(path) as temporary, open(temporary, "wb") as file, flushed(file):
+            torch.save(checkpoint, file)
+        slow = path.with_name(SLOW_SAVE)
+        seconds = time.monotonic() - start
+        if seconds > 0.8 * min(signals.grace(), 30):
+            write_json(slow, {"seconds": round(seconds, 1)})
+            warn_of_slow_save(results_dir)
+        else:
+            slow.unlink(missing_ok=True)
         for old in list_checkpoints(results_dir)[:-keep]:
             if old != path:
                 old.unlink(missing_ok=True)
@@ -394,9 +424,39 @@ def save_checkpoint(results_dir, step, checkpoint, keep=3):
     return path
 
 
+@contextlib.contextmanager
+def flushed(file):
+    """Within it the disk writes what `file` has got so far, rather than all of it at the end, in fsync."""
+    done = threading.Event()
+
+    def flush():
+        while not done.wait(0.1):
+            os.fsync(file.fileno())
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        flushing = pool.submit(flush)
+        try:
+            yield
+        finally:
+            done.set()
+            flushing.result()                              # raises what the disk said
+
+
+SLOW_SAVE = ".slow-save.json"                              # how long the last save took, if that was long
+
+
+def warn_of_slow_save(results_dir):
+    """Say so if the last save in `results_dir` took longer than a signal leaves time for."""
+    slow = pathlib.Path(results_dir or "/dev/null") / SLOW_SAVE
+    if slow.exists() and (seconds := read_json(slow)["seconds"]) > 0.8 * signals.grace():
+        print_main(f"warning: the last save took {seconds} s, but {signals.grace()} s after a signal torchrun"
+                   f" kills; start it with --shutdown-timeout {math.ceil(2 * seconds) + 10}")
+
+
 def list_checkpoints(results_dir):
-    """All `step-*.pt` of a folder, oldest first."""
-    return sorted(pathlib.Path(results_dir).glob("step-*.pt"))
+    """All `step-NUMBER.pt` of a folder, oldest first. Others, such as a user's step-best.pt, are not ours."""
+    paths = [path for path in pathlib.Path(results_dir).glob("step-*.pt") if path.stem[5:].isdecimal()]
+    return sorted(paths, key=lambda path: int(path.stem[5:]))
 
 
 def latest_checkpoint(results_dir, what="checkpoint"):
@@ -455,29 +515,7 @@ def fetch(url, weights_dir=None, sha256=None):
                         f"or name the folder that holds it with --weights-dir") from None
 
 
-# ---- 4. What both training loops share: the schedule, the size of a batch, logs ----------------------------
-
-def learning_rate_factor(step, length, warmup, schedule, final, milestones=()):
-    """What the peak learning rate is multiplied with in `step` (from 0) of `length`; changes in every step.
-
-    After `warmup` steps: "constant"; "milestones" (x 0.1 from each one on); "cosine" or "linear", from 1 to
-    `final`, which the last step has; "plateau", the transformer's: 1 for a twentieth of the steps, then
-    linear to `final`. The warm-up is linear from 0, that of "plateau" from 0.005.
-    """
-    if step < warmup:
-        start = 0.005 if schedule == "plateau" else 0.0
-        return start + (1 - start) * step / warmup
-    if schedule == "milestones":
-        return 0.1 ** sum(step >= milestone for milestone in milestones)
-    done = min(1, (step - warmup) / max(1, length - 1 - warmup))
-    if schedule == "cosine":
-        return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * done))
-    if schedule == "linear":
-        return final + (1 - final) * (1 - done)
-    if schedule == "plateau":
-        return 1 - (1 - final) * max(0, done - 0.05) / 0.95
-    return 1.0
-
+# ---- 4. What both training loops share: the size of a batch, skipped steps, logs ---------------------------
 
 def micro_batch_size(global_batch_size, accumulation):
     """Samples of one forward pass: the global batch over ranks and accumulation."""
@@ -485,17 +523,6 @@ def micro_batch_size(global_batch_size, accumulation):
     require(global_batch_size % passes == 0, f"--global-batch-size {global_batch_size} cannot be shared by "
             f"{world_size()} ranks with --accumulation {accumulation}; choose a multiple of {passes}")
     return global_batch_size // passes
-
-
-@contextlib.contextmanager
-def micro_batch(ddp, micro, args):
-    """Context for the forward and backward pass number `micro` of the --accumulation passes of a step.
-
-    Computes in --mixed-precision, and lets the ranks average their gradients after the last pass only.
-    """
-    waiting = ddp.no_sync() if micro < args.accumulation - 1 else contextlib.nullcontext()
-    with waiting, autocast(next(ddp.parameters()).device, args.mixed_precision):
-        yield
 
 
 def report_skipped(step, in_a_row, logs, results_dir):
@@ -510,49 +537,8 @@ def report_skipped(step, in_a_row, logs, results_dir):
                            f"smaller --lr, or without --mixed-precision fp16 if that is on")
 
 
-def describe_cost(networks, loss, bytes_a_parameter, args):
-    """For --dry-run: a line on the memory and time of a step on a GPU, counted without one.
-
-    loss(*networks): a scalar of one micro-batch, on fake tensors of a GPU, which have shapes but no values.
-    Counted: `bytes_a_parameter` that learns, 4 of others (LPIPS); what autograd keeps for backward, eagerly;
-    operations, backward as two forward passes (one, where nothing learns). A network may be None.
-    """
-    from torch._subclasses.fake_tensor import FakeTensorMode           # here: importing them takes a second
-    from torch.utils.flop_counter import FlopCounterMode
-    kept = {}                                              # storages, each of them once
-
-    def keep(tensor):
-        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
-        return tensor
-
-    fakes = [network and copy.deepcopy(network).to("meta") for network in networks]
-    dtype = AUTOCAST_DTYPES[args.mixed_precision]
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"), \
-            FlopCounterMode(display=False) as counter, \
-            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), \
-            torch.autocast("cpu", enabled=False):          # at its end, all casts of weights are forgotten
-        fakes = [fake and fake.to_empty(device="cuda") for fake in fakes]
-        torch.set_autocast_dtype("cuda", dtype or torch.float16)
-        torch.set_autocast_enabled("cuda", dtype is not None)          # torch.autocast asks for a real GPU
-        try:
-            total = loss(*fakes)                           # holds the graph, and so what is kept
-        finally:
-            torch.set_autocast_enabled("cuda", False)
-    flops = state = 0
-    for fake in filter(None, fakes):
-        once = sum(counter.get_flop_counts()[type(fake).__name__].values())
-        flops += args.accumulation * once * (3 if any(p.requires_grad for p in fake.parameters()) else 1.5)
-        state += sum(p.numel() * (bytes_a_parameter if p.requires_grad else 4) for p in fake.parameters())
-        for p in fake.parameters():
-            kept.pop(p.untyped_storage()._cdata, None)
-    activations = sum(storage.nbytes() for storage in kept.values())
-    gib = 2 ** 30
-    return (f"{(state + activations) / gib:.3g} GiB a rank, {activations / gib:.3g} of them activations; "
-            f"{flops / 1e12:.3g} TFLOP a step, {flops / 4e14:.2g} s at 40 % of an H100's peak in bf16")
-
-
 class Meters:
-    """Means of named scalars between two log lines, and the speed. Only `pop` waits for the device."""
+    """Means of named scalars between two log lines, and the speed. Only `means` waits for the device."""
 
     def __init__(self):
         self.values = collections.defaultdict(list)
@@ -565,8 +551,8 @@ class Meters:
             for name, value in values.items():
                 self.values[name].append(value.detach().double())
 
-    def pop(self, batch_size):
-        """The means over steps and ranks and "samples/s", a dict of floats; starts afresh. A collective.
+    def means(self, batch_size):
+        """The means over steps and ranks so far and "samples/s", a dict of floats. A collective.
 
         The speed is that between the first step and the last, so what comes before, such as validation, does
         not count.
@@ -577,6 +563,11 @@ class Meters:
             report = dict(zip(self.values, all_reduce_mean(means).tolist()))
         if len(self.times) > 1:
             report["samples/s"] = batch_size * (len(self.times) - 1) / (self.times[-1] - self.times[0])
+        return report
+
+    def pop(self, batch_size):
+        """`means`, and starts afresh. A collective."""
+        report = self.means(batch_size)
         self.__init__()
         return report
 
@@ -595,20 +586,20 @@ class Logger:
         self.tensorboard = None
         if not is_main():
             return
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        lines = self.path.read_bytes().splitlines() if self.path.exists() else []
         kept = []
-        for line in lines:                                 # a kill may have torn the last one
+        for line in lines:                                 # a kill may have torn the last one, or worse
             with contextlib.suppress(ValueError, TypeError, KeyError):
                 if json.loads(line)["step"] <= start_step:
                     kept.append(line)
         with atomic(self.path) as temporary:
-            temporary.write_text("".join(line + "\n" for line in kept))
+            temporary.write_bytes(b"".join(line + b"\n" for line in kept))
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
             self.tensorboard = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=start_step + 1)
 
     def log(self, step, values, show=()):
-        """Record the dict `values` (numbers or lists of numbers) for `step`; `show` names what to print."""
+        """Record the dict `values` (numbers or lists of them) for `step`; print those that `show` names."""
         if not is_main():
             return
         with open(self.path, "a") as file:
@@ -618,10 +609,20 @@ class Logger:
                 if isinstance(value, (int, float)):
                     self.tensorboard.add_scalar(name, value, step)
             self.tensorboard.flush()
+        self.show(step, values, show)
+
+    def early(self, step):
+        """Whether `step` is one of this process's first, after which to `show` a sign of life."""
+        return step - self.start_step in (1, 2, 5, 10, 20, 50)
+
+    def show(self, step, values, names):
+        """Print the status line: of `values` those in `names` ("loss/": all such), and the time to the end."""
         elapsed = time.perf_counter() - self.start_time
         remaining = elapsed / max(1, step - self.start_step) * (self.length - step)
-        shown = " | ".join(f"{name} {values[name]:.4g}" for name in show if name in values)
-        print(f"step {step}/{self.length} | {shown} | ETA {tqdm.format_interval(remaining)}", flush=True)
+        shown = [f"{name.removeprefix('loss/')} {values[name]:.4g}" for listed in names for name in values
+                 if name == listed or listed.endswith("/") and name.startswith(listed)]
+        time_left = tqdm.format_interval(remaining)
+        print_main(" | ".join([f"step {step}/{self.length}", *shown, f"ETA {time_left}"]))
 
 
 def print_table(rows, header):

@@ -3,125 +3,91 @@
 What the networks see of a file is decided by a `data.View`, which every set is given. What is said of images
 here holds for clips. Axis letters: 3 colours, H and W as stored, S the side after cropping, T frames.
 """
+import bisect
+import collections
+import contextlib
 import copy
 import dataclasses
-import difflib
-import functools
-import inspect
+import hashlib
 import io
 import itertools
+import json
 import os
 import pathlib
 import re
 import sys
 import tarfile
+import time
+import zipfile
 
 import numpy as np
 import torch
 import torchvision
 import torchvision.transforms.functional as TF
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from support import pictures, runtime, shapes
+from support.reading import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Unreadable, as_rgb, decode, decoding, video_frames
 from support.runtime import UserError, require
 
 SPLITS = shapes.SPLITS
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-VIDEO_SUFFIXES = (".avi", ".mp4", ".webm", ".mkv", ".gif")
+PARTS = {"train": ["train"], "val": ["val", "test"], "test": ["test", "val"]}    # what serves as which split
 BROKEN_LIMIT = 0.01                             # the fraction of a data set that may be unreadable
-MAX_PIXELS = 2 ** 28                            # 0.8 GB as RGB: a larger image is an accident or an attack
-Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2        # PIL warns above this number and raises above twice as many
 
-# ---- 1. From a file to images -----------------------------------------------------------------------------
+# ---- 1. What all data sets share ---------------------------------------------------------------------------
 
-def decode(file, upright=False):
-    """The RGB PIL image in `file`, a path or a binary file. Raises anything where it cannot be read.
+class Strings:
+    """A million strings in one tensor; `strings[i]` makes one of them.
 
-    Transparency is dropped, not composited. EXIF rotation is ignored, as for the published models, unless
-    `upright` says to apply it.
+    In a list, the paths of ImageNet are 80 MB to pickle and 500 MiB in every worker that is not forked; and a
+    forked one copies them bit by bit, as whoever looks at a Python object counts that in it. The memory of a
+    tensor is shared by all workers.
     """
-    if isinstance(file, (str, os.PathLike)) and not os.path.isfile(file):
-        raise ValueError("no regular file, or none at all")               # a named pipe would hang for ever
-    with Image.open(file) as image:
-        return as_rgb(ImageOps.exif_transpose(image) if upright else image)
 
+    def __init__(self, strings, prefix=""):
+        """strings: a list, or a bytearray with a NUL after each. prefix: what all begin with besides."""
+        if not isinstance(strings, bytearray):
+            strings = bytearray().join(os.fsencode(string) + b"\0" for string in strings)
+        text = np.frombuffer(strings, np.uint8)
+        self.prefix = prefix
+        self.text = torch.from_numpy(text)
+        self.starts = torch.from_numpy(np.append(0, np.flatnonzero(text == 0) + 1))
 
-def as_rgb(image):
-    """A PIL image in RGB. Raises ValueError for 16 or 32 bits, which PIL would clip to white."""
-    if image.mode[0] in "IF":
-        raise ValueError(f"pixels of type {image.mode}; convert them to 8 bits")
-    return image.convert("RGB")
+    def __len__(self):
+        return len(self.starts) - 1
 
+    def __getitem__(self, index):
+        index = range(len(self))[index]                   # its IndexError ends a `for` loop, too
+        if isinstance(index, range):
+            return [self[i] for i in index]
+        first, end = self.starts[index:index + 2].tolist()
+        return self.prefix + os.fsdecode(self.text[first:end - 1].numpy().tobytes())
 
-print_once = functools.cache(print)
-
-
-def video_frames(path):
-    """Yield the frames of a video as functions that give them as PIL RGB images.
-
-    A frame that is skipped is so decoded, but not converted. Rotation by metadata and the frames' times are
-    ignored. Raises anything for damaged files, also for one that has lost a tenth of its frames.
-    """
-    if str(path).lower().endswith(pictures.PILLOW_FORMATS):
-        with Image.open(path) as image:
-            for i in range(getattr(image, "n_frames", 1)):
-                image.seek(i)
-                yield functools.partial(image.convert, "RGB")
-        return
-    with pictures.import_av().open(str(path)) as container:
-        if not container.streams.video:
-            raise ValueError("there is no video in it")
-        stream = container.streams.video[0]
-        packets = 0
-        expected = 0
-        count = 0
-        started = False
-        for packet in container.demux(stream):
-            packets += packet.size > 0
-            started = started or packet.is_keyframe
-            if not started:                               # a frame without one to build on would be grey
-                print_once(f"{path}: frames before the first key frame are left out", file=sys.stderr)
-                continue
-            expected += packet.size > 0 and not packet.is_discard      # which an editor cut off: unseen
-            for frame in packet.decode():
-                count += 1
-                yield frame.to_image
-        # Encoders miscount by one or two; 0 is "unknown".
-        if packets < 0.9 * stream.frames or count < 0.9 * expected:
-            raise ValueError(f"truncated: {count} of {max(expected, stream.frames)} frames")
-
-
-def frame_rate(path):
-    """Frames a second, as the file says (25 where it says nothing)."""
-    if str(path).lower().endswith(pictures.PILLOW_FORMATS):
-        with Image.open(path) as image:
-            image.load()                                  # WebP tells durations only after decoding
-            return 1000 / (image.info.get("duration") or 40)
-    with pictures.import_av().open(str(path)) as container:
-        return float(container.streams.video[0].average_rate or 25)
-
-
-# ---- 2. Data sets ------------------------------------------------------------------------------------------
 
 class Samples(Dataset):
     """What all data sets share: how a sample is asked for, and what happens when a file is broken.
 
     `dataset[index]` is (uint8 tensor as `view` says, label, index). A file that cannot be read is reported
-    once on stderr and counted in `broken`, one flag a sample, in memory that worker processes share; the next
-    readable one stands in for it, with its own index, or None once more than 1 % are broken.
+    once on stderr and counted in `broken`, one flag a sample, in memory that worker processes share. The next
+    readable one stands in for it, with its own index, so that who wants no other can tell; or None once more
+    than 1 % are broken: then `raise_if_broken` says so.
 
     A subclass knows `paths` and `labels` (0 without classes) of all samples, and `classes`, the names in
-    label order; its `read(index, rng)` returns what the view shows of a sample, or raises anything.
+    label order; its `read(index, rng)` returns what the view shows of a sample. Where the file is to blame
+    it raises `Unreadable` or OSError, as `decode` does; anything else is a bug, and keeps its traceback.
+
+    part: of the whole that the set was divided into, "train", "val" or "test"; None where nobody has done so.
     """
 
-    def __init__(self, name, classes, paths, labels, view):
+    def __init__(self, name, classes, paths, labels, view, part=None):
         self.name = name
         self.classes = classes
-        self.paths = paths
-        self.labels = labels
+        self.paths = paths if isinstance(paths, Strings) else Strings(paths)
+        self.labels = torch.as_tensor(labels, dtype=torch.int64)
         self.view = view
+        self.part = part
         self.kind = "clip" if view.frames else "image"     # what messages call a sample
         side = view.image_size
         self.axes = (view.frames, side, side) if view.frames else (side, side)
@@ -145,8 +111,8 @@ class Samples(Dataset):
             try:
                 if not self.broken[index]:
                     rng = np.random.default_rng(seed) if random else None
-                    return self.read(index, rng), self.labels[index], index
-            except Exception as error:                    # decoders raise almost anything on damaged bytes
+                    return self.read(index, rng), int(self.labels[index]), index
+            except (Unreadable, OSError) as error:
                 self.report_broken(index, error)
             if self.too_many_broken():                    # asked only here: it counts all flags
                 return None
@@ -154,71 +120,82 @@ class Samples(Dataset):
 
     def report_broken(self, index, error):
         """Count sample `index` as broken and say so, unless another worker was faster."""
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split())
         if isinstance(error, UnidentifiedImageError):
             reason = "not an image"
         if not self.broken[index]:
             self.broken[index] = True
             print(f"broken {self.kind} skipped: {self.paths[index]} ({reason})", file=sys.stderr, flush=True)
 
+    def count_broken(self):
+        """How many are known to be broken. A flag that two workers set at once is counted once."""
+        return int(np.count_nonzero(self.broken.numpy()))
+
     def too_many_broken(self):
-        return int(self.broken.sum()) > BROKEN_LIMIT * len(self)
+        """Whether more than 1 % are known to be broken."""
+        return self.count_broken() > BROKEN_LIMIT * len(self)
 
     def raise_if_broken(self, all_ranks=False):
         """Raise `UserError` if more than 1 % are known to be broken, here or (a collective) on any rank."""
         if all_ranks:
             self.broken |= runtime.all_reduce_sum(self.broken.int()) > 0
-        require(not self.too_many_broken(),
-                f"{int(self.broken.sum())} of the {len(self)} {self.kind}s of {self.name} are broken, more "
-                f"than 1 %, such as {self.paths[int(self.broken.int().argmax())]}; copy or download the data "
-                f"again, or remove the broken files")
+        if self.too_many_broken():
+            first = self.paths[int(self.broken.int().argmax())]
+            raise UserError(f"{self.count_broken()} of the {len(self)} {self.kind}s of {self.name} are "
+                            f"broken, more than 1 %, such as {first}; copy or download the data again, or "
+                            f"remove the broken files")
 
+
+# ---- 2. Folders --------------------------------------------------------------------------------------------
 
 class Folder(Samples):
     """A folder with a subfolder for each class (files at any depth below it), or a flat one without labels.
 
-    Images, or videos where the view has frames. train: the folder that decides on the classes, if it is not
-    this one. split_list: an official UCF-101 list of the files to use. Raises `UserError` where there is
-    nothing, or both readings are possible.
+    Images, or videos where the view has frames. classes: names that decide on labels, those of a training
+    set; by default those of the subfolders, of `train` if that is given. split_list: an official UCF-101 list
+    of the files to use. Raises `UserError` where there is nothing, or both readings are possible. A collective:
+    rank 0 looks for all.
     """
 
-    def __init__(self, folder, view, train=None, split_list=None):
+    def __init__(self, folder, view, part=None, classes=(), train=None, split_list=None):
         folder = str(pathlib.Path(folder))
         kind = "videos" if view.frames else "images"
         suffixes = VIDEO_SUFFIXES if view.frames else IMAGE_SUFFIXES
-        files = files_by_class(folder, suffixes)
-        flat = files.pop(".", [])
-        hint = ""
-        if any(pathlib.Path(folder).glob("*.tar")):
-            hint = "; for its tar files, give a pattern such as 'shards-{000..127}.tar'"
-        require(files or flat, f"--data-path {folder} holds no {kind} ({' '.join(suffixes)}){hint}")
-        require(not (files and flat), f"--data-path {folder} holds {kind} in class subfolders and "
-                f"{len(flat)} beside them, such as {flat[:1]}; move all into subfolders, or none")
-        classes = list(files)
-        if files and train and str(train) != folder:
-            classes = [name for name in files_by_class(train, suffixes) if name != "."] or classes
-        strange = [name for name in files if name not in classes]
-        require(not strange, f"--data-path: {folder} has class folders that train/ lacks, which decides on "
-                             f"labels: {', '.join(strange[:5])}; rename or remove them")
+        files, names = runtime.on_main(find_files, folder, suffixes)
+        paths = Strings(names, os.path.join(folder, ""))
+        flat = files.get(".", 0)
+        if not files:
+            tars = any(pathlib.Path(folder).glob("*.tar"))
+            hint = "; for its tar files, give a pattern such as 'shards-{000..127}.tar'" if tars else ""
+            raise UserError(f"--data-path {folder} holds no {kind} ({' '.join(suffixes)}){hint}")
+        require(flat in (0, len(paths)), f"--data-path {folder} holds {kind} in class subfolders and "
+                f"{flat} beside them, such as {paths[:1]}; move all into subfolders, or none")
+        own = [] if flat else list(files)
+        if own and train and not classes:
+            classes = runtime.on_main(class_names, str(train), suffixes)
+        classes = list(classes) if own and classes else own
+        strange = [name for name in own if name not in classes]
+        require(not strange, f"--data-path: {folder} has class folders that the training set lacks, which "
+                             f"decides on labels: {', '.join(strange[:5])}; rename or remove them")
         if split_list:
             classes, listed = read_split_list(split_list, classes)
-            listed = {os.path.join(folder, name) for name in listed}
-            missing = sorted(listed.difference(*files.values()))
+            found = [name for name in os.fsdecode(bytes(names)).split("\0") if name in listed]
+            missing = sorted(listed.difference(found))
             require(not missing, f"--data-path {folder} lacks {len(missing)} of the {len(listed)} clips of "
                     f"--split-list, such as {missing[:1]}; give the folder that holds the class folders")
-            files = {name: [path for path in files[name] if path in listed] for name in files}
-        paths = flat
-        labels = [0] * len(flat)
-        for name in files:
-            paths += files[name]
-            labels += [classes.index(name)] * len(files[name])
-        super().__init__(folder, classes, paths, labels, view)
-        if view.frames and not all(path.lower().endswith(pictures.PILLOW_FORMATS) for path in paths):
-            pictures.import_av()                          # to miss it now, not in the middle of an epoch
-        # Numbers of frames, once known: an index of a file is not reliable, so the first visit decodes all.
-        self.lengths = torch.zeros(len(self), dtype=torch.int32).share_memory_()
+            paths = Strings(found, paths.prefix)
+            files = collections.Counter(name.split(os.sep)[0] for name in found)
+        labels = [0] if flat else [classes.index(name) for name in files]
+        labels = np.repeat(labels, list(files.values()))
+        super().__init__(folder, classes, paths, labels, view, part)
+        if view.frames:
+            if not all(path.lower().endswith(pictures.PILLOW_FORMATS) for path in paths):
+                pictures.import_av()                      # to miss it now, not in the middle of an epoch
+            # Numbers of frames, once known. A file's own index may be wrong, so the first visit decodes all.
+            self.lengths = torch.zeros(len(self), dtype=torch.int32).share_memory_()
 
     def read(self, index, rng):
+        """A (3, S, S) image or (3, T, S, S) clip, ten with `view.crop` "ten"."""
         view = self.view
         if view.frames is None:
             return view.pixels(decode(self.paths[index]), rng)
@@ -227,7 +204,7 @@ class Folder(Samples):
         length = int(self.lengths[index])
         spare = length - view.frames
         if spare < 0:
-            raise ValueError(f"too short: {length} frames, {view.frames} are needed")
+            raise Unreadable(f"too short: {length} frames, {view.frames} are needed")
         if view.crop == "ten":
             plain = dataclasses.replace(view, crop="center", flip=False)
             clips = torch.stack([self.clip(index, round(spare * i / 4), plain) for i in range(5)])
@@ -248,34 +225,86 @@ def subfolder_names(folder):
     return sorted(item.name for item in os.scandir(folder) if item.is_dir() and not item.name.startswith("."))
 
 
-def files_by_class(folder, suffixes):
-    """{class: paths of its files}, in order, "." for what is in no class folder; says which hold none.
+def watched(items, title, size=lambda item: 1, unit="files"):
+    """Yield `items`, and show on rank 0 how many have passed: a bar on a terminal, elsewhere a line after a
+    second and every half minute. size: how many of `unit` an item is."""
+    total = len(items) if hasattr(items, "__len__") else None
+    of = f" of {total:,}" if total else ""
+    count = 0
+    due = time.monotonic() + 1
+    silent = None if runtime.is_main() else True          # None: silent if this is no terminal
+    with tqdm(desc=title, total=total, unit=f" {unit}", leave=False, disable=silent) as bar:
+        for item in items:
+            count += size(item)
+            bar.update(size(item))
+            if bar.disable and time.monotonic() > due:
+                runtime.print_main(f"{title}: {count:,}{of} {unit}")
+                due = time.monotonic() + 30
+            yield item
 
-    Ignored is whatever is hidden (macOS leaves a "._name.jpg" beside "name.jpg"), and what links lead to a
-    second time.
+
+def find_files(folder, suffixes):
+    """({class: how many files}, the files' paths from `folder` on, a bytearray for `Strings`), both in order.
+
+    The class "." is that of files in no subfolder. Ignored is whatever is hidden (macOS leaves a "._name.jpg"
+    beside "name.jpg"), and what links lead to a second time. Says which subfolders hold none.
     """
-    def refuse(error):
-        raise UserError(f"--data-path: {error.filename} may not be read; let it be")
-
-    files = {}
-    seen = set()                                          # links may lead back: each real folder once
-    for place, subfolders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        real = os.path.realpath(place)
-        subfolders[:] = [] if real in seen else sorted(name for name in subfolders if name[0] != ".")
-        found = [name for name in names if name.lower().endswith(suffixes) and name[0] != "."]
-        if found and real not in seen:
-            name = os.path.relpath(place, folder).split(os.sep)[0]
-            files.setdefault(name, []).extend(os.path.join(place, file) for file in found)
-        seen.add(real)
-    empty = [name for name in subfolder_names(folder) if name not in files]
+    found = collections.defaultdict(list)   # {class: [(subfolder, the paths of its files, their number)]}
+    walk = files_below(folder, suffixes)
+    for place, text, number in watched(walk, f"looking through {folder}", lambda item: item[2]):
+        found[place.split(os.sep)[0] or "."].append((place, os.fsencode(text), number))
+    counts = {name: sum(number for *_, number in parts) for name, parts in found.items()}
+    empty = [name for name in counts if name != "." and not counts[name]]
     if empty:
         runtime.print_main(f"{folder}: {len(empty)} subfolders hold no file that can be read "
                            f"({' '.join(suffixes)}), so they are no classes: {', '.join(empty[:5])}")
-    return {name: sorted(paths, key=os.path.split) for name, paths in files.items()}
+    texts = [text for parts in found.values() for _, text, _ in sorted(parts)]
+    return {name: count for name, count in counts.items() if count}, bytearray().join(texts)
+
+
+def class_names(folder, suffixes):
+    """Those subfolders of `folder` that hold files."""
+    return [name for name in find_files(folder, suffixes)[0] if name != "."]
+
+
+def files_below(folder, suffixes):
+    """Yield (path from `folder` on, the paths of its files, a NUL after each, their number) of all folders.
+
+    Files are sorted; a folder that links lead to a second time has none then. No file is asked what it is, for
+    its name tells; nor is each name looked at, where all have the same suffix. So this takes a third of the
+    time of torchvision's ImageFolder.
+    """
+    seen = set()
+    todo = [("", os.path.realpath(folder))]
+    while todo:
+        place, real = todo.pop()
+        if real in seen:                                  # a link has led here before
+            yield place, "", 0
+            continue
+        seen.add(real)
+        try:
+            names = sorted(os.listdir(os.path.join(folder, place)))
+        except OSError as error:
+            raise UserError(f"--data-path: {error.filename} may not be read; let it be") from None
+        start = os.path.join(place, "")
+        text = "".join([start, f"\0{start}".join(names), "\0"])
+        suffix = os.path.splitext(names[0])[1] if names else ""
+        is_plain = suffix.lower() in suffixes and text.count(f"{suffix}\0") == len(names)
+        if not is_plain or bisect.bisect(names, ".") < bisect.bisect(names, "/"):      # "." + 1: hidden ones
+            names = [name for name in names if name[0] != "."]
+            others = [name for name in names if not name.lower().endswith(suffixes)]
+            names = [name for name in names if name.lower().endswith(suffixes)]
+            text = "".join(f"{start}{name}\0" for name in names)
+            for name in reversed(others):                 # so that the first is the next to be looked into
+                path = os.path.join(folder, start + name)
+                if os.path.isdir(path):
+                    end = os.path.realpath(path) if os.path.islink(path) else os.path.join(real, name)
+                    todo.append((start + name, end))
+        yield place, text, len(names)
 
 
 def read_split_list(path, classes):
-    """(`classes` in UCF-101's order, the clips listed) of one of its official lists.
+    """(`classes` in UCF-101's order, the set of clips listed) of one of its official lists.
 
     A class is numbered by classInd.txt beside the list, or by its lines "Class/clip.avi 7". Without numbers,
     names decide, which is another order for four of them (HammerThrow, Hammering, ..).
@@ -288,44 +317,99 @@ def read_split_list(path, classes):
     index = path.with_name("classInd.txt")
     if index.exists():
         number = {name: i for i, name in re.findall(r"^(\d+) +(\S+)", index.read_text(), re.MULTILINE)}
-    return sorted(classes, key=lambda name: (int(number.get(name, sys.maxsize)), name)), clips
+    return sorted(classes, key=lambda name: (int(number.get(name, sys.maxsize)), name)), set(clips)
 
+
+# ---- 3. Tar shards -----------------------------------------------------------------------------------------
 
 class TarShards(Samples):
     """Images in plain tar files, each with an optional class number in a text member `.cls` of the same name.
 
-    Their positions are read once, at start-up; then any image is one seek away, in any order. Classes are
-    called "0", "1", ... . Raises `UserError` for a damaged shard, and where only some images have a class.
+    Any image is one seek away, in any order: `index_of` says where. Classes are called "0", "1", ... . Raises
+    `UserError` for a damaged shard, and where only some images have a class. A collective, like `Folder`.
     """
 
     def __init__(self, pattern, view):
-        shards = expand_braces(pattern)
-        missing = [shard for shard in shards if not os.path.isfile(shard)]
-        require(not missing, f"--data-path {pattern}: {len(missing)} of {len(shards)} shards missing "
-                             f"({', '.join(missing[:5])}); check the path and the range")
-        progress = tqdm(shards, "reading shards", leave=False, disable=not runtime.is_main() or None)
-        images = [image for shard in progress for image in index_shard(shard)]
-        require(images, f"--data-path {pattern} holds no images ({' '.join(IMAGE_SUFFIXES)})")
-        paths, self.places, labels = zip(*images)
-        unlabelled = [path for path, label in zip(paths, labels) if label is None]
+        self.shards, folder, index = runtime.on_main(index_of, pattern)
+        self.places = torch.from_numpy(index["places"])
+        paths = Strings(bytearray(index["names"]), folder)
+        labels = index["labels"]
+        require(len(paths), f"--data-path {pattern} holds no images ({' '.join(IMAGE_SUFFIXES)})")
+        unlabelled = np.flatnonzero(labels < 0)
         require(len(unlabelled) in (0, len(paths)), f"--data-path {pattern}: {len(unlabelled)} of "
-                f"{len(paths)} images have no .cls member, such as {unlabelled[:1]}; label all or none")
-        labels = [label or 0 for label in labels]
-        classes = [] if unlabelled else [str(i) for i in range(max(labels) + 1)]
-        empty = sorted(set(range(len(classes))) - set(labels))
-        if empty:
+                f"{len(paths)} images have no .cls member, such as {paths[int(unlabelled[:1].sum())]}; label "
+                f"all or none")
+        classes = [str(i) for i in range(labels.max() + 1)]
+        empty = np.flatnonzero(np.bincount(labels.clip(0)) == 0)
+        if len(empty):
             runtime.print_main(f"{pattern}: no image has the class {', '.join(map(str, empty[:10]))}")
-        super().__init__(pattern, classes, paths, labels, view)
+        super().__init__(pattern, classes, paths, labels.clip(0), view)
 
     def read(self, index, rng):
-        shard, offset, size = self.places[index]
-        with open(shard, "rb") as file:                   # opened anew: workers must not share a position
+        """A (3, S, S) image, or ten."""
+        shard, offset, size = self.places[index].tolist()
+        with open(self.shards[shard], "rb") as file:      # opened anew: workers must not share a position
             file.seek(offset)
             return self.view.pixels(decode(io.BytesIO(file.read(size))), rng)
 
 
+def index_of(pattern):
+    """(shards, their folder, where their images are) of a pattern such as 'imagenet/shards-{000..127}.tar'.
+
+    Where: {"names": for `Strings`, "places": shard number, offset and bytes, int64 (N, 3), "labels": int64,
+    -1 without}. To read all headers takes minutes for the 150 GB of ImageNet. So the index is kept beside the
+    shards, or in the cache if that cannot be written to, in a file that is named after the names, sizes and
+    times of all shards: once these are others, it is not found.
+    """
+    shards = expand_braces(pattern)
+    missing = [shard for shard in shards if not os.path.isfile(shard)]
+    require(not missing, f"--data-path {pattern}: {len(missing)} of {len(shards)} shards missing "
+                         f"({', '.join(missing[:5])}); check the path and the range")
+    folder = os.path.join(os.path.commonpath([os.path.dirname(shard) for shard in shards]), "")
+    names = [os.path.relpath(shard, folder or ".") for shard in shards]
+    stats = [os.stat(shard) for shard in shards]
+    facts = json.dumps([names, [(stat.st_size, stat.st_mtime_ns) for stat in stats]])
+    file_name = f".index-{hashlib.sha256(facts.encode()).hexdigest()[:16]}.npz"
+    files = [os.path.join(folder, file_name), os.path.join(runtime.cache_dir(), "shards", file_name)]
+    for path in files:
+        index = read_index(path)
+        if index:
+            return shards, folder, index
+    index = make_index(shards, names)
+    for path in files:
+        with contextlib.suppress(OSError):                # read-only, or full
+            with runtime.atomic(path) as temporary, open(temporary, "wb") as file:
+                np.savez(file, **index)
+            runtime.print_main(f"index of {pattern} written to {path}")
+            break
+    return shards, folder, index
+
+
+def read_index(path):
+    """The dict of arrays in the file of an index; None where there is none, or a torn one."""
+    try:
+        with open(path, "rb") as file, np.load(file) as arrays:
+            return {name: arrays[name] for name in ("names", "places", "labels")}
+    except (OSError, EOFError, KeyError, ValueError, RuntimeError, zipfile.BadZipFile):
+        return None
+
+
+def make_index(shards, names):
+    """The index of shards, called `names` in it; see `index_of`."""
+    paths = []
+    places = []
+    labels = []
+    for number, shard in enumerate(watched(shards, "reading the headers of", unit="shards")):
+        images = index_shard(shard)
+        paths.append("".join(f"{names[number]}:{member}\0" for member, *_ in images))
+        places += [(number, offset, size) for _, offset, size, _ in images]
+        labels += [label for *_, label in images]
+    return {"names": np.frombuffer(os.fsencode("".join(paths)), np.uint8),
+            "places": np.array(places, np.int64).reshape(-1, 3), "labels": np.array(labels, np.int64)}
+
+
 def index_shard(shard):
-    """The images of a tar file: a list of (path to show, (shard, offset, bytes), class or None)."""
+    """The images of a tar file: a list of (name, offset, bytes, class or -1)."""
     images = []
     classes = {}
     try:
@@ -335,8 +419,7 @@ def index_shard(shard):
                 if not member.isfile() or os.path.basename(stem).startswith("."):
                     continue
                 if suffix.lower() in IMAGE_SUFFIXES:
-                    place = (shard, member.offset_data, member.size)
-                    images.append((stem, f"{shard}:{member.name}", place))
+                    images.append((stem, member))
                 elif suffix.lower() == ".cls":
                     text = tar.extractfile(member).read().decode(errors="replace").strip()
                     require(re.fullmatch(r"\d{1,6}", text), f"{shard}:{member.name} holds {text[:20]!r}, but "
@@ -353,9 +436,9 @@ def index_shard(shard):
                 f"images; copy or download it again")
         require(not any(rest), f"shard {shard} goes on after its end, as if joined by cat; join archives "
                                f"with tar --concatenate")
-    orphans = sorted(classes.keys() - {stem for stem, *_ in images})
+    orphans = sorted(classes.keys() - {stem for stem, _ in images})
     require(not orphans, f"shard {shard}: {' '.join(orphans[:1])}.cls has no image of just this name")
-    return [(path, place, classes.get(stem)) for stem, path, place in images]
+    return [(member.name, member.offset_data, member.size, classes.get(stem, -1)) for stem, member in images]
 
 
 def expand_braces(pattern):
@@ -371,6 +454,8 @@ def expand_braces(pattern):
         pattern[:found.start()] + str(number).zfill(len(found[1])) + pattern[found.end():])]
 
 
+# ---- 4. Sets that come with the program, or with torchvision -----------------------------------------------
+
 class Generated(Samples):
     """The drawn images and clips of shapes.py, as many and as large as you like; the classes take turns."""
 
@@ -383,7 +468,8 @@ class Generated(Samples):
         name = "generated-plain" if plain else "generated"
         classes = list(shapes.MOTIONS if view.frames else shapes.SHAPES)
         paths = [f"{name}[{index}]" for index in range(length)]
-        super().__init__(name, classes, paths, [index % len(classes) for index in range(length)], view)
+        labels = [index % len(classes) for index in range(length)]
+        super().__init__(name, classes, paths, labels, view, split)
 
     def __getitems__(self, requests):
         """Drawn together, which is faster."""
@@ -399,64 +485,75 @@ class Generated(Samples):
                 x = view.pixels(TF.to_pil_image(x))
             elif view.flip and np.random.default_rng((*seed, 1)).random() < 0.5:   # not the scene's own
                 x = x.flip(-1)
-            samples.append((x, self.labels[index], index))
+            samples.append((x, int(self.labels[index]), index))
         return samples
 
 
-class Torchvision(Samples):
-    """An image data set of torchvision by its name, such as CIFAR10, with its own splits and class names.
+BY_TRAIN = {"train": {"train": True}, "test": {"train": False}}
+BY_SPLIT = {"train": {"split": "train"}, "test": {"split": "test"}}
+# The sets of torchvision that are read by name: the parts of each, and torchvision's options for these.
+TORCHVISION = {
+    "CIFAR10": BY_TRAIN, "CIFAR100": BY_TRAIN, "MNIST": BY_TRAIN, "FashionMNIST": BY_TRAIN, "SVHN": BY_SPLIT,
+    "STL10": BY_SPLIT, "Food101": BY_SPLIT, "Flowers102": {**BY_SPLIT, "val": {"split": "val"}},
+    "Imagenette": {"train": {"split": "train"}, "val": {"split": "val"}}, "EuroSAT": {None: {}}}
 
-    It is downloaded on first use to `runtime.cache_dir()`. Raises `UserError` for an unknown name, and
-    without a connection.
+
+class Torchvision(Samples):
+    """An image data set of torchvision, by its name in TORCHVISION, with its own parts and class names.
+
+    It is downloaded on first use to `runtime.cache_dir()`. Raises `UserError` for another name, and without a
+    connection.
     """
 
     def __init__(self, name, split, view):
-        kind = getattr(torchvision.datasets, name, None)
-        close = difflib.get_close_matches(name, torchvision.datasets.__all__)
-        require(isinstance(kind, type) and not view.frames, f"--data-path torchvision:{name} is no set of "
-                f"images of torchvision; close names: {', '.join(close) or 'none'}")
-        takes = inspect.signature(kind).parameters
-        unknown = [key for key, value in takes.items() if value.default is value.empty and key != "root"]
-        require(not unknown, f"--data-path torchvision:{name} needs more than a folder "
-                             f"({', '.join(unknown)}); unpack it, and give the folder")
+        require(name in TORCHVISION and not view.frames, f"--data-path torchvision:{name} is no set of "
+                f"images that is read so, as are {', '.join(TORCHVISION)}; unpack it, and give the folder")
         folder = os.path.join(runtime.cache_dir(), "torchvision")
-        parts = {"train": ("train", "trainval"), "val": ("val", "valid", "test"), "test": ("test", "val")}
-        wishes = {"root": [folder], "download": [True], "train": [split == "train"], "split": parts[split]}
-        wishes = {key: values for key, values in wishes.items() if key in takes}
+        parts = TORCHVISION[name]
+        part = next((part for part in PARTS[split] if part in parts), None)
 
         def opened():
-            """The data set with the first options that it takes, downloaded unless it is there."""
-            problems = []
-            for values in itertools.product(*wishes.values()):
-                try:
-                    return kind(**dict(zip(wishes, values)))
-                except (ValueError, OSError, RuntimeError) as problem:
-                    problems.append(" ".join(str(problem).split())[:200])
-            raise UserError(f"--data-path torchvision:{name} cannot be opened or downloaded ({problems[0]}); "
-                            f"put its files into {folder}")
+            """torchvision's data set, downloaded unless it is there."""
+            try:
+                return getattr(torchvision.datasets, name)(folder, download=True, **parts[part])
+            except (ValueError, OSError, RuntimeError) as problem:
+                text = " ".join(str(problem).split())[:200]
+                raise UserError(f"--data-path torchvision:{name} cannot be opened or downloaded ({text}); "
+                                f"put its files into {folder}") from None
 
         self.source = source = runtime.main_first(opened)
-        labels = [getattr(source, key) for key in ("targets", "labels", "_labels") if hasattr(source, key)]
-        labels = [int(label) for label in (labels[0] if labels else (item[1] for item in source))]
-        classes = getattr(source, "classes", None) or range(max(labels) + 1)
+        if name == "Imagenette":
+            labels = [label for _, label in source._samples]
+        else:
+            key = next(key for key in ("targets", "labels", "_labels") if hasattr(source, key))
+            labels = getattr(source, key)
+        classes = getattr(source, "classes", map(str, range(10)))         # SVHN: digits
+        classes = [name[0] if isinstance(name, tuple) else name for name in classes]      # of synonyms, one
         paths = [f"torchvision:{name}[{i}]" for i in range(len(source))]
-        super().__init__(f"torchvision:{name}", list(map(str, classes)), paths, labels, view)
+        super().__init__(f"torchvision:{name}", classes, paths, labels, view, part)
 
     def read(self, index, rng):
-        return self.view.pixels(as_rgb(self.source[index][0]), rng)
+        """A (3, S, S) image, or ten."""
+        with decoding():
+            image = self.source[index][0]
+        return self.view.pixels(as_rgb(image), rng)
 
 
-def build_dataset(data_path, split, view, split_list=None, length=None):
+# ---- 5. What --data-path means -----------------------------------------------------------------------------
+
+def build_dataset(data_path, split, view, split_list=None, length=None, classes=()):
     """The data set behind `--data-path`, of images or clips as `view` says.
 
     * None or "generated": the generated set, "generated-plain" its easier images; `length` of them (None:
       20,000 images or 10,000 clips to train on, 1,000 otherwise).
     * a folder: if it has subfolders train/ and val/ (or test/), `split` picks one; else it is used as it is.
       With `split_list`, the path of an official UCF-101 list such as trainlist01.txt, the folder of classes.
-    * "torchvision:CIFAR10" and the like: a data set of torchvision, with its own splits.
+    * "torchvision:CIFAR10" and the like: one of ten data sets of torchvision, with its own splits.
     * 'shards-{000..127}.tar': tar files; `split` has no meaning, give each split its own pattern.
 
-    Raises `UserError` for a path that is missing, empty or ambiguous.
+    classes: the names of a training set's, so that a label means the same here, where some may be missing (by
+    default those of train/ beside val/). Raises `UserError` for a path that is missing, empty or ambiguous. A
+    collective.
     """
     path = "generated" if data_path is None else os.path.expanduser(str(data_path))
     require(not split_list or (view.frames and not path.startswith("generated")),
@@ -467,8 +564,10 @@ def build_dataset(data_path, split, view, split_list=None, length=None):
         return Torchvision(path.partition(":")[2], split, view)
     require(length is None, f"--data-path {path}: only the generated sets can be given a number of samples")
     if os.path.isdir(path):
-        folder, train = (path, None) if split_list else choose_split(pathlib.Path(path), split)
-        return Folder(folder, view, train, split_list)
+        if split_list:
+            return Folder(path, view, split, classes, split_list=split_list)
+        folder, part, train = runtime.on_main(choose_split, pathlib.Path(path), split)
+        return Folder(folder, view, part, classes, train)
     require(not view.frames, f"--data-path {path} is no folder of videos; check the path")
     if path.endswith(".tar") or "{" in path:
         return TarShards(path, view)
@@ -478,23 +577,20 @@ def build_dataset(data_path, split, view, split_list=None, length=None):
 
 
 def choose_split(folder, split):
-    """(the folder that holds `split`, train/ beside it or None).
-
-    All splits have the class names of train/, so that a label means the same in each.
-    """
+    """(the folder that holds `split`, which part of the data set it is or None, train/ beside it or None)."""
     folders = subfolder_names(folder)
     present = [name for name in SPLITS if name in folders]
     likely = [name for name in folders if re.match("train|val|test|eval", name, re.IGNORECASE)]
     require(present or len(likely) < 2 or likely != folders, f"--data-path {folder} has "
             f"{', '.join(likely[:4])}: if these are no classes, call them train, val and test, or give one")
     if not present:
-        return folder, None
+        return folder, None, None
     advice = f"give the folder to read, such as {folder / present[0]}"
     others = [name for name in folders if name not in present]
     require(len(present) > 1 or not others, f"--data-path {folder} has {present[0]}/ beside "
             f"{', '.join(others[:3])}: is it a split or a class? Rename it, or {advice}")
-    wanted = {"train": ["train"], "val": ["val", "test"], "test": ["test", "val"]}[split]
-    chosen = [name for name in wanted if name in present]
-    require(chosen, f"--data-path {folder} has {' and '.join(present)} but no {' or '.join(wanted)} folder; "
-            f"add one, or {advice}")
-    return folder / chosen[0], folder / "train" if "train" in present else None
+    part = next((name for name in PARTS[split] if name in present), None)
+    require(part, f"--data-path {folder} has {' and '.join(present)} but no {' or '.join(PARTS[split])} "
+                  f"folder; add one, or {advice}")
+    train = folder / "train" if "train" in present and part != "train" else None
+    return folder / part, part, train

@@ -6,6 +6,8 @@
         --compile                                                          # on a GPU
     python tests/bench.py tokenize train-tokenizer --tokenizer-preset in1k-256 --compile
     python tests/bench.py tokenize train-tokenizer --tokenizer-preset toy-video --batch-size 4
+    python tests/bench.py cost --tokenizer-preset in1k-256 --batch-size 8  # counted, on any machine
+    python tests/bench.py data --images 1281000      # a set of ImageNet's size, see bench_data.py
 
 Weights are random, which does not change the time. Variants are timed in one process, but measurements of
 memory run in a process of their own, because the peak of a process never falls.
@@ -131,7 +133,7 @@ def sampling(args, device):
     steps = min(args.steps or config.tokens, config.tokens)
     settings = ar_model.sampling_settings(len(config.bits), cfg_scale=2.0)
     labels = torch.zeros(batch, dtype=torch.long, device=device)
-    noise = sample.image_noise(list(range(batch)), config.tokens, len(config.bits)).to(device)
+    noise = sample.noise_of(list(range(batch)), config.tokens, len(config.bits)).to(device)
     times = {}
     torch.manual_seed(0)
     for kind in dict.fromkeys(("fp32", args.mixed_precision)):
@@ -155,14 +157,14 @@ def sampling(args, device):
 
 def random_batch(config, batch_size, device):
     """Noise of the shape that a tokenizer of `config` is trained on, images or clips."""
-    frames = [config.frames] if hasattr(config, "frames") else []
+    frames = [config.frames] if config.frames else []
     return torch.rand(batch_size, 3, *frames, config.resolution, config.resolution, device=device) * 2 - 1
 
 
 def tokenize(args, device):
     """Images or clips into tokens and back."""
     config = train_tokenizer.TOKENIZER_PRESETS[args.tokenizer_preset]
-    kind = video.VideoTokenizer if hasattr(config, "frames") else tokenizer.Tokenizer
+    kind = video.VideoTokenizer if config.frames else tokenizer.Tokenizer
     x = random_batch(config, args.batch_size, device)
     rows = []
     for name, compile in variants(args):
@@ -180,8 +182,24 @@ def tokenize(args, device):
 
 # ---- training ---------------------------------------------------------------------------------------------
 
+class Gradients:
+    """A step's: called with its networks and a batch, it makes them, and returns the sum of all losses."""
+
+    def __init__(self, losses, precision):
+        self.losses = losses                                               # yields them: see `stage_one`
+        self.precision = precision
+
+    def __call__(self, networks, batch):
+        total = 0.0
+        with runtime.autocast(batch.device, self.precision):
+            for loss in self.losses(networks, batch):
+                loss.backward()
+                total = total + loss.detach()
+        return total
+
+
 def stage_one(flags, device):
-    """([tokenizer, discriminator, LPIPS], a function that makes their gradients in a step, a batch of noise).
+    """([tokenizer, discriminator, LPIPS], `Gradients` of a step, a batch of noise).
 
     flags: of train_tokenizer.py, whose step it is; what they leave out is None. LPIPS has random weights.
     """
@@ -193,32 +211,25 @@ def stage_one(flags, device):
         if args.compile:
             perceptual.compile(dynamic=False)
 
-    def backward(networks, x):
-        """Returns the sum of both objectives."""
+    def losses(networks, x):
+        """That of the generator, and then that of the discriminator."""
         model, critic, perceptual = networks
-        with runtime.autocast(x.device, args.mixed_precision):
-            x_hat, z, q, _ = model(x)
-            terms, _ = model.quantizer.losses(z, q, args.tau, args.entropy_eps, runtime.all_reduce_mean)
-            terms.update(l1=(x - x_hat).abs().mean(), l2=(x - x_hat).square().mean())
-            if perceptual:
-                terms["perceptual"] = perceptual(metrics.as_frames(x), metrics.as_frames(x_hat)).mean()
-            if critic:
-                critic.requires_grad_(False)
-                terms["gan"] = train_tokenizer.non_saturating_loss(critic(x_hat))
-            weights = train_tokenizer.loss_weights(terms, args, 0, None)
-            loss = sum(weights[name] * terms[name] for name in terms)
-            loss.backward()
-            if critic:
-                critic.requires_grad_(True)
-                hinge = train_tokenizer.hinge_loss(critic(x), critic(x_hat.detach()))
-                hinge.backward()
-                loss = loss + hinge
-        return loss.detach()
-    return [model, critic, perceptual], backward, random_batch(model.config, args.global_batch_size, device)
+        x_hat, z, q, _ = model(x)
+        of_ids, _ = model.quantizer.losses(z, q, args.tau, args.entropy_eps, runtime.all_reduce_mean)
+        terms = {**train_tokenizer.pixel_terms(x, x_hat, perceptual), **of_ids}
+        if critic:
+            critic.requires_grad_(False)
+            terms["gan"] = train_tokenizer.non_saturating_loss(critic(x_hat))
+        yield train_tokenizer.objective(terms, args, 0, model)
+        if critic:
+            critic.requires_grad_(True)
+            yield train_tokenizer.hinge_loss(critic(x), critic(x_hat.detach()))
+    batch = random_batch(model.config, args.global_batch_size, device)
+    return [model, critic, perceptual], Gradients(losses, args.mixed_precision), batch
 
 
 def stage_two(flags, device):
-    """The same of train_ar.py: ([transformer], function, a batch of stored tokens)."""
+    """The same of train_ar.py: ([transformer], `Gradients`, a batch of stored tokens)."""
     args = train_ar.get_args(flags)
     config = runtime.config_from_args(ar_model.PRESETS[args.preset], args)
     with device:
@@ -229,14 +240,11 @@ def stage_two(flags, device):
         for block in [*model.inter_blocks, *model.intra_blocks]:
             block.compile(dynamic=False)
 
-    def backward(networks, ids):
-        """Returns the loss."""
-        with runtime.autocast(ids.device, args.mixed_precision):
-            subtokens = ar_model.ids_to_subtokens(ids, config.bits)
-            loss, _ = networks[0](subtokens, ids[:, 0] % config.num_classes, return_loss=True)
-            loss.backward()
-        return loss.detach()
-    return [model], backward, ids
+    def losses(networks, ids):
+        """The one loss."""
+        subtokens = ar_model.ids_to_subtokens(ids, config.bits)
+        yield networks[0](subtokens, ids[:, 0] % config.num_classes, return_loss=True)[0]
+    return [model], Gradients(losses, args.mixed_precision), ids
 
 
 def measure_training(stage, flags, device):
@@ -272,15 +280,47 @@ def measure_training(stage, flags, device):
 
 
 def counted(stage, flags):
-    """(GiB, TFLOP) of a step that --dry-run says."""
+    """(GiB, TFLOP, GiB of activations) of a step on a GPU, counted on tensors that have shapes but no values.
+
+    Memory: 20 bytes for each parameter of stage I that learns, 16 in stage II, which has no EMA, 4 of others
+    (LPIPS), and what autograd keeps for backward, eagerly; cuDNN's workspaces are not counted. Operations:
+    backward is two forward passes, or one where nothing learns.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode               # here: imports that take a second
+    from torch.utils.flop_counter import FlopCounterMode
+    kept = {}                                                              # storages, each of them once
+
+    def keep(tensor):
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
     flags = [word for word in flags if word != "--compile"]
-    networks, _, batch = globals()[stage](flags, torch.device("cpu"))
-    if stage == "stage_one":
-        args = train_tokenizer.get_args(flags)
-        line = train_tokenizer.cost_of_step(args, *networks[:2], batch.shape[2:])
-    else:
-        line = train_ar.cost_of_step(train_ar.get_args(flags), *networks)
-    return float(line.split(" GiB")[0]), float(line.split(" TFLOP")[0].split()[-1])
+    networks, gradients, batch = globals()[stage](flags, torch.device("meta"))
+    dtype = runtime.AUTOCAST_DTYPES[gradients.precision]
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"), \
+            FlopCounterMode(display=False) as counter, \
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), \
+            torch.autocast("cpu", enabled=False):          # at its end, all casts of weights are forgotten
+        fakes = [network and network.to_empty(device="cuda") for network in networks]
+        torch.set_autocast_dtype("cuda", dtype or torch.float16)
+        torch.set_autocast_enabled("cuda", dtype is not None)              # torch.autocast wants a real one
+        try:
+            losses = list(gradients.losses(fakes, torch.zeros_like(batch, device="cuda")))
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+    assert all(loss.requires_grad for loss in losses)                      # they hold what is kept
+    flops = 0
+    state = 0
+    for fake in filter(None, fakes):
+        once = sum(counter.get_flop_counts()[type(fake).__name__].values())
+        learns = any(p.requires_grad for p in fake.parameters())
+        flops += once * (3 if learns else 1.5)
+        bytes_each = 20 if stage == "stage_one" else 16
+        state += sum(p.numel() * (bytes_each if p.requires_grad else 4) for p in fake.parameters())
+        for p in fake.parameters():
+            kept.pop(p.untyped_storage()._cdata, None)
+    activations = sum(storage.nbytes() for storage in kept.values())
+    return (state + activations) / 2 ** 30, flops / 1e12, activations / 2 ** 30
 
 
 def matmul_speed(device, precision):
@@ -291,24 +331,29 @@ def matmul_speed(device, precision):
         return 2 * n ** 3 / 1e12 / best_time(lambda: a @ a, device)
 
 
+def step_flags(stage, preset, args):
+    """Yield (name, flags) of a trainer's step as `args` say, without and with activation checkpointing."""
+    for extra in ([], ["--activation-checkpointing"]):
+        flags = ["--preset", preset, "--global-batch-size", str(args.batch_size), "--mixed-precision",
+                 args.mixed_precision, *extra]
+        if stage == "stage_one":
+            flags.append("--channels-last")
+        yield extra[0].strip("-") if extra else "plain", flags
+
+
 def training_step(stage, preset, args, device):
-    """Steps of a trainer, with and without activation checkpointing, beside what --dry-run expects."""
+    """Steps of a trainer, with and without activation checkpointing, beside what `counted` expects."""
     speed = matmul_speed(device, args.mixed_precision)
     rows = []
     for name, compile in variants(args):
-        for checkpointing in ([], ["--activation-checkpointing"]):
-            flags = ["--preset", preset, "--global-batch-size", str(args.batch_size), "--mixed-precision",
-                     args.mixed_precision, *checkpointing]
-            if compile:
-                flags.append("--compile")
-            if stage == "stage_one":
-                flags.append("--channels-last")
-            seconds, gib, _ = in_own_process(measure_training, stage=stage, flags=flags, device=device.type)
-            counted_gib, tflop = counted(stage, flags)
-            rows.append([", ".join([name, *[word.strip("-") for word in checkpointing]]), f"{seconds:.3g} s",
-                         f"{args.batch_size / seconds:.3g}", f"{tflop / speed:.2g} s", f"{gib:.2f} GiB",
-                         f"{counted_gib:.2f} GiB"])
-    print(f"step of {preset}, batch {args.batch_size}, {args.mixed_precision}, {device}; counted: --dry-run, "
+        for how, flags in step_flags(stage, preset, args):
+            compiled = ["--compile"] if compile else []
+            seconds, gib, _ = in_own_process(measure_training, stage=stage, flags=[*flags, *compiled],
+                                             device=device.type)
+            expected, tflop, _ = counted(stage, flags)
+            rows.append([f"{name}, {how}", f"{seconds:.3g} s", f"{args.batch_size / seconds:.3g}",
+                         f"{tflop / speed:.2g} s", f"{gib:.2f} GiB", f"{expected:.2f} GiB"])
+    print(f"step of {preset}, batch {args.batch_size}, {args.mixed_precision}, {device}; counted: see cost, "
           f"operations at the {speed:.3g} TFLOP/s of a large matrix product here")
     runtime.print_table(rows, ["step", "time", "samples/s", "counted", "peak memory", "counted"])
 
@@ -323,8 +368,20 @@ def train_ar_step(args, device):
     training_step("stage_two", args.ar_preset, args, device)
 
 
+def cost(args, device):
+    """What a step of both trainers takes of a GPU, counted on any machine."""
+    rows = []
+    for stage, preset in (("stage_one", args.tokenizer_preset), ("stage_two", args.ar_preset)):
+        for how, flags in step_flags(stage, preset, args):
+            gib, tflop, activations = counted(stage, flags)
+            rows.append([f"{preset} of {stage}, {how}", f"{gib:.3g} GiB", f"{activations:.3g} GiB",
+                         f"{tflop:.3g} TFLOP", f"{tflop / 400:.2g} s"])
+    print(f"step at batch {args.batch_size}, {args.mixed_precision}; 400 TFLOP/s: 40 % of an H100's peak")
+    runtime.print_table(rows, ["step", "memory", "activations", "operations", "at 400 TFLOP/s"])
+
+
 BENCHMARKS = {"entropy": entropy, "sampling": sampling, "train-ar": train_ar_step, "tokenize": tokenize,
-              "train-tokenizer": train_tokenizer_step}
+              "train-tokenizer": train_tokenizer_step, "cost": cost}
 
 
 def main(args):
@@ -361,5 +418,8 @@ def get_args(argv=None):
 if __name__ == "__main__":
     if sys.argv[1:2] == ["measure"]:                                       # see `in_own_process`
         print(json.dumps(globals()[sys.argv[2]](**json.loads(sys.argv[3]))))
+    elif sys.argv[1:2] == ["data"]:
+        import bench_data
+        runtime.run_script(bench_data.main, lambda: bench_data.get_args(sys.argv[2:]))
     else:
         runtime.run_script(main, get_args)

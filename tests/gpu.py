@@ -6,7 +6,7 @@
 
 Weights are random. fp32 results may differ from the CPU's by 1e-4 of the largest value; of tokens, the figure
 is the fraction that differs. A goal that is MISSED is no error: goals are estimates for an H100 or H200, of
-about half of what computing and reading memory would allow; of memory, what --dry-run counts.
+about half of what computing and reading memory would allow; of memory, what `bench.py cost` counts.
 """
 import copy
 import math
@@ -105,7 +105,7 @@ def compare_samplers(device):
     model = transformer()[0][0].to(device)
     settings = ar_model.sampling_settings(2, cfg_scale=2.0, top_p=0.9)
     labels = torch.arange(4, device=device)
-    noise = sample.image_noise(range(4), model.config.tokens, 2).to(device)
+    noise = sample.noise_of(range(4), model.config.tokens, 2).to(device)
     expected = torch.stack(ar_model.sample(model, labels, noise, settings))
     for compile in (False, True) if device.type == "cuda" else (False,):
         sampler = sample.Sampler(model, 4, settings, compile)
@@ -200,7 +200,7 @@ def training_figures(device, tiny):
             flags.append("--channels-last")
         if preset == "ucf-128":
             flags.append("--activation-checkpointing")
-        counted, tflop = bench.counted(stage, flags)
+        counted, tflop, _ = bench.counted(stage, flags)
         for compiled in ([],) if tiny else ([], ["--compile"]):
             seconds, gib, activations = bench.in_own_process(
                 bench.measure_training, stage=stage, flags=[*flags, *compiled], device=device.type)

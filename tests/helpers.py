@@ -19,11 +19,13 @@ import tempfile
 import threading
 import time
 import traceback
+import warnings
 import zlib
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from support import checkpoints, runtime
 
@@ -69,6 +71,16 @@ def stored(model, /, **more):
             "preset": "custom", "model": model.state_dict(), "ema": {}, "args": {}, **more}
 
 
+def save_images(folder, count):
+    """Small files in two classes."""
+    for i in range(count):
+        path = folder / f"class{i % 2}" / f"{i:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(i).integers(0, 256, (20, 24, 3), np.uint8)
+        Image.fromarray(pixels).save(path)
+    return folder
+
+
 def golden(name):
     """The arrays of tests/golden/`name`.npz as a dict of torch tensors."""
     with np.load(GOLDEN / f"{name}.npz") as file:
@@ -104,6 +116,7 @@ def serve():
     for name in [*ours, "torch._dynamo"]:                               # the last: optimizers do
         importlib.import_module(name)
     gc.freeze()                                                         # a run need not collect what we hold
+    warnings.filterwarnings("ignore", ".*found in sys.modules", RuntimeWarning)      # by python -m: they are
     assert threading.active_count() == 1
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)                       # no launcher is waited for
     link = socket.socket(fileno=os.dup(0))
@@ -135,7 +148,7 @@ def launch(run, stdout, stderr, status):
                 os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(run["ranks"]),
                                   MASTER_ADDR="127.0.0.1", MASTER_PORT=str(run["port"]))
             os.chdir(run["cwd"])
-            be_script(run["argv"], run["module"])
+            be_script(run["argv"], run["module"], run["before"])
     for number in (signal.SIGINT, signal.SIGTERM):                         # sent to all, but for the ranks
         signal.signal(number, signal.SIG_IGN)
     os.write(status, f"{os.getpid()}\n".encode())
@@ -145,17 +158,18 @@ def launch(run, stdout, stderr, status):
         if code:
             break
     os.write(status, f"{code}\n".encode())
-    if code:
+    if code and run["ranks"] > 1:
         os.killpg(0, signal.SIGKILL)
     os._exit(0)
 
 
-def be_script(argv, module):
+def be_script(argv, module, before):
     """End as `python script.py` does, but for freeing all objects one by one, which takes a while."""
     sys.argv = argv
     sys.path[0] = os.path.dirname(argv[0])
     code = 0
     try:
+        exec(before, {})
         if module:
             runpy.run_module(module, run_name="__main__", alter_sys=True)
         else:
@@ -172,9 +186,9 @@ def be_script(argv, module):
 
 class Run:
     """A script, or a module as support.data, in processes of its own, running in the background; `flags` are
-    what a user would type."""
+    what a user would type; forked runs begin with the Python code `before`, others take flags of torchrun."""
 
-    def __init__(self, script, *flags, ranks=1, cwd=ROOT, forked=True):
+    def __init__(self, script, *flags, ranks=1, cwd=ROOT, forked=True, before="", torchrun=()):
         module = None if script.endswith(".py") else script
         argv = [str(ROOT / script), *map(str, flags)]
         self.files = [tempfile.TemporaryFile("w+") for _ in ("stdout", "stderr")]
@@ -184,16 +198,17 @@ class Run:
         self.process = None
         if forked and sys.platform == "linux":
             ours, theirs = os.pipe()
-            request = {"argv": argv, "module": module, "ranks": ranks, "port": port, "cwd": str(cwd)}
+            request = {"argv": argv, "module": module, "ranks": ranks, "port": port, "cwd": str(cwd),
+                       "before": before}
             socket.send_fds(fork_server(), [json.dumps(request).encode()],
                             [*[file.fileno() for file in self.files], theirs])
             os.close(theirs)
             self.status = open(ours)
             self.pid = int(self.status.readline())
             return
-        torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={port}"]
+        launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={port}"]
         typed = ["-m", module, *argv[1:]] if module else argv
-        command = [sys.executable, *(torchrun if ranks > 1 else []), *typed]
+        command = [sys.executable, *([*launcher, *torchrun] if ranks > 1 else []), *typed]
         self.process = subprocess.Popen(command, env=environment(), cwd=cwd, start_new_session=True,
                                         stdout=self.files[0], stderr=self.files[1])
         self.pid = self.process.pid

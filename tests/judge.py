@@ -113,7 +113,7 @@ def main(args):
         size = samples.shape[-1]
     else:
         model, _ = checkpoints.load_tokenizer(args.samples)
-        frames = getattr(model.config, "frames", None)
+        frames = model.config.frames
         size = model.config.resolution
     runtime.require(size % 8 == 0, f"{args.samples}: sides must be multiples of 8, not {size}")
     view = data.View(size, frames)

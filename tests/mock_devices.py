@@ -100,7 +100,7 @@ def test_stage_two_stays_on_its_device(tmp_path, mock, trained, flags):
 @pytest.mark.slow
 @pytest.mark.parametrize("script, flags", [
     (train_ar, [*AR[:-1], "--data-path", "runs/images", "--ten-crop"]),
-    (sample, ["--num-images", 1]), (sample, ["--num-fid-samples", 5, "--cfg-schedule", "power"]),
+    (sample, ["--num-images", 1]), (sample, ["--num-fid-samples", 5]),
     (sample, ["--keep", "runs/images/train/0/0.png", "--top-p", 0.9, "--top-k", 4]),
     (tokenizer, ["reconstruct", "runs/images/train", "--tile", 64]),
     (evaluate, ["reconstruction", "--metrics", "psnr", "usage", "rfid", "--max-samples", 2, "--batch-size", 2,
@@ -199,12 +199,11 @@ def test_replayed_graphs_draw_the_tokens_of_the_plain_sampler(graphs, monkeypatc
     batches = [([0, 3], [5, 6]), ([9, 1], [7, 8])]
     expected = []
     for labels, seeds in batches:
-        noise = sample.image_noise(seeds, model.config.tokens, len(settings))
+        noise = sample.noise_of(seeds, model.config.tokens, len(settings))
         expected.append(torch.stack(ar_model.sample(model, torch.tensor(labels), noise, settings)))
     kept = [ids[0, :5] for ids in expected[0]]
     with Mock():
-        strength = torch.ones(model.config.tokens) if "cfg_scale" in values else None
-        sampler = sample.Sampler(model.to(MOCK), 2, settings, compile=True, bucket=4, strength=strength)
+        sampler = sample.Sampler(model.to(MOCK), 2, settings, compile=True, bucket=4)
         assert sorted(sampler.graphs) == [4, 8, 12] and all(graph.calls for graph in sampler.graphs.values())
         monkeypatch.setattr(sampler, "step", None)                         # from here on, graphs alone draw
         for (labels, seeds), tokens in zip(batches, expected):

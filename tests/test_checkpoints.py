@@ -1,17 +1,33 @@
 """Files are read safely and strictly, the published ones and ours; anything else is one line."""
+import argparse
+import collections
+import copy
 import dataclasses
+import enum
 import hashlib
+import inspect
+import itertools
 import json
+import os
+import pathlib
+import pickle
+import random
+import sys
+import textwrap
+import types
+import zipfile
 
+import numpy as np
 import pytest
 import torch
 
 import ar_model
 import tokenizer
+import train_ar
 import train_tokenizer
 import video
-from support import checkpoints, runtime
-from helpers import ROOT, published_ar_name, published_video_name, refused, stored
+from support import checkpoints, codec, pickles, runtime
+from helpers import ROOT, assert_same, error_line, published_ar_name, published_video_name, refused, stored
 
 SHAPE = dict(resolution=16, channels=32, channel_multipliers=(1, 2), blocks=1, mid_blocks=1, bits=6)
 TINY = tokenizer.TokenizerConfig(**SHAPE)
@@ -31,8 +47,8 @@ def tiny_presets(monkeypatch):
 
 def lightning(config, seed=0, discriminator=train_tokenizer.PatchGAN):
     """(state_dict of a published tokenizer file, raw model, EMA model), on the current default device."""
-    kind = video.VideoTokenizer if hasattr(config, "frames") else tokenizer.Tokenizer
-    rename = published_video_name if hasattr(config, "frames") else str
+    kind = video.VideoTokenizer if config.frames else tokenizer.Tokenizer
+    rename = published_video_name if config.frames else str
     torch.manual_seed(seed)
     raw, ema, critic = kind(config), kind(config), discriminator()
     state = {rename(name): tensor for name, tensor in raw.state_dict().items()}
@@ -175,41 +191,347 @@ def test_models_of_the_wrong_kind_are_refused_by_name(tmp_path):
     torch.save({"format": "open-magvit2-ar"}, tmp_path / "ar.pt")
     refused("without its tokenizer", checkpoints.load_tokenizer, tmp_path / "ar.pt")
     torch.save({"state_dict": {"transformer.norm.weight": torch.zeros(1)}}, tmp_path / "bare.ckpt")
-    refused("holds no tokenizer", checkpoints.load_tokenizer, tmp_path / "bare.ckpt")
+    refused("without its tokenizer", checkpoints.load_tokenizer, tmp_path / "bare.ckpt")
+    torch.save({"state_dict": {"model_ema.x": torch.zeros(1)}}, tmp_path / "bare.ckpt")
+    refused("EMA weights .* do not match", checkpoints.load_tokenizer, tmp_path / "bare.ckpt")
+    refused("holds no tokenizer", checkpoints.load_tokenizer, tmp_path / "bare.ckpt", False)
 
 
-@pytest.mark.parametrize("changes", [
-    {"config": None}, {"config": {"bits": 3}}, {"model": 3}, {"model": {"a": 1}}, {"ema": "x"},
-    {"config": {**dataclasses.asdict(TINY), "channels": "wide"}},
-    {"config": {**dataclasses.asdict(TINY), "channels": 48}},
-    {"config": {**dataclasses.asdict(TINY), "channels": 2 ** 20}}, {"format": "something"}, {"args": 3}])
-def test_files_that_are_not_what_they_claim_are_one_line(tmp_path, changes):
-    torch.save(ours(TINY, changes)[0], tmp_path / "a.pt")
-    refused("a.pt", checkpoints.load_tokenizer, tmp_path / "a.pt", "model" not in changes)
-    torch.save({"state_dict": 3}, tmp_path / "a.pt")
-    for load in (checkpoints.load_tokenizer, checkpoints.load_ar):
-        refused("a.pt", load, tmp_path / "a.pt")
+CONFIG = dataclasses.asdict(TINY)
+ODD = [                             # changes of a tokenizer's file
+    *[{name: value} for name in ("config", "model", "args", "preset", "step", "format")
+      for value in (3.5, [1], "x", b"x") if type(value) is not pickles.KINDS[name]],
+    {"config": None}, {"config": {"bits": 3}}, {"model": {"a": 1}}, {"model": {3: torch.zeros(1)}},
+    {"model": None}, {"format": "something"}, {"format": None}, {"ema": "x"}, {"ema": {"a": torch.zeros(1)}},
+    *[{"config": {**CONFIG, name: value}} for name, value in (
+        ("channels", "wide"), ("channels", 48), ("channels", 2 ** 20), ("channels", 2 ** 70), ("bits", True),
+        ("channels", 32.0), ("channels", -32), ("channel_multipliers", [1, 2]), ("channel_multipliers", ()),
+        ("channel_multipliers", (1, 2 ** 40)), ("channel_multipliers", (1, "2")), ("quantizer", "none"),
+        ("channel_multipliers", (1,) * 10 ** 5), ("blocks", 10 ** 9), ("patch", 2 ** 60), ("quantizer", None),
+        ("extra", 1))]]
 
 
-class Trap:
-    """A class that would run code when unpickled."""
+def test_tokenizers_that_are_not_what_they_claim_are_one_line(tmp_path):
+    saved = ours(TINY)[0]
+    for changes in ODD:
+        torch.save({**saved, **changes}, tmp_path / "a.pt")
+        for ema in {"model" not in changes, "ema" in changes}:             # that takes what was changed
+            refused("a.pt", checkpoints.load_tokenizer, tmp_path / "a.pt", ema)
+        if "model" in changes:
+            torch.save({"state_dict": changes["model"]}, tmp_path / "a.pt")
+            refused("a.pt", checkpoints.load_tokenizer, tmp_path / "a.pt")
+            refused("a.pt", checkpoints.load_ar, tmp_path / "a.pt")
 
-    def __reduce__(self):
-        return (open, (Trap.path, "w"))
 
-
-def test_unknown_pickled_classes_are_refused_and_not_executed(tmp_path):
-    Trap.path = str(tmp_path / "executed")
-    torch.save({"state_dict": lightning(TINY)[0], "callbacks": Trap()}, tmp_path / "a.ckpt")
-    refused("--trust-checkpoint", checkpoints.load_tokenizer, tmp_path / "a.ckpt")
-    assert not (tmp_path / "executed").exists()
+def test_transformers_that_are_not_what_they_claim_are_one_line(tmp_path):
+    inner = stored(tokenizer.Tokenizer(TINY))
+    saved = stored(ar_model.ARModel(TINY_AR), classes=["a", "b", "c"], first_stage=inner)
+    torch.save(saved, tmp_path / "a.pt")
+    checkpoints.load_ar(tmp_path / "a.pt")
+    for changes in ({"classes": ["a", "b"]}, {"classes": [1, 2, 3]}, {"tokenizer": 3}, {"first_stage": 3},
+                    {"first_stage": {}}, {"first_stage": {**inner, "model": 3}},
+                    *[{"config": {**saved["config"], name: value}} for name, value in (
+                        ("grid", (2 ** 15, 2 ** 15)), ("grid", (0, 8)), ("heads", 3), ("token_dropout", 1),
+                        ("bits", (3, 30)))]):
+        torch.save({**saved, **changes}, tmp_path / "a.pt")
+        refused("a.pt", checkpoints.load_ar, tmp_path / "a.pt")
 
 
 def test_truncated_and_missing_files_are_clear_errors(tmp_path):
     torch.save({"state_dict": lightning(TINY)[0]}, tmp_path / "a.ckpt")
     whole = (tmp_path / "a.ckpt").read_bytes()
-    for size in (0, 100, len(whole) // 2, len(whole) - 100):
-        (tmp_path / "cut.ckpt").write_bytes(whole[:size])
-        refused("cannot be read", checkpoints.load_tokenizer, tmp_path / "cut.ckpt")
-    refused("does not exist", checkpoints.load_tokenizer, tmp_path / "none.ckpt")
+    cuts = [whole[:size] for size in (0, 100, len(whole) // 2, len(whole) - 100)]
+    for content in (*cuts, b"no checkpoint", pickle.dumps([1])):
+        (tmp_path / "cut.ckpt").write_bytes(content)
+        refused("cut.ckpt cannot be read", checkpoints.load_tokenizer, tmp_path / "cut.ckpt")
+    refused("none.ckpt does not exist.* AR-XL", checkpoints.load_tokenizer, tmp_path / "none.ckpt")
     refused("folder", checkpoints.load_tokenizer, tmp_path)
+    torch.save([1], tmp_path / "list.pt")
+    refused("no dictionary of weights, but a pickled list", checkpoints.load_tokenizer, tmp_path / "list.pt")
+    torch.jit.script(torch.nn.Linear(1, 1)).save(tmp_path / "program.pt")
+    refused("no dictionary of weights", checkpoints.load_tokenizer, tmp_path / "program.pt")
+    torch.save(tokenizer.Tokenizer(TINY), tmp_path / "pickled.pt")
+    refused("but a pickled tokenizer.Tokenizer", checkpoints.load_tokenizer, tmp_path / "pickled.pt")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_flipped_bytes_are_never_a_traceback(tmp_path, seed):
+    path = tmp_path / "a.pt"
+    torch.save(ours(TINY)[0], path)
+    whole = path.read_bytes()
+    chance = random.Random(seed)
+    start = whole.index(b"data.pkl")                       # of a pickle of some 9 kB
+    for _ in range(25):
+        damaged = bytearray(whole)
+        for _ in range(3):
+            damaged[chance.randrange(start, start + 9000)] = chance.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            checkpoints.load_tokenizer(path)
+        except runtime.UserError as error:
+            assert "a.pt" in str(error)
+
+
+def test_folders_name_their_newest_checkpoint_and_strangers_in_them_are_let_alone(tmp_path):
+    refused("there are in1k-256", checkpoints.load_tokenizer, tmp_path / "step-00000001.pt")
+    for step in (1, 20, 3):
+        torch.save({**ours(TINY)[0], "step": step}, tmp_path / f"step-{step:08d}.pt")
+    for stranger in ("step-best.pt", "step-.pt", "step-1e3.pt"):
+        (tmp_path / stranger).write_bytes(b"none of ours")
+    assert checkpoints.load_tokenizer(tmp_path)[1]["step"] == 20
+    refused("2.pt does not exist; there are step-00000001.pt, step-00000003.pt, step-00000020.pt$",
+            checkpoints.load_tokenizer, tmp_path / "step-00000002.pt")
+
+
+def test_a_run_resumes_from_a_folder_or_file_that_holds_all_of_it(tmp_path):
+    def run():
+        model = tokenizer.Tokenizer(TINY)
+        optimizer = torch.optim.Adam(model.parameters())
+        model(torch.rand(2, 3, 16, 16))[0].sum().backward()
+        optimizer.step()
+        return {"model": model, "optimizer": optimizer, "lecam": torch.rand(2)}
+
+    def resume(path, parts):
+        args = argparse.Namespace(resume=str(path), results_dir=tmp_path, tau=1.0)
+        return checkpoints.resume(args, parts, ["tau"], config=CONFIG)
+
+    done = run()
+    saved = {**stored(done["model"]), "optimizer": done["optimizer"].state_dict(), "lecam": done["lecam"],
+             "rng": runtime.rng_states(), "args": {"tau": 1.0}}
+    path = tmp_path / "step-00000003.pt"
+    torch.save(saved, path)
+    (tmp_path / "step-best.pt").write_bytes(b"the user's")
+    for start in ("latest", tmp_path, path):
+        fresh = run()
+        assert resume(start, fresh)["step"] == 3
+        assert same(fresh["model"], done["model"]) and torch.equal(fresh["lecam"], done["lecam"])
+        assert_same(fresh["optimizer"].state_dict(), done["optimizer"].state_dict())
+    refused("9.pt does not exist; there are step-00000003.pt$", resume, tmp_path / "step-00000009.pt", done)
+    moments = saved["optimizer"]["state"]
+    moments = {key: {**moments[key], "exp_avg": torch.zeros(3)} for key in moments}
+    needed = saved.keys() - {"preset", "ema"}
+    odd = [(name, value) for name in needed for value in (None, [1], {"a": 1})]
+    odd += [("optimizer", {**saved["optimizer"], "state": moments}), ("lecam", torch.zeros(3))]
+    for name, value in odd:
+        torch.save({**saved, name: value}, path)
+        refused(str(path), resume, "latest", done)
+
+
+# ---- bugs of ours are no damage ---------------------------------------------------------------------------
+
+def plant(monkeypatch, owner, name, old, new):
+    """Change the source of a method as its modifier would: same file, same lines."""
+    method = getattr(owner, name)
+    lines, first = inspect.getsourcelines(method)
+    source = textwrap.dedent("".join(lines))
+    assert old in source
+    source = source.replace(old, new, 1).replace("super()", f"super({owner.__name__}, self)")
+    source = "\n" * (first - 1) + source
+    made = {}
+    exec(compile(source, inspect.getfile(method), "exec"), sys.modules[owner.__module__].__dict__, made)
+    monkeypatch.setattr(owner, name, made[name])
+
+
+@pytest.mark.parametrize("owner, name, old, new, kind", [
+    (tokenizer.Encoder, "__init__", "group_norm(width)", "group_norm(widht)", NameError),
+    (tokenizer.Quantizer, "__init__", "super().__init__()", "super().__init__(self.bits)", AttributeError),
+    (ar_model.ARModel, "__init__", "self.config = config", "self.config, b = [config]", ValueError),
+    (ar_model.ARConfig, "__post_init__", "max(self.bits)", "max(*self.bits, ())", TypeError)])
+def test_a_bug_in_a_model_is_not_taken_for_damage(monkeypatch, owner, name, old, new, kind):
+    plant(monkeypatch, owner, name, old, new)
+    with pytest.raises(kind) as caught:
+        checkpoints.load_tokenizer(ROOT / "assets" / "toy.pt")
+        checkpoints.load_ar(ROOT / "assets" / "toy.pt")
+    assert not isinstance(caught.value, runtime.UserError) and runtime.in_one_line(caught.value) is None
+
+
+@pytest.mark.parametrize("script, flags", [
+    (codec, ["reconstruct", "--ckpt", ROOT / "assets/toy.pt"]),
+    (train_tokenizer, ["--length", 1, "--global-batch-size", 2, "--num-workers", 0]),
+    (train_ar, ["--length", 1, "--tokenizer", ROOT / "assets/toy.pt", "--num-workers", 0, "--online"])])
+def test_a_bug_in_a_layer_keeps_its_traceback(tmp_path, monkeypatch, script, flags):
+    plant(monkeypatch, tokenizer.ResBlock, "forward", "h = self.conv1(", "h, w, c = self.conv1(")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="unpack") as caught:
+        runtime.run_script(script.main, lambda: script.get_args([str(flag) for flag in flags]))
+    assert not isinstance(caught.value, runtime.UserError)
+
+
+# ---- files of others: Lightning's, and what else may be pickled -------------------------------------------
+
+class Call:
+    """Pickles as the call of any function, which may not be there when it is read."""
+
+    def __init__(self, function, *args):
+        self.reduced = function, args
+
+    def __reduce__(self):
+        return self.reduced
+
+    def __call__(self):
+        """Whatever: only what can be called may be pickled as called."""
+
+
+def stranger(patch, name, kind=object):
+    """A class that only its pickle will know, under the full `name`, once `patch` is undone."""
+    module, _, name = name.rpartition(".")
+    made = type(name, (kind,), {"__module__": module})
+    if not hasattr(sys.modules.get(module), "of_strangers"):
+        patch.setitem(sys.modules, module, types.SimpleNamespace(of_strangers=True))
+    setattr(sys.modules[module], name, made)
+    return made
+
+
+class Outer:
+    """Of nested classes, enums, lists and dicts with a class of their own."""
+    class Inner:
+        """Pickles reach it by getattr."""
+        def __init__(self):
+            self.x = torch.ones(2)
+
+    class Colour(enum.Enum):
+        """An enum inside a class."""
+        RED = 1
+
+
+Point = collections.namedtuple("Point", "x y")
+
+
+def foreign_objects(patch):
+    """What Lightning files were seen to hold, or could, beside weights."""
+    kinds = (object, list, dict, set)
+    plain, items, names, members = [stranger(patch, f"gone.{kind.__name__}", kind) for kind in kinds]
+    filled = plain()
+    filled.own = filled                                    # a circle
+    scalar, dtype = [stranger(patch, f"numpy.core.multiarray.{name}") for name in ("scalar", "dtype")]
+    return [np.float64(0.5), np.dtype("float32"), np.arange(3), np.array(["a", None], dtype=object), plain,
+            filled, items([1, 2]), names(a=1), members({1}), pathlib.Path("x"), argparse.Namespace(a=1), b"x",
+            collections.deque([1], 3), collections.defaultdict(list, a=1), Point(1, 2), Outer.Inner(), {1, 2},
+            Outer.Colour.RED, type(None), len, frozenset({1}), torch.device("cuda:3"), torch.bfloat16,
+            Call(torch.device, "npu", 0), torch.nn.Linear(2, 2), 2 ** 3000, Call(Call(plain, 1), 2),
+            Call(scalar, dtype, b"8")]                     # the last: numpy 1's scalars
+
+
+@pytest.fixture(scope="module")
+def published_states():
+    """{name of a loader: (state_dict of a published file, the model in it, EMA or its only one)}."""
+    state, raw, ema = lightning(TINY)
+    model = ar_model.ARModel(TINY_AR)
+    both = {published_ar_name(name): torch.nn.Parameter(x) for name, x in model.state_dict().items()}
+    both.update({f"first_stage_model.{name}": tensor for name, tensor in raw.state_dict().items()})
+    return {"load_tokenizer": (state, ema), "load_ar": (both, model)}
+
+
+@pytest.mark.parametrize("load", ["load_tokenizer", "load_ar"])
+def test_what_weights_do_not_need_does_not_decide(tmp_path, published_states, load):
+    state, model = published_states[load]
+    locations = itertools.cycle(["cpu", "npu:0", "xpu:1", "mps", "cuda:3", "hpu", "xla:0"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda storage: next(locations))
+        torch.save({"state_dict": state, "hyper_parameters": foreign_objects(patch),
+                    "lr_schedulers": [{"_last_lr": [np.float64(1e-4)]}]}, tmp_path / "a.ckpt")
+    assert same(getattr(checkpoints, load)(tmp_path / "a.ckpt")[0], model)
+    checkpoints.main(checkpoints.get_args([str(tmp_path / "a.ckpt"), str(tmp_path / "half.pt")]))
+    smaller, *_, info = getattr(checkpoints, load)(tmp_path / "half.pt")
+    assert same(smaller, copy.deepcopy(model).half())
+    assert (info["source"], info["preset"]) == ("published", "tiny")
+
+
+@pytest.mark.parametrize("needed", [True, False])
+@pytest.mark.parametrize("trap", [
+    lambda path: Call(open, path, "w"), lambda path: Call(os.system, f"touch {path}"),
+    lambda path: Call(exec, f"open({path!r}, 'w')"),
+    lambda path: Call(Call(getattr, pathlib.Path(path), "touch"))], ids=["open", "system", "exec", "getattr"])
+def test_nothing_that_a_file_asks_for_is_run(tmp_path, trap, needed):
+    state = lightning(TINY)[0]
+    trap = trap(str(tmp_path / "executed"))
+    if needed:
+        state["encoder.conv_in.weight"] = trap
+    torch.save({"state_dict": state, "callbacks": trap}, tmp_path / "a.ckpt")
+    if needed:
+        refused("state_dict of .*a.ckpt holds a .* in place", checkpoints.load_tokenizer, tmp_path / "a.ckpt")
+    else:
+        checkpoints.load_tokenizer(tmp_path / "a.ckpt")
+    assert not (tmp_path / "executed").exists()
+    torch.load(tmp_path / "a.ckpt", weights_only=False)
+    assert (tmp_path / "executed").exists(), "the trap does not work"
+
+
+@pytest.mark.parametrize("load", ["load_tokenizer", "load_ar"])
+def test_files_that_lightning_writes_are_read(tmp_path, published_states, load):
+    """With pytorch-lightning, omegaconf and jsonargparse, which are no dependencies: seen with 2.6.6."""
+    lightning_package = pytest.importorskip("pytorch_lightning")
+    omegaconf = pytest.importorskip("omegaconf")
+    cli = pytest.importorskip("pytorch_lightning.cli")
+    state, model = published_states[load]
+
+    class Model(lightning_package.LightningModule):
+        """Two optimizers by hand, as for a GAN, a schedule in numpy, and hyper-parameters of any kind."""
+
+        def __init__(self, width: int = 4, path: pathlib.Path = pathlib.Path("x")):
+            super().__init__()
+            self.save_hyperparameters()
+            self.save_hyperparameters({
+                "conf": omegaconf.OmegaConf.create({"a": [1, {"b": "${c}"}], "c": 2}), "path": path,
+                "device": torch.device("cuda:3"), "loss": torch.nn.L1Loss(), "dtype": np.dtype("float32")})
+            self.automatic_optimization = False
+            self.nets = torch.nn.ModuleList(torch.nn.Linear(3, 3) for _ in range(2))
+
+        def state_dict(self, *args, **options):
+            """The names of the published files."""
+            return collections.OrderedDict(state)
+
+        def configure_optimizers(self):
+            """Lists of optimizers and schedules."""
+            optimizers = [torch.optim.Adam(net.parameters()) for net in self.nets]
+            schedule = torch.optim.lr_scheduler.LambdaLR
+            return optimizers, [schedule(each, lambda step: np.float64(0.5) ** step) for each in optimizers]
+
+        def training_step(self, batch, index):
+            """A step of both."""
+            for net, optimizer, schedule in zip(self.nets, self.optimizers(), self.lr_schedulers()):
+                optimizer.zero_grad()
+                self.manual_backward(net(batch).square().mean())
+                optimizer.step()
+                schedule.step()
+
+        def train_dataloader(self):
+            """Two batches."""
+            return torch.utils.data.DataLoader(torch.randn(4, 3), batch_size=2)
+
+    flags = {"max_steps": 4, "accelerator": "cpu", "logger": False, "enable_progress_bar": False,
+             "enable_model_summary": False, "default_root_dir": tmp_path}
+    flags = ["fit", *[f"--trainer.{name}={value}" for name, value in flags.items()]]
+    trainer = cli.LightningCLI(Model, args=flags, save_config_callback=None).trainer
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    foreign = torch.serialization.get_unsafe_globals_in_checkpoint(tmp_path / "a.ckpt")
+    assert {"omegaconf.dictconfig.DictConfig", "pathlib.PosixPath"} <= set(foreign)
+    assert any(name.endswith("multiarray.scalar") for name in foreign)
+    assert same(getattr(checkpoints, load)(tmp_path / "a.ckpt")[0], model)
+
+
+# ---- weights to pass on -----------------------------------------------------------------------------------
+
+def test_smaller_files_hold_the_weights_and_replace_no_training_state(tmp_path):
+    config = dataclasses.replace(TINY, quantizer="fsq", levels=(7,) * 6)   # whose buffers are no half numbers
+    saved, _, ema = ours(config)
+    for path in ("run/step-00000005.pt", "run/step-00000004.pt"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        torch.save({**saved, "optimizer": {}}, tmp_path / path)
+    (tmp_path / "link.pt").symlink_to(tmp_path / "run/step-00000005.pt")
+    before = (tmp_path / "run/step-00000005.pt").read_bytes()
+
+    def smaller(source, target):
+        return error_line(checkpoints, tmp_path / source, tmp_path / target)
+
+    for target in ("run/step-00000005.pt", "run/step-00000004.pt", "link.pt"):
+        assert "--resume needs" in smaller("run", target)
+    assert "NAME.pt" in smaller("run", "half") and "NAME.pt" in smaller("run", "half.safetensors")
+    torch.save({**saved, "config": {}}, tmp_path / "bad.pt")
+    assert "bad.pt" in smaller("bad.pt", "half.pt") and not (tmp_path / "half.pt").exists()
+    checkpoints.main(checkpoints.get_args([str(tmp_path / "run"), str(tmp_path / "half.pt")]))
+    model, info = checkpoints.load_tokenizer(tmp_path / "half.pt")
+    assert same(model, ema.half()) and (info["step"], info["trained_on"]["data_path"]) == (5, "x")
+    assert (tmp_path / "run/step-00000005.pt").read_bytes() == before
+    with zipfile.ZipFile(tmp_path / "half.pt") as file:
+        assert file.testzip() is None

@@ -71,11 +71,12 @@ def test_a_foreign_csv_is_refused_and_kept(tmp_path):
 
 
 def test_prefixes_tell_images_apart(tmp_path):
-    codes = np.zeros((1003, 16), "<i8")
-    codes[1, 3:] = 1                                                      # tokens 0, 1, 2 are shared
-    codes[2] = 2
-    codes[3:, 5:] = 7                                                     # new ones share five with the first
-    codes.tofile(tmp_path / "tokens.bin")
+    ids = np.zeros((1003, 16), "<u4")
+    ids[1, 3:] = 1                                                        # tokens 0, 1, 2 are shared
+    ids[2] = 2
+    ids[3:, 5:] = 7                                                       # new ones share five with the first
+    ids.tofile(tmp_path / "tokens.bin")
+    runtime.write_json(tmp_path / "tokens.json", {"shape": [1003, 1, 16]})
     found = claims_figures.prefixes({"bits": 10, "images": 3}, [None, claims.Done(tmp_path)])
     assert found["tokens needed"] == pytest.approx((4 + 4 + 1) / 3) and found["tokens shared"] == 5
 

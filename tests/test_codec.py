@@ -1,5 +1,8 @@
 """support/codec.py, the command line of tokenizer.py: what is encoded comes back, of any size and length."""
 import math
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ from PIL import Image
 import tokenizer
 import video
 from support import codec, pictures, runtime
-from helpers import call, refused, stored
+from helpers import ROOT, call, environment, refused, stored
 from test_tokenizer import CLIPS, TINY
 
 
@@ -115,12 +118,57 @@ def test_files_may_stand_before_and_after_flags():
 def test_mistakes_of_the_command_line_are_one_line(files):
     ckpt = ("--ckpt", files.parent / "image.pt")
     call(codec, "encode", files / "a.png", *ckpt, "--output", files / "ids.npz")
-    (files / "cut.npz").write_bytes((files / "ids.npz").read_bytes()[:-30])
+    whole = (files / "ids.npz").read_bytes()
+    (files / "cut.npz").write_bytes(whole[:-30])
+    (files / "flip.npz").write_bytes(whole[:300] + bytes([whole[300] ^ 1]) + whole[301:])
+    np.savez(files / "foreign.npz", arr_0=np.zeros(3))
     for flags, problem in ((["reconstruct", "nowhere.jpg"], "nowhere.jpg does not exist"),
                            (["reconstruct", files / "b.gif"], "b.gif: this tokenizer takes"),
                            (["encode", files / "c.png"], "none of the files could be read"),
                            (["decode", files / "a.png"], "a.png is damaged"), (["decode"], "needs files"),
-                           (["decode", files / "cut.npz"], "cut.npz is damaged")):
+                           (["decode", files / "foreign.npz"], "foreign.npz holds no ids"),
+                           (["decode", "nowhere.npz"], "nowhere.npz does not exist"),
+                           (["decode", files / "cut.npz"], "cut.npz is damaged"),
+                           (["decode", files / "flip.npz"], "flip.npz is damaged")):
         refused(problem, call, codec, *flags, *ckpt)
     with pytest.raises(runtime.UserError, match="another tokenizer"):
         call(codec, "decode", files / "ids.npz", "--ckpt", files.parent / "clip.pt")
+
+
+# ---- bugs keep their traceback ----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("command, name", [("decode", "from_tokens"), ("decode", "write_file"),
+                                           ("reconstruct", "pil_to_tensor"), ("encode", "to_tokens")])
+def test_a_bug_is_not_blamed_on_the_file(files, command, name, monkeypatch):
+    def planted(*_, **__):
+        first, second = 1, 2, 3
+    ckpt = ("--ckpt", files.parent / "image.pt")
+    call(codec, "encode", files / "a.png", *ckpt, "--output", files / "ids.npz")
+    monkeypatch.setattr(codec, name, planted)
+    with pytest.raises(ValueError, match="too many values") as caught:
+        call(codec, command, files / ("ids.npz" if command == "decode" else "a.png"), *ckpt)
+    assert caught.type is ValueError and caught.traceback[-1].name == "planted"
+
+
+PLANTED = {"a wrong unpack in ResBlock.forward": ("h = self.conv2(F.silu(self.norm2(h)))", "h, _, _ = h, h"),
+           "a typo in Encoder.__init__": ("self.down = nn.ModuleList()", "self.down = nn.ModuelList()")}
+
+
+@pytest.mark.slow
+def test_a_bug_in_the_model_shows_its_file_and_line(tmp_path):
+    runs = {}
+    for bug, (right, wrong) in PLANTED.items():
+        folder = tmp_path / bug
+        shutil.copytree(ROOT / "support", folder / "support", ignore=shutil.ignore_patterns("__pycache__"))
+        for path in ROOT.glob("*.py"):
+            shutil.copy(path, folder)
+        source = (folder / "tokenizer.py").read_text()
+        assert source.count(right) == 1
+        (folder / "tokenizer.py").write_text(source.replace(right, wrong))
+        command = [sys.executable, "tokenizer.py", "reconstruct", "--ckpt", str(ROOT / "assets" / "toy.pt")]
+        runs[bug] = subprocess.Popen(command, cwd=folder, env=environment(), text=True,
+                                     stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    for bug, run in runs.items():
+        _, stderr = run.communicate(timeout=120)
+        assert run.returncode == 1, stderr
+        assert f'{bug}/tokenizer.py", line ' in stderr and PLANTED[bug][1] in stderr, stderr

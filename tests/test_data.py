@@ -1,21 +1,28 @@
 """data.py: pixels as published, an order that no worker or rank changes, broken files, splits, the script."""
+import collections
+import contextlib
 import functools
 import io
 import itertools
+import json
 import os
+import pickle
 import struct
 import sys
 import tarfile
+import types
+from multiprocessing.reduction import ForkingPickler
 
 import av
 import numpy as np
 import pytest
+import scipy.io
 import torch
 import torchvision.transforms as transforms
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from support import data, pictures, runtime, sources
+from support import data, pictures, reading, runtime, sources
 from support.data import View, build_dataset
 from helpers import call, refused, run_script
 
@@ -121,7 +128,7 @@ def test_a_few_of_a_set_keep_all_its_classes():
     for count in (100, 1000, 5000):
         assert {i % 10 for i in data.evenly_spaced(count, 20_000)} == set(range(10))      # taking turns
         assert {i // 2000 for i in data.evenly_spaced(count, 20_000)} == set(range(10))   # sorted
-    assert data.evenly_spaced(None, 5) == data.evenly_spaced(9, 5) == [0, 1, 2, 3, 4]
+    assert data.evenly_spaced(9, 5) == range(5) and data.evenly_spaced(None, 10 ** 12) == range(10 ** 12)
 
 
 # ---- folders, shards, videos ------------------------------------------------------------------------------
@@ -147,7 +154,24 @@ def test_splits_are_picked_and_labels_are_those_of_training(tmp_path):
     assert train.classes == val.classes == ["ants", "bees", "cows"]
     assert [val.labels[i] for i in range(2)] == [1, 2] and len(train) == 6
     (tmp_path / "test" / "cows").rename(tmp_path / "test" / "images")
-    refuse("train/ lacks.*images", tmp_path, "val", View(8))
+    refuse("training set lacks.*images", tmp_path, "val", View(8))
+    elsewhere = build_dataset(make_folder(tmp_path / "more", 3, ("cows",)), "val", View(8), classes=val.classes)
+    assert elsewhere.labels.tolist() == [2, 2, 2] and elsewhere.classes == val.classes
+
+
+def test_a_set_knows_its_part_and_another_that_is_the_same(tmp_path):
+    make_folder(tmp_path / "a" / "train", 6)
+    make_folder(tmp_path / "a" / "test", 6)
+    make_folder(tmp_path / "b", 6)
+    noise_image(24, 20, 99).save(tmp_path / "a" / "test" / "ants" / "0000.png")
+    train, val, flat = [build_dataset(tmp_path / name, split, View(8, crop=crop)) for name, split, crop in (
+        ("a", "train", "random"), ("a", "val", "center"), ("b", "val", "ten"))]
+    generated = [build_dataset("generated", split, View(8)) for split in sources.SPLITS]
+    shard = build_dataset(str(make_shard(tmp_path / "s.tar", [("x.png", encoded())])), "val", View(8))
+    assert [train.part, val.part, flat.part, shard.part] == ["train", "test", None, None]
+    assert [dataset.part for dataset in generated] == list(sources.SPLITS)
+    assert data.same_samples(train, flat) and not data.same_samples(train, val)
+    assert data.same_samples(generated[0], generated[0]) and not data.same_samples(*generated[1:3])
 
 
 def test_folders_that_hold_nothing_are_no_classes(tmp_path, capsys):
@@ -166,21 +190,64 @@ def test_links_that_lead_back_are_followed_once_and_pipes_never(tmp_path):
     refused("no regular file", sources.decode, tmp_path / "ants" / "x.png", kind=ValueError)
 
 
-@pytest.mark.slow
-def test_torchvision_sets_come_by_name_with_their_splits(tmp_path, monkeypatch):
+def stand_ins(name):
+    """{path: content} of what torchvision reads as `name`: 5 images to train on, 2 held out, all of one class."""
+    def cifar(count, key):
+        return pickle.dumps({"data": np.zeros((count, 3072), np.uint8), key: [1] * count})
+
+    def ubyte(*shape):
+        return np.array([0x800 + len(shape), *shape], ">i4").tobytes() + np.ones(shape, np.uint8).tobytes()
+
+    def mat(**arrays):
+        file = io.BytesIO()
+        scipy.io.savemat(file, arrays)
+        return file.getvalue()
+
+    def food(count):
+        return json.dumps({"a": [], "b": [f"b/{i}" for i in range(count)]}).encode()
+
+    images = {"train": 5, "test": 2}
+    return {
+        "CIFAR10": {"batches.meta": pickle.dumps({"label_names": ["a", "b"]}), "test_batch": cifar(2, "labels"),
+                    **{f"data_batch_{i}": cifar(1, "labels") for i in range(1, 6)}},
+        "CIFAR100": {"meta": pickle.dumps({"fine_label_names": ["a", "b"]}),
+                     **{part: cifar(images[part], "fine_labels") for part in images}},
+        "MNIST": {"train-images-idx3-ubyte": ubyte(5, 28, 28), "train-labels-idx1-ubyte": ubyte(5),
+                  "t10k-images-idx3-ubyte": ubyte(2, 28, 28), "t10k-labels-idx1-ubyte": ubyte(2)},
+        "SVHN": {f"{part}_32x32.mat": mat(X=np.zeros((32, 32, 3, count), np.uint8), y=np.ones((count, 1)))
+                 for part, count in images.items()},
+        "STL10": {"train_X.bin": bytes(5 * 27648), "train_y.bin": b"\2" * 5, "test_X.bin": bytes(2 * 27648),
+                  "test_y.bin": b"\2\2", "unlabeled_X.bin": b"", "class_names.txt": b"a\nb\n"},
+        "Food101": {"meta/train.json": food(5), "meta/test.json": food(2),
+                    **{f"images/b/{i}.jpg": encoded() for i in range(5)}},
+        "Flowers102": {"setid.mat": mat(trnid=np.arange(1, 6), valid=[6, 7], tstid=[8]),
+                       "imagelabels.mat": mat(labels=[2] * 8),
+                       **{f"jpg/image_{i:05d}.jpg": encoded() for i in range(1, 9)}},
+        "Imagenette": {**{f"train/n02102040/{i}.JPEG": encoded() for i in range(5)},
+                       **{f"val/n02102040/{i}.JPEG": encoded() for i in range(2)}},
+        "EuroSAT": {f"2750/b/{i}.jpg": encoded() for i in range(5)}}[name.removeprefix("Fashion")]
+
+
+@pytest.mark.parametrize("name, folder, part, first", [
+    ("CIFAR10", "cifar-10-batches-py", "test", "b"), ("CIFAR100", "cifar-100-python", "test", "b"),
+    ("MNIST", "MNIST/raw", "test", "1 - one"), ("FashionMNIST", "FashionMNIST/raw", "test", "Trouser"),
+    ("SVHN", "", "test", "1"), ("STL10", "stl10_binary", "test", "b"), ("Food101", "food-101", "test", "b"),
+    ("Flowers102", "flowers-102", "val", "hard-leaved pocket orchid"), ("EuroSAT", "eurosat", None, "b"),
+    ("Imagenette", "imagenette2", "val", "English springer")])
+def test_torchvision_sets_come_by_name_with_their_parts(tmp_path, monkeypatch, name, folder, part, first):
     monkeypatch.setenv("OPEN_MAGVIT2_WEIGHTS", str(tmp_path))
-    pixels = np.random.default_rng(0).integers(0, 256, (12, 28, 28), dtype=np.uint8)
-    raw = tmp_path / "torchvision" / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    for split, count, labels in (("train", 12, np.arange(12) % 10), ("t10k", 5, np.full(5, 7))):
-        for name, array, magic in (("images-idx3", pixels[:count], 0x803), ("labels-idx1", labels, 0x801)):
-            header = np.array([magic, *array.shape], ">i4").tobytes()
-            (raw / f"{split}-{name}-ubyte").write_bytes(header + array.astype(np.uint8).tobytes())
-    train, val = [build_dataset("torchvision:MNIST", split, View(28)) for split in ("train", "val")]
-    assert (len(train), len(val), train.classes[7], val.labels[0]) == (12, 5, "7 - seven", 7)
-    assert torch.equal(train[3][0], torch.from_numpy(pixels[3]).expand(3, 28, 28)) and train.labels[11] == 1
-    fake = build_dataset("torchvision:FakeData", "train", View(16))
-    assert fake[5][0].shape == (3, 16, 16) and fake.kind == "image" and len(fake.classes) == 10
+    for module in ("cifar", "svhn", "stl10", "flowers102", "utils"):      # they know the true files' hashes
+        monkeypatch.setattr(f"torchvision.datasets.{module}.check_integrity",
+                            lambda path, md5=None: os.path.exists(path))
+    for path, content in stand_ins(name).items():
+        file = tmp_path / "torchvision" / folder / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+    train, val = [build_dataset(f"torchvision:{name}", split, View(16)) for split in ("train", "val")]
+    assert len(train) == 5 and len(val) == (2 if part else 5)
+    assert (train.part, val.part) == ("train" if part else None, part)
+    assert train.classes[train[4][1]] == val.classes[val[0][1]] == first
+    assert train[4][0].shape == (3, 16, 16) and name in sources.TORCHVISION
 
 
 IMAGE = encoded()
@@ -226,10 +293,33 @@ def test_shards_give_images_and_classes_of_their_members(tmp_path, capsys):
     assert bare.classes == [] and bare.labels[0] == 0
     members = {"0.png": IMAGE, "0.cls": b"1", "1.png": IMAGE, "1.cls": b"1"}
     path = make_shard(tmp_path / "c.tar", members.items())
-    assert build_dataset(str(path), "train", View(8)).labels == [1, 1]
+    assert build_dataset(str(path), "train", View(8)).labels.tolist() == [1, 1]
     assert "no image has the class 0" in capsys.readouterr().out
     path.write_bytes(path.read_bytes() * 2)
     refuse("joined by cat", str(path), "train", View(8))
+
+
+def test_shards_are_indexed_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OPEN_MAGVIT2_WEIGHTS", str(tmp_path / "cache"))
+    path = make_shard(tmp_path / "a.tar", [("x.png", encoded(0)), ("y.png", encoded(1))])
+
+    def indexed():
+        dataset = build_dataset(str(path), "train", View(16))
+        assert torch.equal(dataset[1][0], View(16).pixels(noise_image(24, 20, 1)))
+        return "written" in capsys.readouterr().out
+
+    assert indexed() and not indexed()
+    index, = tmp_path.glob(".index*.npz")
+    whole = index.read_bytes()
+    for torn in (whole[:-30], whole[:300] + b"?" + whole[301:], b""):
+        index.write_bytes(torn)
+        assert indexed() and not indexed()
+    os.utime(path, (1, 1))                                                # others of the same size
+    assert indexed() and not indexed()
+    for file in tmp_path.glob(".index*.npz"):                             # where nothing can be written
+        file.unlink()
+        file.mkdir()
+    assert indexed() and not indexed() and len(list((tmp_path / "cache" / "shards").iterdir())) == 1
 
 
 def test_truncated_shards_are_named(tmp_path):
@@ -293,8 +383,7 @@ def test_short_clips_count_as_broken_and_pyav_is_asked_for(tmp_path, capfd, monk
     ("/no/such", {"frames": 5}, "no folder of videos"),
     ("generated", {"frames": 5, "flip": True}, "leave the flag out"),
     ("generated", {"frames": 5, "crop": "ten"}, "leave the flag out"),
-    ("torchvision:CIFAR11", {}, "CIFAR10"), ("torchvision:ImageFolderX", {}, "ImageFolder"),
-    ("torchvision:UCF101", {}, "needs more")])
+    ("torchvision:CIFAR11", {}, "CIFAR10, CIFAR100, .*EuroSAT"), ("torchvision:Places365", {}, "give the folder")])
 def test_sets_that_there_are_not_are_one_clear_line(path, changes, problem):
     refuse(problem, path, "train", View(16, **changes))
 
@@ -317,7 +406,65 @@ def test_fingerprints_tell_other_data_but_not_moved_data(tmp_path):
     noise_image(24, 20, 99).save(tmp_path / "c" / "ants" / "0000.png")
     sets = [build_dataset(tmp_path / name, "train", View(16)) for name in "abc"]
     prints = [data.fingerprint(dataset, range(12)) for dataset in sets]
-    assert prints[0] == prints[1] != prints[2]
+    assert prints[0] == prints[1] != prints[2] and prints[0] == data.fingerprint(sets[0], list(range(12)))
+    os.rename(tmp_path / "b" / "bees" / "0001.png", tmp_path / "b" / "bees" / "0001a.png")
+    renamed = build_dataset(tmp_path / "b", "train", View(16))
+    assert data.fingerprint(renamed, range(12)) != prints[1]
+    assert data.fingerprint(renamed, range(12), "0" * 64) == data.fingerprint(sets[0], range(12), "0" * 64)
+
+
+def test_fingerprints_that_older_versions_recorded_can_be_compared(tmp_path):
+    for i in range(12):
+        (tmp_path / "abc"[i % 3]).mkdir(exist_ok=True)
+        noise_image(24, 20, i).save(tmp_path / "abc"[i % 3] / f"{i:04d}.bmp")
+    dataset = build_dataset(tmp_path, "train", View(16, crop="random", flip=True))
+    assert data.fingerprint(dataset, range(12), "0" * 64).startswith("4266e5517d5ed0b508bc913071395dd6")
+    assert data.fingerprint(dataset, [3, 5, 7], "0" * 64).startswith("5dbf3eebe069e19fdfdce2a2c3cdd728")
+
+
+# ---- sets of any size --------------------------------------------------------------------------------------
+
+def linked(root, folders, count):
+    """`count` hard links to one image in each of so many class folders."""
+    root.mkdir()
+    (root / "x").write_bytes(encoded())
+    for k in range(folders):
+        (root / "set" / f"{k:02d}").mkdir(parents=True)
+        for i in range(count):
+            os.link(root / "x", root / "set" / f"{k:02d}" / f"{i}.PNG")
+    return root / "set"
+
+
+def test_nothing_but_the_listing_of_folders_grows_with_a_set(tmp_path, monkeypatch):
+    calls = collections.Counter()
+    for place, name in ((os, "listdir"), (os, "scandir"), (os, "stat"), (os, "lstat"),
+                        (sources.Samples, "count_broken")):
+        def counted(*values, name=name, function=getattr(place, name), **named):
+            calls[name] += 1
+            return function(*values, **named)
+        monkeypatch.setattr(place, name, counted)
+    work = []
+    for count in (100, 1000):                                             # 2,000 and 20,000 files
+        calls.clear()
+        dataset = build_dataset(linked(tmp_path / f"{count:4d}", 20, count), "train", View(16, crop="random"))
+        assert len(dataset) == 20 * count and dataset.labels.bincount().tolist() == [count] * 20
+        work.append([calls[name] for name in ("listdir", "scandir", "stat", "lstat")])
+        calls.clear()
+        data.fingerprint(dataset, range(len(dataset)))
+        work[-1].append(calls["stat"])
+        take(data.train_loader(dataset, 8, 0), 3)
+        take(data.eval_batches(dataset, range(len(dataset)), 8), 3)
+        work[-1].append(calls["count_broken"])                            # reads all flags: not for each batch
+        work[-1].append(len(ForkingPickler.dumps(dataset)))               # what a worker is sent
+    assert work[0][:-1] == work[1][:-1] and max(work[1][:4]) < 300 and work[1][4:6] == [2 * 1000 + 16, 0]
+    assert abs(work[0][-1] - work[1][-1]) < 50 and work[1][-1] < 10_000
+
+
+def test_a_long_search_says_how_far_it_is(monkeypatch, capsys):
+    now = iter([0.0, 0.5, 2.0, 3.0, 33.0, 34.0, 34.5, 35.0])
+    monkeypatch.setattr(sources, "time", types.SimpleNamespace(monotonic=lambda: next(now)))
+    assert list(sources.watched(iter("abcde"), "looking", lambda item: 500)) == list("abcde")
+    assert capsys.readouterr().out == "looking: 1,000 files\nlooking: 2,000 files\n"
 
 
 # ---- broken files -----------------------------------------------------------------------------------------
@@ -407,24 +554,56 @@ def test_all_kinds_of_pixels_become_rgb_and_transparency_is_dropped(tmp_path, mo
     assert (x.flatten(1).T.int() - torch.tensor(rgb)).abs().max() <= (2 if mode == "CMYK" else 0)
 
 
+def odd_error(*values):
+    """As decoders raise on damaged bytes; this file is none of support/."""
+    raise IndexError("tuple index out of range")
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("where, name, planted, bug", [
+    (View, "pixels", lambda view, image, rng: image.sise, AttributeError),
+    (sources.Folder, "read", lambda dataset, index, rng: dataset.view.pixels(index), AttributeError),
+    (reading.Image, "open", lambda file: contextlib.nullcontext(file), AttributeError),
+    (reading.Image, "open", odd_error, None)])
+def test_bugs_keep_their_traceback_and_damaged_files_do_not(tmp_path, monkeypatch, where, name, planted, bug,
+                                                            num_workers):
+    dataset = build_dataset(make_folder(tmp_path, 101, ()), "val", View(16))
+    monkeypatch.setattr(where, name, planted)
+    loader = data.eval_batches(dataset, range(3), 3, num_workers)
+    if bug:
+        with pytest.raises(bug, match="in __getitems__" if num_workers else None):
+            list(loader)
+        assert not dataset.broken.any()
+    else:
+        refused("of the 101 images.*0000.png", list, loader)
+
+
 @pytest.mark.slow
-def test_broken_files_are_counted_over_all_ranks(tmp_path):
+def test_rank_0_looks_for_all_and_the_broken_are_counted_over_all(tmp_path):
     folder = make_folder(tmp_path / "images", 100, ())
     for name in ("0000.png", "0010.png"):
         (folder / name).write_bytes(b"")
     (tmp_path / "job.py").write_text(f"""
-from support import data, runtime
+import os, tempfile
+from support import data, runtime, sources
 def main(args):
     runtime.setup_process_group("cpu")
+    listdir = os.listdir if runtime.rank() == 0 else None
+    os.listdir = listdir
     dataset = sources.build_dataset("{folder}", "val", data.View(8))
+    assert len(dataset) == 100 and dataset.paths[99] == "{folder}/0099.png"
+    try:
+        sources.build_dataset("{tmp_path}/none-{{0..1}}.tar", "val", data.View(8))
+    except runtime.UserError:
+        print("both are told", flush=True)
     dataset[10 * runtime.rank()]                           # each rank meets one of the two
     dataset.raise_if_broken()
     print("not alone", flush=True)
     dataset.raise_if_broken(all_ranks=True)
 runtime.run_script(main, lambda: None)
 """)
-    done = run_script(tmp_path / "job.py", ranks=2, check=False)
-    assert done.stdout.count("not alone") == 2 and "2 of the 100 images" in done.stderr
+    done = run_script(str(tmp_path / "job.py"), ranks=2, check=False)
+    assert done.stdout.count("not alone") == done.stdout.count("both are told") == 2 and "2 of the 100 images" in done.stderr
     assert done.returncode == 2 and "Traceback" not in done.stderr
 
 

@@ -10,6 +10,7 @@ import torch._dynamo.testing
 from helpers import call, error_line, logged, newest, run_script
 
 import ar_model
+import bench
 import gpu
 import sample
 import tokenizer
@@ -104,39 +105,28 @@ def test_a_half_precision_step_is_close_to_float32(tmp_path, trained, script, fl
         assert (state[name] - tensor).abs().max() <= 2.1e-3, name
 
 
-# ---- what --dry-run says, and tests/gpu.py ----------------------------------------------------------------
+# ---- what is counted, and tests/gpu.py --------------------------------------------------------------------
 
 @pytest.mark.slow
-def test_counted_activations_are_those_that_autograd_keeps(tmp_path, capsys):
-    call(train_tokenizer, "--dry-run", "--results-dir", tmp_path)
-    counted = float(capsys.readouterr().out.split(" of them activations")[0].split()[-1]) * 2 ** 30
-    model = tokenizer.Tokenizer(tokenizer.PRESETS["toy"])
-    own = {p.data_ptr() for p in model.parameters()}
+@pytest.mark.parametrize("stage", ["stage_one", "stage_two"])
+def test_counted_activations_are_those_that_autograd_keeps(stage):
+    networks, gradients, batch = getattr(bench, stage)([], torch.device("cpu"))
+    own = {p.data_ptr() for network in filter(None, networks) for p in network.parameters()}
     kept = {}
 
     def keep(x):
         kept[x.untyped_storage().data_ptr()] = x
         return x
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        x = torch.rand(32, 3, 32, 32) * 2 - 1
-        x_hat, z, q, _ = model(x)
-        terms, _ = model.quantizer.losses(z, q, 0.1, 0.0, None)
-        total = sum(terms.values()) + (x - x_hat).abs().mean() + (x - x_hat).square().mean()
+        losses = list(gradients.losses(networks, batch))
     real = sum(x.untyped_storage().nbytes() for pointer, x in kept.items() if pointer not in own)
-    assert total.requires_grad and counted == pytest.approx(real, rel=0.05)
+    assert losses and bench.counted(stage, [])[2] * 2 ** 30 == pytest.approx(real, rel=0.05)
 
 
 @pytest.mark.slow
 def test_operations_are_those_of_the_formula():
-    config = dataclasses.replace(SHAPE, width=128)
-    model = ar_model.ARModel(config)
-
-    def loss(model):
-        ids = torch.zeros(2, config.tokens, dtype=torch.long)
-        return model([ids] * 2, ids[:, 0], return_loss=True)[0]
-    line = runtime.describe_cost((model,), loss, 16, train_ar.get_args(["--mixed-precision", "bf16"]))
-    counted = float(line.split(" TFLOP")[0].split()[-1]) * 1e12
-    assert counted == pytest.approx(2 * train_ar.flops_per_image(config), rel=0.05)
+    _, tflop, _ = bench.counted("stage_two", ["--global-batch-size", "2", "--mixed-precision", "bf16"])
+    assert tflop * 1e12 == pytest.approx(2 * train_ar.flops_per_image(ar_model.PRESETS["toy"]), rel=0.05)
 
 
 @pytest.mark.slow

@@ -81,14 +81,15 @@ def runs(tmp_path_factory):
         "psnr": {"value": 26.4117, "measured_on": "<all>", "label": ""}}})
     pictures.save_samples(folder / "evaluation" / "a.png", images, 3)
     torch.save({"args": {"lr": 0.00123}}, folder / "tokenizer" / "step-00000100.pt")
-    np.array([[7, 7, 7, 9], [-1] * 4], "<i8").tofile(folder / "ar" / "tokens.bin")
+    np.array([[7, 7, 7, 9], [0] * 4], "<u4").tofile(folder / "ar" / "tokens.bin")
+    (folder / "ar" / "tokens.bin.done").write_bytes(b"\1\0")            # the second row is not encoded yet
     runtime.write_json(folder / "ar" / "tokens.json", {"shape": [2, 1, 4], "missing": None})
     return folder
 
 
 def test_a_report_tells_all_that_runs_left(runs):
     page = make_report(runs)
-    for told in ("0.0625", "26.412", "<all>", "Dead bits: 1, 3", '"lr": 0.00123', "2 codes in 4 tokens"):
+    for told in ("0.0625", "26.412", "<all>", "Dead bits: 1, 3", '"lr": 0.00123', "2 ids in 4 tokens"):
         assert told in page.text, told
     assert (runs / "report.html").read_text().count('class="bit dead"') == 4     # two in each of two runs
 

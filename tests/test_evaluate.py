@@ -4,6 +4,8 @@ import functools
 import json
 import pathlib
 import shlex
+import shutil
+import tracemalloc
 import urllib.error
 
 import helpers
@@ -18,7 +20,7 @@ import evaluate
 import sample
 import tokenizer
 import video
-from support import checkpoints, data, metrics, pictures, runtime, sources
+from support import checkpoints, data, metrics, pictures, runtime, sets, sources
 
 SMALL = {"channels": 32, "channel_multipliers": (1, 1), "blocks": 1, "mid_blocks": 0, "patch": 2, "bits": 6}
 CLIPS = video.VideoTokenizerConfig(resolution=32, frames=9, time_strides=(2,), **SMALL)
@@ -132,7 +134,7 @@ def expected_frechet(x, y):
 @pytest.mark.parametrize("protocol", ["clean", "official"])
 def test_metrics_are_those_of_frames_features_and_codes(files, place, kind, protocol):
     distance = {"images": "rfid", "clips": "rfvd"}[kind]
-    result = reconstruct(files[kind], "--max-samples", 6, "--metrics", "psnr", "ssim", "usage", distance,
+    result = reconstruct(files[kind], "--num-samples", 6, "--metrics", "psnr", "ssim", "usage", distance,
                          "--protocol", protocol, "--split", "val", "--image-size", 32, *RANDOM,
                          "--batch-size", 6)
     model, _ = checkpoints.load_tokenizer(files[kind])
@@ -163,7 +165,7 @@ def test_metrics_are_those_of_frames_features_and_codes(files, place, kind, prot
             features = [network(metrics.inception_input(each, "half-pixel"))[0] for each in pair]
     assert measured[distance] == pytest.approx(expected_frechet(*features), rel=1e-5)
     assert measured["usage"] == len(ids.unique()) / 64
-    counted = f"{ids.numel()} tokens of 64 codes, 6 {kind} of generated, val split"
+    counted = f"{ids.numel()} tokens, a codebook of 64, 6 {kind} of generated, val split"
     assert counted in result["metrics"]["usage"]["measured_on"]
     assert measured["bits_per_pixel"] == pytest.approx(6 * ids[0].numel() / x[0, 0].numel())
     assert result["metrics"][distance]["label"] == LABEL and result["metrics"]["psnr"]["label"] == ""
@@ -185,11 +187,11 @@ def call(flags):
 
 images, clips, ar = sys.argv[1:]
 metrics.FIDInception = metrics.I3D = Quick
-call(f"reconstruction --ckpt {images} --max-samples 5 --image-size 32 --metrics rfid lpips-alex")
+call(f"reconstruction --ckpt {images} --num-samples 5 --image-size 32 --metrics rfid lpips-alex")
 call("generation --samples samples.npz --reference reference.npz")
 call(f"generation --samples samples.npz --metrics tokens mind --ckpt {ar}")
 call(f"generation --ckpt {ar} --num-samples 9 --reference reference16.npz")
-call(f"reconstruction --ckpt {clips} --max-samples 5 --metrics psnr usage rfvd --protocol official")
+call(f"reconstruction --ckpt {clips} --num-samples 5 --metrics psnr usage rfvd --protocol official")
 call("generation --samples clips.npz --metrics fvd")
 """
 
@@ -205,7 +207,7 @@ def test_one_two_and_three_ranks_measure_the_same(files, place):
         write_samples(folder / "reference16.npz", 10, (16, 16))
         write_samples(folder / "clips.npz", 5, (9, 32, 32))
         (folder / "job.py").write_text(RANKS)
-        run_script(folder / "job.py", *files.values(), ranks=ranks, cwd=folder)
+        run_script(str(folder / "job.py"), *files.values(), ranks=ranks, cwd=folder)
         runs.append(results(folder / "out"))
     alone, *others = runs
     for name, run in zip(("rfid", "fid", "tokens", "kid", "rfvd", "fvd"), alone, strict=True):
@@ -222,7 +224,7 @@ def test_originals_statistics_are_reused_and_give_the_same_rfid(files, place, mo
     seen = []
     forward = Quick.forward
     monkeypatch.setattr(Quick, "forward", lambda self, x: seen.append(len(x)) or forward(self, x))
-    before, after = [reconstruct(files["images"], "--max-samples", 4, "--metrics", "rfid", *RANDOM)
+    before, after = [reconstruct(files["images"], "--num-samples", 4, "--metrics", "rfid", *RANDOM)
                      for _ in range(2)]
     assert seen == [4, 4, 4] and values(after) == values(before)
     assert len(results()) == 1                                         # the same run has the same file
@@ -232,9 +234,9 @@ def test_originals_statistics_are_reused_and_give_the_same_rfid(files, place, mo
 @pytest.mark.slow
 def test_the_fid_against_a_reference_is_one_of_its_own_name_and_rule(files, place):
     pixels = write_samples("reference.npz", 6, (32, 32))
-    call("make-reference", "--image-size", 32, "--split", "val", "--max-samples", 5, "--reference", "own.npz",
+    call("make-reference", "--image-size", 32, "--split", "val", "--num-samples", 5, "--reference", "own.npz",
          *RANDOM)
-    first, second = [reconstruct(files["images"], "--max-samples", 6, "--image-size", 32, "--metrics", "rfid",
+    first, second = [reconstruct(files["images"], "--num-samples", 6, "--image-size", 32, "--metrics", "rfid",
                                  "--reference", reference, *RANDOM, "--batch-size", 6)
                      for reference in ("reference.npz", "own.npz")]
     model, _ = checkpoints.load_tokenizer(files["images"])
@@ -257,16 +259,22 @@ def test_the_fid_against_a_reference_is_one_of_its_own_name_and_rule(files, plac
     ("flat", (), "training images", 24), ("own", (), "val split", 24),
     ("own", ("--split", "train"), "training images", 24),
     ("own", ("--data-path", "own/train"), "training images", None),
-    ("own", ("--data-path", "flat"), "val split", None), ("generated", (), "val split", 24),
-    ("generated", ("--split", "train"), "training images", 24)])
+    ("own", ("--data-path", "copy"), "training images", None),
+    ("own/val", ("--data-path", "own"), "training images", None),
+    ("own", ("--data-path", "flat"), "not parted, not what the model was trained on", None),
+    ("gone", ("--data-path", "flat"), "not parted, which the model may have seen", None),
+    (None, ("--data-path", "flat"), "not parted, which the model may have seen", None),
+    ("generated", (), "val split", 24), ("generated", ("--split", "train"), "training images", 24)])
 def test_default_data_are_what_was_learned_if_possible_held_out(files, place, capsys, trained, more, part,
                                                                 resize):
-    counts = {"flat": 3, "own/val": 2, "own/train": 4}
+    counts = {"flat": 3, "own/val": 2, "own/train": 4, "copy": 4}
     for folder, count in counts.items():
         write_images(folder, count)
+    shutil.rmtree("copy")
+    shutil.copytree("own/train", "copy")                               # known by what is in it
     args = {"data_path": trained, "resize": 24}
     torch.save({**torch.load(files["images"]), "args": args}, "trained.pt")
-    result = reconstruct("trained.pt", "--metrics", "psnr", "--max-samples", 5, *more)
+    result = reconstruct("trained.pt", "--metrics", "psnr", "--num-samples", 5, *more)
     path = more[1] if "--data-path" in more else trained
     split = "train" if "--split" in more else "val"
     assert result["n"] == counts.get(path, counts.get(f"{path}/{split}", 5)) and result["part"] == part
@@ -304,23 +312,20 @@ class Identity(torch.nn.Module):
 
 
 @pytest.mark.parametrize("protocol", ["clean", "official"])
-def test_original_resolution_pads_with_grey_and_crops_back(protocol, place):
+def test_original_resolution_pads_with_grey_and_crops_back(protocol, place, monkeypatch):
     for i, (height, width) in enumerate(((40, 33), (32, 48), (17, 21))):
         pixels = np.random.default_rng(i).integers(0, 256, (height, width, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(place / f"{i}.png")
-    runtime.setup_process_group("cpu")
-    args = evaluate.get_args(["reconstruction", "--original-resolution", "--protocol", protocol,
-                              "--data-path", ".", "--device", "cpu"])
     model = Identity()
-    samples, order, about = evaluate.held_out(model.config, {}, args)
-    record = {"data": about, "networks": {}, "resize_rule": "half-pixel", "part": "val split"}
-    found = evaluate.measure(model, samples, order, {}, record, args)
+    info = {"path": "x.pt", "preset": "custom", "weights": "raw", "trained_on": evaluate.NOTHING}
+    monkeypatch.setattr(checkpoints, "load_tokenizer", lambda *more: (model, info))
+    result = reconstruct("x.pt", "--original-resolution", "--protocol", protocol, "--data-path", ".")
     assert [tuple(x.shape[2:]) for x in model.seen] == [(48, 48), (32, 48), (32, 32)]
     assert model.seen[0][..., :4, :].abs().max() == 0 and model.seen[0][..., 44:, :].abs().max() == 0
     assert model.seen[0][..., :7].abs().max() == 0 and model.seen[0][..., 40:].abs().max() == 0      # 7 + 8
-    assert torch.isinf(found["psnr"]).all() and found["ssim"].tolist() == [1, 1, 1]
-    assert found["counts"].sum() == 3 * 3 + 2 * 3 + 2 * 2 and found["pixels"].tolist() == [1320, 1536, 357]
-    evaluate.summarise(found, pathlib.Path("runs/evaluation/x.json"), record, args)
+    tokens = 3 * 3 + 2 * 3 + 2 * 2
+    assert values(result)["ssim"] == 1 and f"{tokens} tokens" in result["metrics"]["usage"]["measured_on"]
+    assert values(result)["bits_per_pixel"] == pytest.approx(4 * tokens / (1320 + 1536 + 357))
     text = next(pathlib.Path("runs/evaluation").glob("*.json")).read_text()           # infinity is valid JSON
     assert json.loads(text, parse_constant=pytest.fail)["metrics"]["psnr"]["value"] == "inf"
 
@@ -366,7 +371,7 @@ def test_official_clips_are_10000_of_the_training_split(files, place, monkeypatc
     build = sources.build_dataset
     for length, twice in ((9_537, 463), (20_000, 0)):                  # UCF-101's; a larger one
         monkeypatch.setattr(sources, "build_dataset", lambda *more: build(*more, length=length))
-        _, order, _ = evaluate.held_out(CLIPS, {}, args)
+        order = evaluate.held_out(args, CLIPS, evaluate.NOTHING).order
         assert len(order) == 10_000 and len(set(order)) == 10_000 - twice
 
 
@@ -377,7 +382,7 @@ def test_a_broken_sample_is_left_out_and_counted(files, place, capfd):
         content = b"GIF89a, cut" if i == chosen[2] else (folder / "000.gif").read_bytes()
         (folder / f"{i:03d}.gif").write_bytes(content)
     first, second = [reconstruct(files["clips"], "--data-path", "clips", "--batch-size", size, "--metrics",
-                                 "psnr", "usage", "--max-samples", 6) for size in (2, 3)]
+                                 "psnr", "usage", "--num-samples", 6) for size in (2, 3)]
     assert (first["n"], first["data"]["n"]) == (5, 6) and "broken clip skipped" in capfd.readouterr().err
     # Convolutions of another batch size add in another order, which may tip a pixel to the next level.
     assert values(first) == pytest.approx(values(second), rel=1e-6)
@@ -410,10 +415,10 @@ def test_tokens_tell_apart_without_a_network_and_say_what_real_ones_have(files, 
                    for x in sets]
     assert values(bad) == pytest.approx({"tokens": float((p - q).abs().sum()) / 2,
                                          "tokens-real": float((r - q).abs().sum()) / 2}, rel=1e-5)
-    assert bad["metrics"]["tokens"]["measured_on"] == "60 samples and as many images, 960 tokens"
+    assert "60 samples, as many images of generated, train split" in bad["metrics"]["tokens"]["measured_on"]
     np.savez("few.npz", np.concatenate([sets[1].movedim(1, -1)[:21]]))         # 10 and 10 real ones
     call("generation", "--samples", "bad.npz", "--metrics", "tokens", "--reference", "few.npz")
-    assert "10 samples" in results()[-1]["metrics"]["tokens"]["measured_on"]
+    assert "10 samples, as many in few.npz" in results()[-1]["metrics"]["tokens"]["measured_on"]
 
 
 def test_tokens_of_clips_and_of_unnamed_models(files, place):
@@ -473,7 +478,7 @@ def test_samples_are_at_distance_0_from_themselves(place, capsys):
 
 @pytest.mark.slow
 def test_a_reference_is_made_once_and_has_adms_format(place, monkeypatch):
-    flags = ("make-reference", "--image-size", 32, "--split", "val", *RANDOM, "--max-samples")
+    flags = ("make-reference", "--image-size", 32, "--split", "val", *RANDOM, "--num-samples")
     call(*flags, 5)
     path, = pathlib.Path("runs/evaluation/references").glob("*.npz")
     written = path.stat().st_mtime_ns
@@ -518,21 +523,33 @@ def test_samples_drawn_here_measure_like_those_of_sample(files, place):
     helpers.call(sample, *how, "--batch-size", 4, "--num-fid-samples", 10, "--output", "samples.npz")
     write_samples("reference.npz", 6, (16, 16))
     stored = generate("samples.npz", "--reference", "reference.npz", "--global-seed", 5)
-    call("generation", *how, "--num-samples", 10, "--reference", "reference.npz", *RANDOM)
+    call("generation", *how, "--num-samples", 10, "--reference", "reference.npz", *RANDOM)    # not tokens
     drawn = results()[-1]
     assert values(drawn) == values(stored) and drawn["sampling"] == stored["sampling"]
     assert [setting["cfg_scale"] for setting in drawn["sampling"]["settings"]] == [1.5, 3]
 
 
 @pytest.mark.slow
-def test_without_flags_generation_takes_the_newest_npz_else_draws(files, place, monkeypatch):
-    refused("no samples .* no AR model .* in runs/ar", call, "generation", *RANDOM)
-    monkeypatch.chdir(files["ar"].parents[2])
-    call("generation", "--num-samples", 5, *RANDOM, "--output", place)
-    call("generation", *RANDOM, "--output", place)
-    drawn, newest = results(place)
-    assert drawn["n"] == newest["n"] == 5 and drawn["samples"] == newest["samples"]
-    assert drawn["sampling"]["checkpoint"]["path"].endswith(files["ar"].name)
+def test_without_flags_generation_draws_what_fits_the_training_set_and_downloads_nothing(
+        files, place, monkeypatch, capsys):
+    refused("no AR model .* in runs/ar", call, "generation")
+    write_images("few", 5)
+    stored = torch.load(files["ar"])
+    pathlib.Path("runs/ar").mkdir(parents=True)
+    torch.save({**stored, "args": {"data_path": "few"}}, "runs/ar/step-00000001.pt")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", None)
+    for _ in range(2):
+        call("generation")
+    call("generation", "--num-samples", 6, "--data-path", "generated")
+    first, third = results()
+    drawn = list(pathlib.Path("runs/samples").glob("*.npz"))
+    assert (first["n"], third["n"], len(drawn)) == (5, 6, 2) and values(first).keys() == {"tokens", "tokens-real"}
+    assert first["reference"]["path"] == "few" and first["sampling"]["checkpoint"]["path"].endswith("01.pt")
+    assert "as many images of few, training images" in first["metrics"]["tokens"]["measured_on"]
+    assert "train split, not what the model was trained on" in third["metrics"]["tokens"]["measured_on"]
+    assert "left out fid, sfid" in capsys.readouterr().out
+    call("generation", "--samples", drawn[0], "--ckpt", "runs/ar")     # a folder: its newest checkpoint
+    assert results()[-1]["reference"]["path"] == "few"
 
 
 @pytest.mark.slow
@@ -545,8 +562,21 @@ def test_a_folder_and_an_npz_give_the_same_numbers(place):
     stored, packed, folder = [values(generate(path, "--reference", "samples.npz"))
                               for path in ("samples.npz", "packed.npz", "folder")]
     assert stored == packed == folder
-    mapped, read = [evaluate.read_npz(path)["arr_0"] for path in ("samples.npz", "packed.npz")]
-    assert isinstance(mapped, np.memmap) and np.array_equal(mapped, read)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_an_npz_is_read_sample_by_sample(place, save):
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 64, 64, 3), np.uint8)
+    save("large.npz", pixels)
+    runtime.setup_process_group("cpu")
+    samples = sets.Npz("large.npz")
+    assert samples.axes == (64, 64) and len(samples) == 300 and samples.kind == "image"
+    for order in (range(300), [7, 299, 0]):                            # backwards is slow, but right
+        tracemalloc.start()
+        for x, n, indices in sets.Chosen(samples, order, {}, 4, num_workers=2).batches(""):
+            assert np.array_equal(x[:n].movedim(1, -1), pixels[indices]) and len(x) == 4
+        assert len(order) < 300 or tracemalloc.get_traced_memory()[1] < pixels.nbytes / 4
+        tracemalloc.stop()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -556,8 +586,8 @@ def test_a_folder_and_an_npz_give_the_same_numbers(place):
 @pytest.mark.parametrize("kind, flags, words", [
     ("images", ("--data-path", "nowhere"), "--data-path nowhere"),
     ("images", ("--image-size", 18), "18.*multiple"),
-    ("images", ("--metrics", "lpips-alex", *RANDOM, "--max-samples", 2), "lpips-alex needs 32 pixels"),
-    ("images", ("--metrics", "rfvd"), "rfvd is not.*images"),
+    ("images", ("--metrics", "lpips-alex", *RANDOM, "--num-samples", 2), "lpips-alex needs 32 pixels"),
+    ("images", ("--metrics", "rfvd"), "rfvd is not.*images; take psnr"),
     ("clips", ("--metrics", "rfid"), "--metrics rfid is not.*clips"),
     ("clips", ("--original-resolution",), "tokenizers of images"),
     ("images", ("--metrics", "rfid", "--weights-dir", "."), "pt_inception-2015-12-05-672.*--weights-dir")])
@@ -581,6 +611,7 @@ def wrong_files(tmp_path_factory):
     np.savez(folder / "named.npz", images=good)
     np.savez(folder / "foreign.npz", arr_0=good, settings=np.array(3))
     np.savez(folder / "statistics.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    np.savez(folder / "nan.npz", arr_0=good, mu=np.zeros(2048), sigma=np.full((2048, 2048), np.nan))
     (folder / "cut.npz").write_bytes((folder / "good.npz").read_bytes()[:-200])
     for name, content in (("empty", b""), ("png", b"\x89PNG\r\n\x1a\n, cut"), ("gif", b"GIF89a, cut")):
         write_images(folder / name, 5)
@@ -593,21 +624,21 @@ def wrong_files(tmp_path_factory):
 @pytest.mark.parametrize("samples, flags, words", [
     ("float.npz", (), "float32.*uint8"), ("first.npz", (), "N, H, W, 3.*transpose"),
     ("grey.npz", (), "4, 32, 32"), ("named.npz", (), "arr_0.*only images"),
-    ("few.npz", (), "3 samples.*four"),
+    ("few.npz", (), "holds 3 samples.*four"),
     ("cut.npz", (), "cut.*truncated"), ("none.npz", (), "none.npz does not exist"),
     ("short.npz", (), "9 frames or more, not 8"), ("wide.npz", (), "make square ones"),
     ("mixed", (), "mixes the sizes.*20, 20.*21, 20"),
     *[(folder, (), f"{folder}/3.png is empty or no image") for folder in ("empty", "png", "gif")],
     ("good.npz", ("--reference", "none.npz"), "none.npz does not exist.*make-reference"),
     ("good.npz", ("--reference", "large.npz"), r"\(64, 64\).*\(32, 32\)"),
-    ("good.npz", ("--reference", "few.npz"), "more than 3 images"),
+    ("good.npz", ("--reference", "few.npz"), "there are 3 in few.npz.*four or more"),
     ("good.npz", ("--reference", "statistics.npz"), "arr_0.*mu, sigma.*resize rule"),
+    ("good.npz", ("--reference", "nan.npz"), "nan.npz: sigma is not finite"),
     ("good.npz", ("--reference", "cut.npz"), "cut.npz is truncated"),
     ("good.npz", ("--reference", "foreign.npz"), "foreign.npz is truncated or no npz file"),
     ("clips.npz", ("--reference", "good.npz"), r"images of \(32, 32\), not \(9, 32, 32\)"),
-    ("good.npz", ("--metrics", "fvd"), "fid, sfid.* and tokens are for what good.npz holds"),
-    ("good.npz", ("--ckpt", "some.pt", "--top-p", 0.9),
-     "--samples good.npz is drawn already, without --ckpt, --top-p")])
+    ("good.npz", ("--metrics", "fvd"), "fvd is not for images; take fid sfid"),
+    ("good.npz", ("--ckpt", "some.pt", "--top-p", 0.9), "good.npz is drawn already, without --top-p")])
 def test_wrong_samples_and_references_are_named(place, wrong_files, monkeypatch, samples, flags, words):
     monkeypatch.chdir(wrong_files)
     if not flags and samples not in ("short.npz", "wide.npz"):
@@ -675,11 +706,11 @@ def test_tables_1_and_2_say_what_presets_have(row):
 
 
 @pytest.mark.parametrize("changes, shown", [
-    ({}, True), ({"protocol": "official"}, False), ({"networks": {"inception": LABEL}}, False),
+    ({}, True), ({"protocol": "clean"}, False), ({"networks": {"inception": LABEL}}, False),
     ({"data": {"path": "data/imagenet", "size": 128}}, False), ({"data": {"path": None, "size": 256}}, False),
     ({"checkpoint": {"preset": "toy"}}, False)])
 def test_tables_show_complete_results_of_their_rows(place, capsys, changes, shown):
-    result = {"command": "reconstruction", "n": 50_000, "protocol": "clean", "date": "2025-01-01",
+    result = {"command": "reconstruction", "n": 50_000, "protocol": "official", "date": "2025-01-01",
               "data": {"path": "data/imagenet", "size": 256}, "networks": {"inception": "6726825d"},
               "checkpoint": {"preset": "in1k-256"}, **changes,
               "metrics": {"rfid": {"value": 1.234}, "psnr": {"value": 22.01}, "usage": {"value": 1.0}}}
@@ -688,5 +719,6 @@ def test_tables_show_complete_results_of_their_rows(place, capsys, changes, show
     runtime.write_json("runs/evaluation/two.json", newer)
     call("table", 4)
     printed = capsys.readouterr().out
-    assert ("1.234 / 22.01 / 100.00% (50000, clean)" in printed) == shown
+    assert ("imagenet 1.234 / 22.01 / 100.00% (50000, official)" in printed) == shown
     assert ("--ckpt in1k-256 --data-path data/imagenet --image-size 256" in printed) != shown
+    assert all("--protocol official" in line for line in printed.splitlines() if "  python" in line)

@@ -298,19 +298,64 @@ def test_mind_of_a_shift_is_three_times_its_square_and_larger_sets_are_cut():
     assert metrics.mind(other, x) == pytest.approx(metrics.mind(other[chosen], x), rel=0.05)
 
 
-def test_the_inception_score_is_torch_fidelitys():
+@pytest.mark.parametrize("equal_parts", [True, False])
+def test_the_inception_score_is_torch_fidelitys(equal_parts):
     logits = torch.randn(600, 1008, generator=torch.Generator().manual_seed(0)) * 3
     theirs = isc_features_to_metric(logits, splits=4, shuffle=False)
     expected = (theirs["inception_score_mean"], theirs["inception_score_std"], 4)
-    assert metrics.inception_score(logits, split_size=150) == pytest.approx(expected, rel=1e-5)
+    assert metrics.inception_score(logits, equal_parts, 150) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("count", [200, 400, 2000])
+def test_one_image_more_does_not_change_the_inception_score_but_adms(count):
+    logits = torch.randn(count + 1, 50, generator=torch.Generator().manual_seed(0)) * 3
+    exact, more, less = [metrics.inception_score(logits[:count + change], size=200) for change in (0, 1, -1)]
+    assert exact[2] == more[2] == less[2] == count / 200
+    assert (more[0], less[0]) == (pytest.approx(exact[0], rel=5e-3),) * 2
+    assert metrics.inception_score(logits[:count], False, 200) == exact
+    quirk = (count / 200 * exact[0] + 1) / (count / 200 + 1)           # the last block, one image, scores 1
+    assert metrics.inception_score(logits, False, 200)[0] == pytest.approx(quirk)
+
+
+def test_the_inception_score_has_ten_blocks_of_5000():
+    logits = torch.zeros(50_001, 2)
+    assert [metrics.inception_score(logits[:count], parts)[2] for count in (5_001, 50_000, 50_001)
+            for parts in (True, False)] == [1, 2, 10, 10, 10, 11]
 
 
 def test_the_inception_score_counts_classes_and_falls_when_sorted():
     logits = torch.eye(10).repeat_interleave(20, 0) * 1000.0           # no 0 * -inf
     assert metrics.inception_score(logits)[0] == pytest.approx(10)
-    assert metrics.inception_score(logits, split_size=40)[0] == pytest.approx(2)
+    assert metrics.inception_score(logits, size=40)[0] == pytest.approx(2)
     shuffled = logits.view(10, 20, 10).transpose(0, 1).reshape(200, 10)
-    assert metrics.inception_score(shuffled, split_size=40)[0] == pytest.approx(10)
+    assert metrics.inception_score(shuffled, size=40)[0] == pytest.approx(10)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_nan_is_an_error_that_says_where_it_is(bad, which):
+    sets = [features_of(50, 16, 1), features_of(60, 16, 2)]
+    statistics = [*moments_of(sets[0]), *moments_of(sets[1])]
+    sets[which][7, 3] = bad
+    where = rf"features of set {which + 1} are not finite, first at \[\[7, 3\]\]"
+    for metric in (metrics.kid, metrics.mind, metrics.precision_recall, metrics.frechet_distance_official):
+        refused(where, metric, *sets, kind=ValueError)
+    refused(where.replace(f"set {which + 1}", "set 1"), metrics.inception_score, sets[which], kind=ValueError)
+    refused(f"features of set {which + 1}", frechet, *sets, kind=ValueError)
+    for place in (2 * which, 2 * which + 1):               # a mean, a covariance
+        damaged = [array.copy() for array in statistics]
+        damaged[place].flat[5] = bad
+        refused(f"features of set {which + 1}", metrics.frechet_distance, *damaged, kind=ValueError)
+
+
+def test_pixels_and_networks_pass_a_nan_on():
+    x = torch.zeros(2, 3, 64, 64)
+    x[1, 0, 5, 5] = float("nan")
+    with torch.no_grad():
+        assert metrics.LPIPS("alex")(x, torch.zeros_like(x)).isnan().tolist() == [False, True]
+    assert metrics.inception_input(x, "half-pixel").isnan().flatten(1).any(1).tolist() == [False, True]
+    assert np.isnan(metrics.total_variation(torch.zeros(4), torch.ones(4)))            # no token at all
+    assert np.isnan(metrics.codebook_usage(torch.zeros(4))["perplexity"])
 
 
 @pytest.mark.parametrize("rows", [64, 10_000])

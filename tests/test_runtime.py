@@ -1,5 +1,10 @@
 """The plumbing and the pictures: files are whole or not there, logs resume, downloads are verified."""
+import argparse
+import errno
 import json
+import os
+import resource
+import time
 
 import numpy as np
 import pytest
@@ -10,17 +15,20 @@ from support import pictures, runtime, sources
 from helpers import call, error_line, refused, run_script
 
 
-# ---- the learning rate of both stages ---------------------------------------------------------------------
+# ---- logs -------------------------------------------------------------------------------------------------
 
-def test_learning_rate_hits_its_landmarks():
-    def at(step, schedule, warmup=0, final=0.0, milestones=()):
-        return runtime.learning_rate_factor(step, 101, warmup, schedule, final, milestones)
-    assert [at(s, "constant", 10) for s in (0, 5, 10, 100)] == [0, 0.5, 1, 1]
-    assert [at(s, "milestones", milestones=(20, 50)) for s in (19, 20, 50)] == pytest.approx([1, 0.1, 0.01])
-    assert [at(s, "cosine", 20, 0.01) for s in (20, 60, 100)] == pytest.approx([1, 0.505, 0.01])
-    assert [at(s, "linear", 20) for s in (10, 20, 60, 100)] == pytest.approx([0.5, 1, 0.5, 0])
-    assert [at(s, "plateau", 20, 0.1) for s in (0, 10, 20, 24, 62, 100)] == pytest.approx(
-        [0.005, 0.5025, 1, 1, 1 - 0.9 * (42 / 80 - 0.05) / 0.95, 0.1])
+def test_early_steps_show_means_that_the_log_still_counts(tmp_path, capsys):
+    logger = runtime.Logger(tmp_path, 200, start_step=100)                # a resumed run: its own first steps
+    meters = runtime.Meters()
+    assert [step for step in range(101, 201) if logger.early(step)] == [101, 102, 105, 110, 120, 150]
+    meters.update({"loss/a": torch.tensor(1.0), "loss/b": torch.tensor(2.0)}, {"other": torch.tensor(3.0)})
+    logger.show(101, meters.means(4), ("loss/", "speed"))
+    meters.update({"loss/a": torch.tensor(3.0)})
+    logger.log(102, meters.pop(4), ("other", "loss/a"))
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("step 101/200 | a 1 | b 2 | ETA ") and "| other 3 | a 2 | ETA" in said[1]
+    line = json.loads((tmp_path / "metrics.jsonl").read_text())           # one line
+    assert line["step"] == 102 and line["loss/a"] == 2 and meters.means(4) == {}
 
 
 # ---- files ------------------------------------------------------------------------------------------------
@@ -58,12 +66,66 @@ def test_old_checkpoints_are_pruned_but_not_the_last_written(tmp_path, steps, ke
     refused("train one first", runtime.latest_checkpoint, tmp_path / "none")
 
 
+def test_a_slow_save_is_said_at_once_and_first_thing_of_the_next_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "1")
+    save = torch.save
+    monkeypatch.setattr(torch, "save", lambda *args: time.sleep(1) or save(*args))
+    runtime.save_checkpoint(tmp_path, 1, {})
+    warning = "warning: the last save took 1.0 s, but 1 s after a signal torchrun kills; start it with --shut"
+    assert capsys.readouterr().out.startswith(warning)
+    with pytest.raises(SystemExit):
+        runtime.run_script(lambda args: print("plan"), lambda: argparse.Namespace(results_dir=tmp_path))
+    assert capsys.readouterr().out.startswith(warning)
+    monkeypatch.setattr(torch, "save", save)
+    runtime.save_checkpoint(tmp_path, 2, {})
+    assert not capsys.readouterr().out and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_start_removes_what_kills_have_left_and_nothing_else(tmp_path, capsys):
+    ours = [".step-00000012.77.pt", ".reconstructions-00000012.77.png", ".samples-00000012.77.webp",
+            ".metrics.77.jsonl", ".tokens.77.bin", ".tokens-val.77.json", ".tokens.bin.77.done"]
+    theirs = [".notes.77.txt", "step-00000010.pt", ".step-by-step.md", "tokens.bin", "metrics.jsonl"]
+    for name in [*ours, *theirs]:
+        (tmp_path / name).write_text("")
+    lock = runtime.lock(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {*theirs, ".lock"}
+    said = capsys.readouterr().out
+    assert ".step-00000012.77.pt, 0 MB of a save that a kill ended" in said and "--shutdown-timeout" in said
+    lock.close()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_disk_without_locks_is_a_warning_and_another_run_an_error(tmp_path, monkeypatch, capsys, number):
+    def lockf(file, how):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.lockf", lockf)
+    (tmp_path / ".step-00000012.77.pt").write_text("")                     # maybe of a run that goes on
+    runtime.lock(tmp_path)
+    assert "cannot be locked" in capsys.readouterr().out and len(list(tmp_path.iterdir())) == 2
+    number = errno.EAGAIN
+    refused("another run writes", runtime.lock, tmp_path)
+
+
+def test_a_disk_that_refuses_a_save_is_named_with_its_reason(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10 ** 5, limits[1]))
+    try:
+        with pytest.raises(OSError) as caught:
+            runtime.save_checkpoint(tmp_path, 1, {"weights": torch.ones(10 ** 5)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    line = f"{os.strerror(errno.EFBIG)}: {tmp_path / 'step-00000001.pt'}"
+    assert runtime.in_one_line(caught.value).startswith(line) and not list(tmp_path.iterdir())
+
+
 def test_log_drops_what_a_resumed_run_logs_again(tmp_path):
     logger = runtime.Logger(tmp_path, 4)
     for step in (1, 2, 3):
         logger.log(step, {"loss": float(step)})
-    with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 4, "lo')                                      # killed in the middle of a line
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write(b'\xff\xfe\n[3]\n{"step": 4, "lo')                      # no UTF-8; killed within a line
     runtime.Logger(tmp_path, 4, start_step=2)
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2]
@@ -159,3 +221,12 @@ def test_curves_are_drawn_and_unknown_names_listed(tmp_path):
     call(pictures, tmp_path / "run", "--output", tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 1000
     refused("loss/l1", call, pictures, tmp_path / "run", "--values", "lost")
+
+
+@pytest.mark.parametrize("supported", [False, True])
+def test_half_precision_is_said_once_to_be_slow_on_a_cpu_without_it(monkeypatch, capsys, supported):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported, raising=False)
+    runtime.warn_of_slow_half.cache_clear()
+    for precision in ("fp32", "bf16", "bf16"):
+        runtime.autocast(torch.device("cpu"), precision)
+    assert capsys.readouterr().out.count("for GPUs") == (not supported)

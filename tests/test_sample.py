@@ -11,12 +11,12 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 import ar_model
 import sample
-from support import checkpoints, runtime
+from support import checkpoints, drawn, runtime
 import tokenizer as tok
 import video
 from ar_model import ARModel, sampling_settings
 from helpers import call, error_line, published_ar_name, refused, stored
-from sample import How, Sampler, image_noise
+from sample import How, Sampler, noise_of
 from test_ar_model import build, equal, random_tokens, shape, small_config          # noqa: F401, a fixture
 
 
@@ -29,7 +29,7 @@ def settings_of(config, **values):
 
 def plain(model, labels, settings):
     """What the plain sampler draws from the seeds 0, 1, .."""
-    noise = image_noise(range(len(labels)), model.config.tokens, len(settings))
+    noise = noise_of(range(len(labels)), model.config.tokens, len(settings))
     return ar_model.sample(model, labels, noise, settings)
 
 
@@ -48,7 +48,7 @@ def test_it_draws_the_tokens_of_the_plain_sampler(shape, values):
     for bucket in (1, 4):
         sampler = Sampler(model, 3, settings, bucket=bucket)
         assert max(sampler.lengths) == shape.tokens and all(n > t for t, n in enumerate(sampler.lengths))
-        sampler.cache[0][0].fill_(1e4)                                  # rubbish behind the position
+        sampler.caches[0].keys.fill_(1e4)                               # rubbish behind the position
         assert equal(sampler(labels, range(3)), expected)
     assert equal(fast(sample.prepare_for_sampling(model), labels, settings), expected)
 
@@ -94,16 +94,14 @@ def test_given_tokens_stay_and_the_rest_follows_from_them(shape):
     assert equal(sampler(labels, range(3)), own)                         # nothing is left of it
 
 
-def test_a_guidance_schedule_ends_between_none_and_all_of_it(shape):
-    model, (_, labels) = build(shape), random_tokens(shape, 2)
-    settings = settings_of(shape, cfg_scale=4.0)
-    for strength, scale in ((torch.ones(shape.tokens), 4.0), (torch.zeros(shape.tokens), 1.0)):
-        expected = fast(model, labels, settings_of(shape, cfg_scale=scale))
-        assert equal(fast(model, labels, settings, strength=strength), expected)
-    power = ar_model.guidance_strength(11, "power", 2.75)
-    assert power[0] == 0 and power[-1] == 1 and (power.diff() > 0).all()
-    assert power[5] == pytest.approx((1 - math.cos(math.pi * 0.5 ** 2.75)) / 2)
-    assert ar_model.guidance_strength(11, "linear", 1)[5] == 0.5
+@pytest.mark.parametrize("M", [1, 2, 3, 5])
+def test_the_closed_form_is_attention_with_a_vanishing_context(M):
+    q, k, v = torch.randn(3, 6, M, 2, 8).unbind(0)                       # (R, M, H, d)
+    k[:, 0] = 0
+    expected = ar_model.attention(q, k, v)
+    for m in range(M):
+        attended = sample.last_within_token(q[:, m], k[:, 1:m + 1].unbind(1), v[:, :m + 1].unbind(1))
+        torch.testing.assert_close(attended, expected[:, m], atol=1e-6, rtol=0)
 
 
 def test_weights_that_are_not_finite_draw_nothing():
@@ -116,10 +114,11 @@ def test_weights_that_are_not_finite_draw_nothing():
 def test_buffers_are_allocated_once_and_as_large_as_needed():
     model, labels = build(small_config()), torch.tensor([0, 1])
     guided, free = (Sampler(model, 2, sampling_settings(2, cfg_scale=scale)) for scale in (2.0, 1.0))
-    pointers = [t.data_ptr() for pair in guided.cache for t in pair]
+    pointers = [tensor.data_ptr() for cache in guided.caches for tensor in vars(cache).values()]
     guided(labels, [0, 1])
-    assert [t.data_ptr() for pair in guided.cache for t in pair] == pointers and len(pointers) == 2 * 2
-    for keys, values in guided.cache:                                   # class + all tokens but the last
+    assert pointers == [tensor.data_ptr() for cache in guided.caches for tensor in vars(cache).values()]
+    assert len(pointers) == 2 * 2
+    for keys, values in (vars(cache).values() for cache in guided.caches):        # class, all tokens but one
         assert keys.shape == values.shape == (4, 2, 15, 24)
         assert not keys[:, :, 0].any() and keys[:, :, 1:].any(dim=-1).all() and values.any(dim=-1).all()
     expected = free(labels, [0, 1])
@@ -167,7 +166,7 @@ def test_preparing_keeps_names_and_works_without_packing(monkeypatch):
 def test_an_image_follows_its_own_seed_wherever_it_stands(shape, scale):
     model, (_, labels) = build(shape), random_tokens(shape, 4)
     seeds, order = [5, 5 + 2 ** 32, (7, 5), (8, 5)], [2, 0, 3, 1]
-    assert image_noise(seeds, 4, 2).unique().numel() == 4 * 2 * 4       # all bits of a seed count
+    assert noise_of(seeds, 4, 2).unique().numel() == 4 * 2 * 4       # all bits of a seed count
     sampler = Sampler(model, 4, settings_of(shape, cfg_scale=scale))
     tokens = sampler(labels, seeds)
     assert equal(sampler(labels[order], [seeds[i] for i in order]), [ids[order] for ids in tokens])
@@ -343,19 +342,19 @@ def test_published_settings_are_the_defaults_of_published_presets(preset, scales
 
 
 def test_classes_go_by_number_or_by_name():
-    imagenet = sample.class_names(None, 1000)
-    assert sample.find_classes(" 207, Otter", imagenet) == [207, 360]
+    imagenet = drawn.class_names(None, 1000)
+    assert drawn.find_classes(" 207, Otter", imagenet) == [207, 360]
     wnids = [f"n{i:08d}" for i in range(1000)]                             # of some other thousand
-    assert sample.class_names(wnids, 1000) == wnids
-    assert sample.class_names(None, 3) == ["0", "1", "2"] and sample.find_classes(None, ["a", "b"]) == [0, 1]
-    assert imagenet[sample.find_classes(None, imagenet)[2]] == "giant panda"
-    assert sample.find_classes(None, [str(i) for i in range(101)]) == [0, 12, 25, 37, 50, 63, 75, 88]
-    assert sample.find_classes("10", ["10", "9", "2"]) == [0]            # a folder called 10
-    assert sample.find_classes("Hen, old", ["cock", "hen", "hen, old"]) == [2]
+    assert drawn.class_names(wnids, 1000) == wnids
+    assert drawn.class_names(None, 3) == ["0", "1", "2"] and drawn.find_classes(None, ["a", "b"]) == [0, 1]
+    assert imagenet[drawn.find_classes(None, imagenet)[2]] == "giant panda"
+    assert drawn.find_classes(None, [str(i) for i in range(101)]) == [0, 12, 25, 37, 50, 63, 75, 88]
+    assert drawn.find_classes("10", ["10", "9", "2"]) == [0]            # a folder called 10
+    assert drawn.find_classes("Hen, old", ["cock", "hen", "hen, old"]) == [2]
     for word, names, message in (("crane", ["bird", "crane", "lift", "Crane"], r"the classes \[1, 3\]"),
                                  ("1000", imagenet, "'1000' is none of the 1000 classes"),
                                  ("retriever", imagenet, "'retriever' .* golden retriever")):
-        refused(message, sample.find_classes, word, names)
+        refused(message, drawn.find_classes, word, names)
 
 
 @pytest.mark.parametrize("flags, message", [

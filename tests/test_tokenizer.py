@@ -1,4 +1,4 @@
-"""tokenizer.py is the published function, its codes round-trip, and its entropy is exact."""
+"""tokenizer.py is the published function, its ids round-trip, and its entropy is exact."""
 import dataclasses
 import math
 
@@ -16,7 +16,7 @@ TINY = tokenizer.TokenizerConfig(**SHAPE, mid_blocks=1)
 CLIPS = video.VideoTokenizerConfig(**SHAPE, mid_blocks=0, frames=5, time_strides=(2,))
 
 
-# The other quantisers, with 37 to 64 codes.
+# The other quantisers, with 37 to 64 ids.
 OTHERS = [{"quantizer": "bsq"}, {"quantizer": "bsq", "groups": 3}, {"quantizer": "lfq", "groups": 2},
           {"quantizer": "fsq", "levels": (4, 3, 5)},
           {"quantizer": "vq", "codebook_size": 37, "codebook_channels": 5},
@@ -36,7 +36,7 @@ def golden_tokenizer():
 
 # ---- the published function -------------------------------------------------------------------------------
 
-def test_encoder_codes_and_decoder_equal_the_official_ones():
+def test_encoder_ids_and_decoder_equal_the_official_ones():
     expected, model = golden("image_tokenizer"), golden_tokenizer()
     with torch.no_grad():
         reconstruction, z, q, ids = model(expected["x"])
@@ -64,7 +64,7 @@ def test_entropy_terms_and_gradient_equal_the_official_ones():
     assert math.isclose(commitment, expected["commitment"].item(), rel_tol=1e-6)
 
 
-# ---- codes ------------------------------------------------------------------------------------------------
+# ---- ids and q --------------------------------------------------------------------------------------------
 
 def test_id_is_the_sum_of_powers_of_two_of_positive_channels():
     z = torch.tensor([0.5, -0.1, 0.0, 2.0]).view(1, 4, 1, 1)
@@ -103,11 +103,11 @@ def test_the_gradient_goes_on_through_the_sphere_and_the_tanh():
 
 
 @pytest.mark.parametrize("changes", [{}, *OTHERS, {"bits": 32, "groups": 4}])
-def test_all_ids_survive_codes_and_are_counted_by_group(changes):
+def test_all_ids_survive_q_and_are_counted_by_group(changes):
     quantizer = tiny(**changes).quantizer
     ids = torch.randint(quantizer.vocabulary, (1, 3, 999))
     ids[0, 0, :2] = torch.tensor([0, quantizer.vocabulary - 1])
-    q = quantizer.codes(ids)
+    q = quantizer.ids_to_q(ids)
     assert torch.equal(quantizer(q)[0], q) and torch.equal(quantizer(q)[1], ids)
     assert q.shape[1] == quantizer.channels
     counts = quantizer.count(ids)
@@ -144,15 +144,15 @@ def test_one_matrix_moves_the_whole_codebook_of_simvq():
 
 def dense_entropies(z, tau, eps):
     """Eq. 3 as written, with the whole N x 2^K table."""
-    codes = tokenizer.ids_to_bits(torch.arange(2 ** z.shape[1]), z.shape[1]).to(z.dtype) * 2 - 1
-    p = torch.softmax(2 * z @ codes.T / tau, dim=1)
+    codebook = tokenizer.ids_to_bits(torch.arange(2 ** z.shape[1]), z.shape[1]).to(z.dtype) * 2 - 1
+    p = torch.softmax(2 * z @ codebook.T / tau, dim=1)
     mean = p.mean(0)
     return -torch.xlogy(p, p).sum(1).mean(), -(mean * (mean + eps).log()).sum()
 
 
 @pytest.mark.parametrize("bits", [1, 2, 7, 10])
 @pytest.mark.parametrize("eps", [0.0, 1e-5])
-def test_entropy_equals_the_dense_softmax_over_all_codes(bits, eps):
+def test_entropy_equals_the_dense_softmax_over_the_whole_codebook(bits, eps):
     z = torch.randn(40, bits, generator=torch.Generator().manual_seed(bits)) * 0.02
     z64, z32 = z.double().requires_grad_(), z.clone().requires_grad_()
     dense, exact = dense_entropies(z64, 0.05, eps + 1e-300), tokenizer.lfq_entropies(z32, 0.05, eps)
@@ -162,12 +162,25 @@ def test_entropy_equals_the_dense_softmax_over_all_codes(bits, eps):
     assert (z32.grad - z64.grad).abs().max() < 1e-4 * z64.grad.abs().max()
 
 
+def test_the_mean_over_tokens_is_that_of_the_whole_table():
+    p1 = torch.rand(50, 7, dtype=torch.float64)
+    table = torch.stack([torch.where(tokenizer.ids_to_bits(torch.tensor(i), 7).bool(), p1, 1 - p1).prod(1)
+                         for i in range(2 ** 7)], dim=1)                   # (50, 2^7)
+    torch.testing.assert_close(tokenizer.mean_over_tokens(p1, 1 - p1), table.mean(0), atol=1e-14, rtol=0)
+
+
+def test_a_uniform_codebook_reads_as_documented():
+    z = torch.zeros(2, 18)                                                 # all ids are as likely: 3.8e-6 each
+    assert tokenizer.lfq_entropies(z)[1].item() == pytest.approx(12.48, abs=0.005)
+    assert tokenizer.lfq_entropies(z, eps=1e-5)[1].item() == pytest.approx(11.19, abs=0.005)
+
+
 @pytest.mark.parametrize("bits", [3, 10])
 def test_entropy_on_the_sphere_equals_the_dense_softmax(bits):
     bsq = tokenizer.BSQ(tokenizer.TokenizerConfig(bits=bits))
     z = bsq.bound(torch.randn(1, bits, 40, generator=torch.Generator().manual_seed(bits)))
-    codes = bsq.codes(torch.arange(2 ** bits)[None])[0].double()           # (K, 2^K)
-    p = torch.softmax(-torch.cdist(z[0].T.double(), codes.T).square() / 0.05, dim=1)
+    codebook = bsq.ids_to_q(torch.arange(2 ** bits)[None])[0].double()     # (K, 2^K)
+    p = torch.softmax(-torch.cdist(z[0].T.double(), codebook.T).square() / 0.05, dim=1)
     mean = p.mean(0)
     expected = [-torch.xlogy(p, p).sum(1).mean() / math.log(2), -torch.xlogy(mean, mean).sum() / math.log(2)]
     _, report = bsq.losses(z, bsq(z)[0], 0.05, 0.0, None)
@@ -212,8 +225,8 @@ def test_parts_taken_for_independent_bound_the_entropy_and_meet_it_where_they_ar
 
 def test_entropy_bounds_are_met_at_their_extremes():
     assert tokenizer.lfq_entropies(torch.zeros(8, 18))[0].item() == pytest.approx(18 * math.log(2))
-    every_code = tokenizer.ids_to_bits(torch.arange(2 ** 10), 10) * 2.0 - 1
-    per_token, codebook = tokenizer.lfq_entropies(every_code)
+    every_q = tokenizer.ids_to_bits(torch.arange(2 ** 10), 10) * 2.0 - 1
+    per_token, codebook = tokenizer.lfq_entropies(every_q)
     assert per_token.item() < 1e-6 and codebook.item() == pytest.approx(10 * math.log(2), rel=1e-6)
 
 
@@ -303,8 +316,8 @@ def test_foreign_ids_and_what_overflows_are_clear_errors():
 
 @pytest.mark.parametrize("changes, problem", [
     ({"channels": 48}, "32 groups"), ({"groups": 4}, "groups 4 .* bits 6"),
-    ({"bits": 33, "groups": 3}, "1 to 32"), ({"bits": 32}, "24"), ({"levels": ()}, "levels"),
-    ({"levels": (1, 2)}, "levels")])
+    ({"bits": 33, "groups": 3}, "1 to 32"), ({"bits": 32}, "24"), ({"bits": 0}, "bits 0"),
+    ({"levels": ()}, "levels"), ({"levels": (1, 2)}, "levels")])
 def test_impossible_configs_are_clear_errors(changes, problem):
     with pytest.raises(ValueError, match=problem):
         dataclasses.replace(TINY, **changes)
@@ -326,6 +339,7 @@ def test_ids_of_any_integer_dtype_are_decoded_in_the_models_own_dtype(changes):
 def test_a_new_quantizer_is_a_class_and_an_entry(monkeypatch):
     class Ternary(tokenizer.LFQ):
         """As LFQ, with a term of its own."""
+        own_terms = {"roundness": 0.5}
 
         def losses(self, z, q, tau, eps, mean_over_ranks, entropy="exact"):
             return {"roundness": (z.abs() - 1).square().mean()}, {"health": z.detach().mean()}

@@ -1,8 +1,11 @@
 """Stage II: tokens are stored once and verified; the loop trains as published, and learns."""
+import argparse
+import dataclasses
 import json
 import math
 import pathlib
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -10,11 +13,12 @@ import torch
 from PIL import Image
 
 import ar_model
-from support import checkpoints, data, pictures, runtime, sources
+from support import checkpoints, data, pictures, runtime, sources, tokens
 import tokenizer as tok
 import train_ar
 import video
-from helpers import call, error_line, logged, newest, refused, stored
+from helpers import call, error_line, logged, newest, published_ar_name, refused, stored
+from test_checkpoints import lightning
 
 # A model so small that a step takes milliseconds, for tokens of 4 x 4 and 3 + 3 bits.
 TINY = ["--split", 3, 3, "--width", 32, "--heads", 2, "--inter-blocks", 1, "--global-batch-size", 4,
@@ -64,26 +68,48 @@ def train(directory, *flags):
 
 
 def tokens_in(folder, name="tokens"):
-    """(codes (rows, n, N), header) of a tokens file, read without the code under test."""
+    """(ids (rows, crops, N), header) of a tokens file, read without the code under test."""
     header = json.loads((folder / f"{name}.json").read_text())
-    return np.fromfile(folder / f"{name}.bin", "<i8").reshape(header["shape"]), header
+    return np.fromfile(folder / f"{name}.bin", "<u4").reshape(header["shape"]), header
 
 
-def codes_of(path, x):
-    """Codes (B, N) of uint8 images or clips."""
-    return checkpoints.load_tokenizer(path)[0].encode(pictures.to_float(x)).flatten(1).numpy()
+def ids_of(path, x, ema=True):
+    """Ids (B, N) of uint8 images or clips."""
+    return checkpoints.load_tokenizer(path, ema)[0].encode(pictures.to_float(x)).flatten(1).numpy()
 
 
 # ---- numbers of the paper ---------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("preset, lr, warmup, epochs, tera", [
-    ("AR-B", 3e-4, 6, 300, 0.569), ("AR-L", 3e-4, 6, 300, 1.337), ("AR-XL", 2.4e-4, 7, 350, 2.474)])
-def test_presets_carry_the_published_recipe(preset, lr, warmup, epochs, tera, monkeypatch):
-    args = train_ar.get_args(["--preset", preset, "--device", "cpu"])
-    assert (args.lr, args.warmup, args.length) == (lr, f"{warmup}ep", f"{epochs}ep")
-    assert (args.global_batch_size, args.weight_decay, args.final_lr, args.ema_decay) == (768, 0.05, 0.1, 0)
+# The published training of all three sizes: configuration files and, from the optimizer on, training code.
+OFFICIAL = {
+    "global_batch_size": 768, "accumulation": 1, "split": [6, 12], "separate_heads": False, "flip": False,
+    "token_dropout": 0.1, "attention_dropout": 0.1, "ffn_dropout": 0.1, "label_dropout": 0.1,
+    "unconditional": False, "betas": (0.9, 0.95), "weight_decay": 0.05, "max_grad_norm": 1.0, "final_lr": 0.1,
+    "ema_decay": 0.0, "online": True, "ten_crop": False, "center_crop": False, "raw_weights": True}
+OF_EACH = {                                    # lr, warm-up, length; width, heads, blocks; TFLOP an image
+    "AR-B": (3e-4, "6ep", "300ep", 1024, 16, 24, 2, 0.569),
+    "AR-L": (3e-4, "6ep", "300ep", 1280, 20, 36, 3, 1.337),
+    "AR-XL": (2.4e-4, "7ep", "350ep", 1536, 24, 48, 4, 2.474)}
+# What no recipe says: data, files, the speed, and the precision, which the paper does not tell.
+OURS = """preset tokenizer data_path val_data_path split_list val_split_list val_size image_size resize frames
+    init_from tokens token_precision results_dir mixed_precision compile activation_checkpointing num_workers
+    device global_seed resume log_every val_every checkpoint_every keep dry_run warmup ema_warmup""".split()
+
+
+@pytest.mark.parametrize("preset", OF_EACH)
+def test_every_flag_of_a_published_recipe_is_the_official_one(preset, tmp_path, monkeypatch):
+    args = train_ar.get_args(["--preset", preset, "--device", "cpu", "--results-dir", str(tmp_path)])
+    train_ar.settle(args)
+    lr, warmup, length, width, heads, inter_blocks, intra_blocks, tera = OF_EACH[preset]
+    official = {**OFFICIAL, "lr": lr, "length": length, "width": width, "heads": heads,
+                "inter_blocks": inter_blocks, "intra_blocks": intra_blocks}
+    assert {name: value for name, value in vars(args).items() if name not in OURS} == official
+    assert args.warmup is None and train_ar.AR_RECIPES[preset]["warmup"] == warmup
     config = runtime.config_from_args(ar_model.PRESETS[args.preset], args, bits=args.split)
-    assert config == ar_model.PRESETS[preset]
+    assert config == ar_model.PRESETS[preset] and (config.grid, config.num_classes) == ((16, 16), 1000)
+    # Steps of warm-up, of the twentieth that follows it at the peak, and of the fall.
+    at = [train_ar.learning_rate(step, 1101, 100, args) / lr for step in (0, 50, 100, 150, 575, 1100)]
+    assert at == pytest.approx([0.005, 0.5025, 1, 1, 1 - 0.9 * 0.425 / 0.95, 0.1])
     assert train_ar.flops_per_image(config) / 1e12 == pytest.approx(tera, abs=5e-4)
     assert "mfu" not in train_ar.in_units({"samples/s": 600}, config, args)
     args.device = "cuda"
@@ -94,34 +120,60 @@ def test_presets_carry_the_published_recipe(preset, lr, warmup, epochs, tera, mo
 
 
 def test_all_parameters_decay_and_rate_changes_every_step(tmp_path, stage1):
-    train(tmp_path, "--tokenizer", stage1[0], "--length", "0.4ep", "--warmup", "0.1ep", "--lr", 1e-3)
+    flags = ["--tokenizer", stage1[0], "--length", "0.4ep", "--warmup", "0.1ep", "--lr", 1e-3]
+    train(tmp_path, *flags, "--checkpoint-every", 1, "--keep", 2, "--final-lr", 0.5, "--betas", 0.8, 0.9)
     group, = newest(tmp_path)["optimizer"]["param_groups"]               # one: even the norms' scales decay
-    assert group["weight_decay"] == 0.05 and tuple(group["betas"]) == (0.9, 0.95)
+    assert group["weight_decay"] == 0.05 and tuple(group["betas"]) == (0.8, 0.9)
     assert len(group["params"]) == len(newest(tmp_path)["model"])
     rates = [line["lr"] for _, line in sorted(logged(tmp_path).items())]
-    assert rates == [1e-3 * runtime.learning_rate_factor(step, 12, 3, "plateau", 0.0) for step in range(12)]
+    args = argparse.Namespace(lr=1e-3, final_lr=0.5)
+    assert rates == [train_ar.learning_rate(step, 12, 3, args) for step in range(12)] and rates[-1] == 5e-4
+    assert len(runtime.list_checkpoints(tmp_path)) == 2
+    train(tmp_path, *flags, "--length", 13, "--resume")
+    assert tuple(newest(tmp_path)["optimizer"]["param_groups"][0]["betas"]) == (0.9, 0.95)
+
+
+def test_a_short_run_has_a_short_warmup_and_no_step_is_no_run(stage1, capsys):
+    same = ["--tokenizer", stage1[0], "--global-batch-size", 4, "--split", 3, 3, "--dry-run", "--length"]
+    for flags, steps in (([1800], "warm-up 50"), ([400], "a twentieth of --length for the warm-up 20"),
+                         ([400, "--warmup", 90], "warm-up 90"), (["1ep"], "for the warm-up 1")):
+        call(train_ar, *same, *flags)
+        assert f"{steps} steps" in capsys.readouterr().out
+    assert "--length 0.01ep is 0 steps of 4 images; give at least 1" in error_line(train_ar, *same, "0.01ep")
+
+
+def test_gradients_are_clipped_as_the_flag_says(tmp_path, stage1):
+    for norm in (0, 1, 1e-12):                                           # Adam divides by it, but for its eps
+        train(tmp_path / str(norm), "--tokenizer", stage1[0], "--length", 2, "--max-grad-norm", norm,
+              "--weight-decay", 0)
+    moved = [newest(tmp_path / str(norm))["model"]["heads.0.weight"].abs().max().item()
+             for norm in (0, 1, 1e-12)]
+    assert moved[0] == pytest.approx(moved[1], rel=0.1) and moved[2] < 1e-2 * moved[1]
 
 
 # ---- tokens -----------------------------------------------------------------------------------------------
 
 @pytest.mark.slow
-def test_stored_tokens_are_the_codes_of_images(tmp_path, stage1):
+def test_stored_tokens_are_the_ids_of_images(tmp_path, stage1):
     path, images = stage1
     train(tmp_path / "a", "--tokenizer", path, "--length", 1, "--val-size", 4)
     some = data.evenly_spaced(4, 15)
     for name, split, rows in (("tokens", "train", range(120)), ("tokens-val", "val", some)):
-        codes, header = tokens_in(tmp_path / "a", name)
+        ids, header = tokens_in(tmp_path / "a", name)
         dataset = sources.build_dataset(images, split, data.View(16))
-        expected = codes_of(path, torch.stack([dataset[i][0] for i in rows]))
-        assert codes.shape == (len(rows), 1, 16) and (codes[:, 0] == expected).mean() > 0.999
+        expected = ids_of(path, torch.stack([dataset[i][0] for i in rows]))
+        assert ids.shape == (len(rows), 1, 16) and (ids[:, 0] == expected).mean() > 0.999
         assert header["grid"] == [4, 4] and header["origin"] == f"{path} of {dataset.name}"
     train(tmp_path / "ten", "--tokenizer", path, "--length", 1, "--ten-crop")
-    codes, _ = tokens_in(tmp_path / "ten")
+    ids, header = tokens_in(tmp_path / "ten")
     dataset = sources.build_dataset(images, "train", data.View(16, crop="ten"))
-    assert codes.shape == (120, 10, 16) and (codes[77] == codes_of(path, dataset[77][0])).mean() > 0.99
-    tokens = train_ar.Tokens(codes, dataset, range(120), [], 10 ** 6)
-    drawn = {tuple(tokens.__getitems__([(77, (0, seed))])[0][0].tolist()) for seed in range(60)}
-    assert drawn == {tuple(row) for row in codes[77].tolist()}
+    assert ids.shape == (120, 10, 16) and (ids[77] == ids_of(path, dataset[77][0])).mean() > 0.99
+    stored = tokens.Tokens(ids, dataset, range(120), header)
+    drawn, _, rows = stored.__getitems__([(row, (0, 3, row)) for row in range(120)])       # in epoch 3
+    for part in (rows[7:50], rows[77:78]):                               # whoever shares its batch
+        assert torch.equal(stored.__getitems__([(row, (0, 3, row)) for row in part.tolist()])[0], drawn[part])
+    epochs = [stored.__getitems__([(77, (0, epoch, 77))])[0][0].tolist() for epoch in range(60)]
+    assert {tuple(row) for row in epochs} == {tuple(row) for row in ids[77].tolist()}
 
 
 @pytest.mark.slow
@@ -129,11 +181,11 @@ def test_tokens_of_clips_come_in_t_y_x_order(tmp_path):
     folder = save_data(tmp_path / "clips", train=6, val=2, frames=12)
     path = save_tokenizer(tmp_path / "video.pt", folder, **CLIP_SHAPE)
     train(tmp_path / "a", "--tokenizer", path, "--length", 1)
-    codes, header = tokens_in(tmp_path / "a")
+    stored, header = tokens_in(tmp_path / "a")
     x = sources.build_dataset(folder, "train", data.View(16, 9))[4][0][None]
     ids = checkpoints.load_tokenizer(path)[0].encode(pictures.to_float(x))[0]          # (3, 2, 2)
-    assert header["grid"] == [3, 2, 2] and codes.shape == (18, 1, 12)
-    assert codes[4, 0].tolist() == [ids[t, y, x] for t in range(3) for y in range(2) for x in range(2)]
+    assert header["grid"] == [3, 2, 2] and stored.shape == (18, 1, 12)
+    assert stored[4, 0].tolist() == [ids[t, y, x] for t in range(3) for y in range(2) for x in range(2)]
     # A clip has 12 tokens of 6 bits for 9 frames of 16 x 16 pixels, and training starts at all of them.
     assert logged(tmp_path / "a")[1]["bits_per_pixel"] == pytest.approx(12 * 6 / (9 * 16 * 16))
     assert (tmp_path / "a" / "samples-00000001.webp").exists()
@@ -151,35 +203,153 @@ def test_broken_images_stay_missing_and_are_skipped(tmp_path):
     (images / "train" / "bee" / "03.png").write_bytes(b"no image")
     flags = ["--tokenizer", save_tokenizer(tmp_path / "a.pt"), "--data-path", images, "--length", 30]
     train(tmp_path / "run", *flags)                                      # an epoch: every image is asked for
-    codes, header = tokens_in(tmp_path / "run")
-    assert header["missing"] == [43] and (codes[43] == train_ar.MISSING).all() and codes[44].max() < 64
+    ids, header = tokens_in(tmp_path / "run")
+    assert header["missing"] == [43] and not ids[43].any() and ids[44].any()
     (images / "train" / "bee" / "04.png").write_bytes(b"no image")
     refused("broken, more than 1 %", train, tmp_path / "other", *flags)
     assert tokens_in(tmp_path / "other")[1]["missing"] is None           # not complete
 
 
-def test_tokens_of_32_bits_are_stored_and_the_largest_is_not_missing(tmp_path, stage1):
+def test_tokens_of_32_bits_are_stored_and_the_largest_is_one_of_them(tmp_path, stage1):
     path = save_tokenizer(tmp_path / "a.pt", stage1[1], bits=32, groups=4)
     stored = torch.load(path)
     stored["model"]["encoder.conv_out.bias"].fill_(1e3)                  # every bit on
     torch.save(stored, path)
     flags = ["--tokenizer", path, "--length", 2, "--tokens", tmp_path / "tokens.bin"]
     train(tmp_path / "run", *flags, "--split", 8, 8, 8, 8)
-    codes, header = tokens_in(tmp_path)
-    assert (codes == 2 ** 32 - 1).all() and header["missing"] == []
+    ids, header = tokens_in(tmp_path)
+    assert (ids == 2 ** 32 - 1).all() and header["missing"] == []
     log = logged(tmp_path / "run")
     assert log[1]["bits"] == pytest.approx(32) and math.isfinite(log[2]["val_loss"])
     assert (tmp_path / "run" / "samples-00000002.png").exists()          # drawn ids fit the tokenizer
     refused("24 bits at most", train, tmp_path / "other", *flags, "--split", 25, 7, kind=ValueError)
 
 
-def test_damaged_codes_are_not_trained_on(tmp_path, stage1):
+def test_damaged_ids_are_not_trained_on(tmp_path, stage1):
     flags = ["--tokenizer", stage1[0], "--tokens", tmp_path / "tokens.bin", "--length", 1]
     train(tmp_path / "a", *flags)
-    codes = np.fromfile(tmp_path / "tokens.bin", np.int64)
-    codes[:] = 64                                                        # of 2^6 codes, none has this number
-    codes.tofile(tmp_path / "tokens.bin")
+    np.full((120, 16), 64, "<u4").tofile(tmp_path / "tokens.bin")        # of 2^6 ids, none has this number
     refused("more than 1 %", train, tmp_path / "b", *flags)
+
+
+def unfinished(folder, done):
+    """Let a tokens file be one that was being filled when a kill came, with the rows `done` stored."""
+    header = json.loads((folder / "tokens.json").read_text())
+    runtime.write_json(folder / "tokens.json", {**header, "missing": None})
+    (folder / "tokens.bin.done").write_bytes(bytes(row in done for row in range(120)))
+
+
+def test_only_what_the_record_lacks_is_encoded_again(tmp_path, stage1):
+    flags = ["--tokenizer", stage1[0], "--tokens", tmp_path / "tokens.bin", "--length", 1]
+    train(tmp_path / "a", *flags)
+    ids, _ = tokens_in(tmp_path)
+    np.zeros_like(ids).tofile(tmp_path / "tokens.bin")
+    unfinished(tmp_path, done=range(100))                                # two batches: 64 and 56 rows
+    train(tmp_path / "b", *flags)
+    again, header = tokens_in(tmp_path)
+    assert not again[:64].any() and (again[64:] == ids[64:]).all() and header["missing"] == []
+    assert not (tmp_path / "tokens.bin.done").exists()
+
+
+@pytest.mark.parametrize("how", ["no tokens", "no header", "no record", "8 bytes", "8 bytes, unfinished"])
+def test_deleted_and_old_tokens_never_stop_a_run(tmp_path, stage1, how):
+    flags = ["--tokenizer", stage1[0], "--length", 2]
+    train(tmp_path, *flags)
+    ids, header = tokens_in(tmp_path)
+    path = tmp_path / "tokens.bin"
+    if how == "no header":
+        path.with_suffix(".json").unlink()
+    elif how == "no tokens":
+        path.unlink()
+    elif how == "no record":
+        unfinished(tmp_path, done=())
+        (tmp_path / "tokens.bin.done").unlink()
+    if "8 bytes" in how:                                                 # of an older version
+        ids.astype("<i8").tofile(path)
+    if "unfinished" in how:
+        runtime.write_json(path.with_suffix(".json"), {**header, "missing": None})
+    train(tmp_path, *flags, "--resume", "--length", 3)
+    assert path.stat().st_size == ids.nbytes * (2 if how == "8 bytes" else 1)
+    assert how == "8 bytes" or (tokens_in(tmp_path)[0] == ids).all()
+    assert newest(tmp_path)["step"] == 3
+
+
+def test_a_file_for_ten_crops_of_imagenet_is_made_at_once(tmp_path):
+    path = tmp_path / "tokens.bin"
+    tokens.make_room(path, {"shape": [1_281_167, 10, 256]})
+    assert path.stat().st_size == 4 * 1_281_167 * 2560 and path.stat().st_blocks < 1000
+
+
+@pytest.fixture
+def tiny_presets(monkeypatch):
+    """Published files are recognised by their shapes: those of `published` are known, too."""
+    monkeypatch.setitem(tok.PRESETS, "tiny", tok.TokenizerConfig(**SHAPE))
+    monkeypatch.setitem(ar_model.PRESETS, "tiny", dataclasses.replace(
+        ar_model.PRESETS["toy"], width=32, heads=2, inter_blocks=1, intra_blocks=1, bits=(3, 3), grid=(4, 4),
+        num_classes=3))
+
+
+@pytest.fixture
+def published(tmp_path, tiny_presets):
+    """Paths of a tokenizer and an AR model in files as the authors published theirs: raw weights and EMA
+    differ, and the AR file holds the raw ones."""
+    state, raw, _ = lightning(tok.PRESETS["tiny"], discriminator=torch.nn.Identity)
+    torch.save({"state_dict": state}, tmp_path / "tokenizer.ckpt")
+    model = ar_model.ARModel(ar_model.PRESETS["tiny"])
+    state = {published_ar_name(name): tensor for name, tensor in model.state_dict().items()}
+    state.update({f"first_stage_model.{name}": tensor for name, tensor in raw.state_dict().items()})
+    torch.save({"state_dict": state}, tmp_path / "ar.ckpt")
+    return tmp_path / "tokenizer.ckpt", tmp_path / "ar.ckpt"
+
+
+@pytest.mark.parametrize("kind, flags, raw", [
+    ("published", [], False), ("published", ["--raw-weights"], True),
+    ("published", ["--preset", "AR-B", "--center-crop"], True),
+    ("published", ["--preset", "AR-B", "--center-crop", "--no-raw-weights"], False),
+    ("published", ["--init-from", "ar.ckpt"], True),
+    ("published", ["--init-from", "ar.ckpt", "--no-raw-weights"], False),
+    ("ours", [], False), ("ours", ["--raw-weights"], True)])
+def test_tokens_are_by_ema_or_raw_weights(tmp_path, stage1, published, capsys, kind, flags, raw):
+    path, ar = published
+    if kind == "ours":
+        models = [checkpoints.load_tokenizer(path, ema)[0] for ema in (False, True)]
+        path = tmp_path / "ours.pt"
+        torch.save(stored(models[0], ema=models[1].state_dict()), path)
+    flags = [ar if flag == "ar.ckpt" else flag for flag in flags]
+    shape = ["--split", 3, 3, "--intra-blocks", 1, "--tokenizer", path, "--data-path", stage1[1]]
+    train(tmp_path / "run", *flags, *shape, "--length", 1)
+    said = capsys.readouterr().out
+    dataset = sources.build_dataset(stage1[1], "train", data.View(16))
+    x = torch.stack([dataset[i][0] for i in range(120)])
+    by = {ema: ids_of(path, x, ema) for ema in (True, False)}
+    assert (by[True] != by[False]).mean() > 0.5
+    assert (tokens_in(tmp_path / "run")[0][:, 0] == by[not raw]).mean() > 0.999
+    assert f"({'raw' if raw else 'EMA'} weights)" in said
+    assert ("learned tokens by other weights" in said) == ("--init-from" in flags and not raw)
+    inside = newest(tmp_path / "run")["first_stage"]["model"]            # what images are drawn by
+    own = checkpoints.load_tokenizer(path, not raw)[0].state_dict()
+    assert all(torch.equal(inside[name], own[name]) for name in own)
+
+
+def test_the_published_recipe_is_online_but_an_old_run_goes_on(tmp_path, published, stage1, capsys):
+    path, _ = published
+    flags = ["--preset", "AR-B", "--split", 3, 3, "--intra-blocks", 1, "--tokenizer", path, "--data-path",
+             stage1[1], "--length", 2]
+    train(tmp_path / "new", *flags)
+    assert "random crops" in capsys.readouterr().out and not (tmp_path / "new" / "tokens.bin").exists()
+    old = tmp_path / "old"
+    train(old, *flags, "--center-crop", "--no-raw-weights")
+    file = runtime.latest_checkpoint(old)
+    saved = checkpoints.read(file)
+    for name in ("raw_weights", "center_crop", "betas", "max_grad_norm", "keep", "ema_warmup"):
+        del saved["args"][name]                                          # older versions had no such flags
+    torch.save({key: saved[key] for key in saved}, tmp_path / "again.pt")
+    (tmp_path / "again.pt").rename(file)
+    for choice, message in ((["--online"], "online: False there, True here"),
+                            (["--raw-weights"], "weights: 'EMA' there, 'raw' here")):
+        refused(message, train, old, *flags, *choice, "--resume")
+    train(old, *flags, "--length", 3, "--resume")
+    assert newest(old)["step"] == 3 and newest(old)["tokenizer"]["weights"] == "EMA"
 
 
 @pytest.mark.slow
@@ -194,6 +364,7 @@ def test_other_tokens_and_runs_are_refused_with_both_names(tmp_path, stage1):
             ("b", ["--tokenizer", other], f"{re.escape(path)}.*{re.escape(other)}.*tokenizer: "),
             ("b", ["--data-path", others], f"{re.escape(images)}.*{re.escape(others)}.*data: "),
             ("b", ["--image-size", 8], "grid: .4, 4. there"), ("b", ["--ten-crop"], "crops: 'center' there"),
+            ("b", ["--tokens", tmp_path / "other.pt"], "other.pt: give it a name that ends in .bin"),
             ("b", ["--token-precision", "bf16"], "precision: 'fp32' there, 'bf16' here"),
             ("a", [], "--resume"), ("a", ["--resume", path], "not a training checkpoint"),
             ("a", ["--resume", "--inter-blocks", 2], "inter_blocks: 1 there"),
@@ -201,7 +372,8 @@ def test_other_tokens_and_runs_are_refused_with_both_names(tmp_path, stage1):
             ("a", ["--resume", "--ema-decay", 0.9, "--weight-decay", 0], "ema_decay.*weight_decay"),
             ("a", ["--resume", "--tokenizer", other], "the tokenizer differs"),
             ("a", ["--resume", "--data-path", others], "the dataset differs")):
-        refused(message, train, tmp_path / folder, *flags, *more)
+        for dry in ([], ["--dry-run"]):                                  # refuses what a run would
+            refused(message, train, tmp_path / folder, *flags, *more, *dry)
     moved = pathlib.Path(images).rename(tmp_path / "moved")              # the same images in another place
     train(tmp_path / "a", *flags, "--data-path", moved, "--resume", "--length", 2)
     moved.rename(images)
@@ -239,8 +411,8 @@ def test_images_are_learned_by_heart(tmp_path):
 
 def test_validation_is_of_the_ema_on_all_held_out(tmp_path, stage1):
     train(tmp_path, *DROPOUT, "--tokenizer", stage1[0], "--length", 5, "--ema-decay", 0.9, "--lr", 1e-2)
-    codes, _ = tokens_in(tmp_path, "tokens-val")
-    subtokens = ar_model.ids_to_subtokens(torch.from_numpy(codes[:, 0].astype(np.int64)), (3, 3))
+    ids, _ = tokens_in(tmp_path, "tokens-val")
+    subtokens = ar_model.ids_to_subtokens(torch.from_numpy(ids[:, 0].astype(np.int64)), (3, 3))
     losses = []
     for ema in (True, False):
         model, _, info = checkpoints.load_ar(runtime.latest_checkpoint(tmp_path), ema=ema)
@@ -291,7 +463,8 @@ def test_fine_tuning_keeps_what_fits_of_another_model(tmp_path, stage1, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [
     ["--mixed-precision", "bf16", *DROPOUT], ["--online", "--flip", "--num-workers", 1],
-    ["--mixed-precision", "fp16", "--ema-decay", 0.9, "--weight-decay", 0], ["--split", 6, "--unconditional"],
+    ["--mixed-precision", "fp16", "--ema-decay", 0.9, "--weight-decay", 0, "--no-ema-warmup"],
+    ["--split", 6, "--unconditional"],
     ["--separate-heads", "--token-precision", "bf16", "--val-size", 3],
     ["--preset", "AR-B", "--split", 2, 2, 2, "--intra-blocks", 2, "--warmup", 1]])
 def test_every_training_flag_runs(tmp_path, stage1, flags):
@@ -320,18 +493,57 @@ def test_no_flags_take_the_newest_tokenizer_and_its_data(tmp_path, monkeypatch, 
     (["--length", "ten"], "--length"), (["--accumulation", 3], "--accumulation"), (["--flip"], "--flip"),
     (["--online", "--ten-crop"], "--ten-crop"), (["--resume", "/no/such.pt"], "/no/such.pt"),
     (["--token-dropout", 2], "token_dropout"), (["--preset", "AR-S"], "--preset"),
-    (["--frames", 9], "--frames"), (["--nonsense"], "--nonsense")])
+    (["--frames", 9], "--frames"), (["--nonsense"], "--nonsense"), (["--betas", 0.9, 1], "--betas"),
+    (["--center-crop", "--online"], "--online"), (["--init-from", "/no/such.pt"], "/no/such.pt")])
 def test_mistakes_are_one_line_and_exit_status_2(tmp_path, stage1, flags, message):
     flags = ["--results-dir", tmp_path / "run", *TINY, "--tokenizer", stage1[0], *flags]
     assert message in error_line(train_ar, *flags)
     assert not list(tmp_path.glob("run/*.pt"))
 
 
-def test_codes_must_be_a_power_of_two(tmp_path, stage1):
+def test_the_vocabulary_must_be_a_power_of_two(tmp_path, stage1):
     for entries in (64, 60):
         path = save_tokenizer(tmp_path / f"{entries}.pt", quantizer="vq", codebook_size=entries)
         flags = ["--tokenizer", path, "--length", 2, "--data-path", pathlib.Path(stage1[1]) / "train"]
         if entries == 64:
             train(tmp_path / "run", *flags)
     assert "val_loss" not in logged(tmp_path / "run")[2]                 # a flat folder: nothing is held out
-    refused("60 codes .*have 5.907", train, tmp_path / "other", *flags)
+    refused("60 ids .*have 5.907", train, tmp_path / "other", *flags)
+
+
+# ---- held out ---------------------------------------------------------------------------------------------
+
+def build(*flags):
+    """`build_datasets` of flags for images of 16 pixels."""
+    return train_ar.build_datasets(train_ar.get_args([*map(str, flags), "--image-size", "16"]))
+
+
+def test_held_out_classes_are_found_by_name(tmp_path, stage1):
+    others = pathlib.Path(save_data(tmp_path / "others")) / "val"
+    (others / "ant").rename(tmp_path / "gone")                           # bee and cat are left
+    flags = ["--data-path", stage1[1], "--val-data-path", others]
+    dataset, held_out = build(*flags)
+    assert dataset.classes == held_out.classes == ["ant", "bee", "cat"] and len(held_out) == 10
+    assert [int(held_out[i][1]) for i in range(10)] == [1] * 5 + [2] * 5
+    (others / "cat").rename(others / "zebra")
+    refused("lacks.*: zebra", build, *flags)
+    assert build(*flags, "--unconditional")[1]
+    shutil.move(others / "zebra" / "00.png", others / "00.png")
+    for name in ("bee", "zebra"):
+        shutil.rmtree(others / name)
+    refused(r"lacks: \(none\)", build, *flags)
+
+
+@pytest.mark.parametrize("how, held", [("link", False), ("copy", False), ("other", True), ("drawn", True)])
+def test_held_out_is_what_is_in_it_whatever_its_name(tmp_path, stage1, capsys, how, held):
+    images = pathlib.Path(stage1[1]) / "train"
+    other = tmp_path / "other"
+    if how == "link":
+        other.symlink_to(images)
+    elif how == "copy":
+        shutil.copytree(images, other)
+    else:
+        other = pathlib.Path(save_data(other, seed=1)) / "train"         # other pictures, of the same names
+    flags = ["--data-path", images, "--val-data-path", other]
+    assert bool(build(*(["--data-path", "generated"] if how == "drawn" else flags))[1]) == held
+    assert ("no validation" in capsys.readouterr().out) == (not held)

@@ -1,9 +1,12 @@
 """The losses are the published ones; the recipes are the published ones; training learns."""
+import argparse
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import tokenizer
 from support import checkpoints, data, pictures, runtime, sources
@@ -39,44 +42,106 @@ def test_discriminators_and_losses_equal_the_official_ones():
         torch.testing.assert_close(blurpool(expected["x2d"][:, :, :32, :32]), expected["blurgan2d"],
                                    atol=1e-5, rtol=0)
         torch.testing.assert_close(patchgan_3d(expected["x3d"]), expected["patchgan3d"], atol=1e-5, rtol=0)
-    lecam = stage1.update_lecam(torch.zeros(2), real, fake)
+    regulariser, lecam = stage1.lecam_loss(torch.zeros(2), real, fake)
     for value, name in ((lecam[0], "lecam_real_ema"), (lecam[1], "lecam_fake_ema"),
                         (stage1.hinge_loss(real, fake), "hinge_d"),
                         (stage1.hinge_loss(8 * real, 8 * fake), "hinge_d_x8"),
                         (stage1.non_saturating_loss(fake), "non_saturating_g"),
                         (stage1.non_saturating_loss(8 * fake), "non_saturating_g_x8"),
-                        (stage1.lecam_loss(lecam, real, fake), "lecam"),
-                        (stage1.lecam_loss(8 * lecam, 8 * real, 8 * fake), "lecam_x8")):
+                        (regulariser, "lecam"),
+                        (stage1.lecam_loss(torch.zeros(2), 8 * real, 8 * fake)[0], "lecam_x8")):
         assert math.isclose(float(value), expected[name].item(), rel_tol=1e-6), name
 
 
 def test_lecam_survives_a_batch_with_nans():
     before = torch.tensor([1.0, -1.0])
-    after = stage1.update_lecam(before, torch.full((2, 1), math.nan), torch.ones(2, 1))
+    _, after = stage1.lecam_loss(before, torch.full((2, 1), math.nan), torch.ones(2, 1))
     assert after[0] == 1 and after[1] == pytest.approx(-0.998)
 
 
 # ---- recipes ----------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("preset, length, milestones, lecam, batch, gan", [
-    ("in1k-256", 270 * 5004, [200 * 5004, 250 * 5004], 0.05, 256, 0.1),
-    ("in1k-128", 350 * 5004, [250 * 5004, 300 * 5004], 0.01, 256, 0.1),
-    ("pt-256-2^18", 1_500_000, [800_000, 1_000_000], 0.05, 256, 0.1),
-    ("pt-256-2^14", 1_500_000, [], 0.05, 256, 0.1),
-    ("ucf-128", 2000 * 5004, [], 0.05, 128, 0.3)])
-def test_presets_carry_the_published_hyper_parameters(preset, length, milestones, lecam, batch, gan):
+# What the published tokenizers were trained with: section 4.1 of the paper and, where it is silent (eps, EMA,
+# LeCAM, schedules in steps), the settings of the official code. An epoch of this test has 1,000 steps.
+OFFICIAL = dict(
+    global_batch_size=256, accumulation=1, flip=False, resize=None, lr=1e-4, lr_schedule="milestones",
+    warmup=0, final_lr=0.0, betas=(0.5, 0.9), max_grad_norm=0.0, ema_decay=0.999, ema_warmup=False,
+    l1_weight=1.0, l2_weight=0.0, perceptual_weight=1.0, gan_weight=0.1, adaptive_gan_weight=False,
+    gan_start=0, discriminator="patchgan", lecam_weight=0.05, entropy_weight=0.1, entropy="exact", tau=0.01,
+    entropy_eps=1e-5, entropy_anneal_steps=0, commitment_weight=0.25)
+OFFICIALLY = {
+    "in1k-256": dict(length=270_000, milestones=[200_000, 250_000]),
+    "in1k-128": dict(length=350_000, milestones=[250_000, 300_000], lecam_weight=0.01),
+    "pt-256-2^18": dict(length=1_500_000, milestones=[799_999, 999_999]),
+    "pt-256-2^14": dict(length=1_500_000, milestones=[], lr_schedule="cosine", warmup=5000, final_lr=0.01,
+                        discriminator="blurpool"),
+    "ucf-128": dict(length=2_000_000, milestones=[], lr_schedule="cosine", warmup=2000, final_lr=0.01,
+                    global_batch_size=128, gan_weight=0.3, discriminator="patchgan-3d")}
+# Flags that are no part of a recipe: where, how fast, what is kept and shown.
+FREE = set("""preset data_path val_data_path split_list val_split_list init_from freeze results_dir resume
+    keep weights_dir mixed_precision channels_last compile activation_checkpointing num_workers device
+    global_seed log_every checkpoint_every dry_run""".split())
+
+
+@pytest.mark.parametrize("preset", OFFICIALLY)
+def test_every_flag_of_a_published_recipe_is_the_official_one(preset):
     args = stage1.get_args(["--preset", preset])
-    assert [runtime.to_steps(text, 5004) for text in (args.length, *args.milestones)] == [length, *milestones]
-    assert (args.lr, args.betas, args.ema_decay, args.ema_warmup) == (1e-4, (0.5, 0.9), 0.999, False)
-    assert (args.l1_weight, args.perceptual_weight, args.l2_weight, args.gan_weight) == (1, 1, 0, gan)
-    assert (args.entropy_weight, args.commitment_weight, args.tau) == (0.1, 0.25, 0.01)
-    assert (args.lecam_weight, args.global_batch_size) == (lecam, batch)
-    cosine = {"pt-256-2^14": "5000", "ucf-128": "2ep"}
-    assert args.lr_schedule == ("cosine" if preset in cosine else "milestones")
-    assert args.warmup == cosine.get(preset, "0") and args.final_lr == (0.01 if preset in cosine else 0)
-    assert args.discriminator == {"pt-256-2^14": "blurpool", "ucf-128": "patchgan-3d"}.get(preset, "patchgan")
     config = stage1.TOKENIZER_PRESETS[preset]
     assert runtime.config_from_args(config, args) == config
+    found = {name: value for name, value in vars(args).items() if name not in FREE | vars(config).keys()}
+    found["length"], found["warmup"], *found["milestones"] = [
+        runtime.to_steps(text, 1000)
+        for text in (args.length, stage1.TOKENIZER_RECIPES[preset]["warmup"], *args.milestones)]
+    assert found == {**OFFICIAL, **OFFICIALLY[preset]}
+    expected = golden("lfq_losses")                                        # made with official eps and tau
+    z = expected["z"].requires_grad_()
+    lfq = tokenizer.LFQ(tokenizer.TokenizerConfig(bits=12))
+    terms, _ = lfq.losses(z, lfq(z)[0], args.tau, args.entropy_eps, None)
+    model = argparse.Namespace(quantizer=lfq)
+    loss = stage1.objective(terms, args, 0, model)
+    official = 0.1 * expected["entropy_loss"] + 0.25 * expected["commitment"]
+    assert math.isclose(loss.item(), official.item(), rel_tol=1e-6)
+    terms["entropy"].backward()
+    assert (z.grad - expected["entropy_grad"]).abs().max() <= 2e-5 * expected["entropy_grad"].abs().max()
+
+
+@pytest.mark.parametrize("flags, rates", [
+    (["--lr-schedule", "constant"], {0: 0, 5: 0.5, 10: 1, 100: 1}),
+    (["--lr-schedule", "milestones"], {5: 0.5, 19: 1, 20: 0.1, 49: 0.1, 50: 0.01, 100: 0.01}),
+    (["--lr-schedule", "cosine", "--final-lr", "0.01"], {5: 0.5, 10: 1, 55: 0.505, 100: 0.01}),
+    (["--lr-schedule", "linear", "--final-lr", "0"], {5: 0.5, 10: 1, 55: 0.5, 100: 0})])
+def test_learning_rate_hits_its_landmarks(flags, rates):
+    args = stage1.get_args(["--lr", "1", *flags])
+    assert [stage1.learning_rate(step, 101, 10, [20, 50], args) for step in rates] == pytest.approx(
+        list(rates.values()))
+
+
+@pytest.mark.parametrize("flags, steps", [
+    ([], 50), (["--length", 1200], 50), (["--length", 600], 30), (["--length", 9000], 50),
+    (["--length", 600, "--warmup", 50], 50), (["--length", "0.032ep"], 1), (["--length", 1], 0)])
+def test_a_run_shorter_than_its_recipe_warms_up_for_a_twentieth(tmp_path, capsys, flags, steps):
+    train(tmp_path / "run", "--dry-run", *flags)
+    assert f"warm-up {steps} steps" in capsys.readouterr().out
+
+
+# ---- terms ------------------------------------------------------------------------------------------------
+
+@pytest.mark.slow
+def test_a_term_without_a_weight_is_a_bug_and_one_with_it_is_shown(tmp_path, monkeypatch, capsys):
+    class Round(tokenizer.LFQ):
+        """With a term of its own."""
+
+        def losses(self, z, *rest):
+            terms, report = super().losses(z, *rest)
+            return {**terms, "roundness": (z.abs() - 1).square().mean()}, report
+
+    monkeypatch.setitem(tokenizer.QUANTIZERS, "round", Round)
+    flags = [*TINY, "--quantizer", "round", "--global-batch-size", 4, "--length", 1]
+    with pytest.raises(AssertionError, match="--roundness-weight"):        # with a traceback, in no one line
+        train(tmp_path / "a", *flags)
+    Round.own_terms = {"roundness": 0.5}
+    train(tmp_path / "b", *flags)
+    assert "loss/roundness" in logged(tmp_path / "b")[1] and "| roundness " in capsys.readouterr().out
 
 
 # ---- learning ---------------------------------------------------------------------------------------------
@@ -105,13 +170,12 @@ def test_one_batch_of_8_images_is_overfitted_to_30_db():
     model = tokenizer.Tokenizer(tokenizer.PRESETS["toy"])
     optimizer = stage1.adam(model, args)
     for step in range(600):
-        optimizer.param_groups[0]["lr"] = args.lr * runtime.learning_rate_factor(step, 600, 20, "linear", 0)
+        optimizer.param_groups[0]["lr"] = stage1.learning_rate(step, 600, 20, [], args)
         x_hat, z, q, _ = model(x)
         terms, _ = model.quantizer.losses(z, q, args.tau, 0.0, runtime.all_reduce_mean)
-        terms.update(l1=(x - x_hat).abs().mean(), l2=(x - x_hat).square().mean())
-        weights = stage1.loss_weights(terms, args, step, None)
+        terms.update(stage1.pixel_terms(x, x_hat))
         optimizer.zero_grad()
-        sum(weights[name] * terms[name] for name in terms).backward()
+        stage1.objective(terms, args, step, model).backward()
         optimizer.step()
     with torch.no_grad():
         psnr = -10 * torch.log10(F.mse_loss(model(x)[0].clamp(-1, 1), x) / 4)
@@ -204,7 +268,8 @@ def test_usage_and_dead_bits_are_those_of_each_group(capsys):
 @pytest.mark.slow
 def test_the_ema_stays_out_of_the_graph(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(stage1, "preview", lambda ema, *rest: seen.extend(ema.parameters()) or 0.0)
+    real = stage1.reconstructed
+    monkeypatch.setattr(stage1, "reconstructed", lambda x, ema: seen.extend(ema.parameters()) or real(x, ema))
     train(tmp_path, *EVERYTHING, "--length", 2)
     assert seen and not any(p.requires_grad or p.grad_fn for p in seen)
 
@@ -240,28 +305,75 @@ def test_steps_that_are_not_finite_are_skipped_and_many_stop(tmp_path, monkeypat
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("guilty", ["hinge_loss", "lecam_loss", "non_saturating_loss"])
+def test_a_step_that_either_gradient_spoils_changes_nothing(tmp_path, monkeypatch, guilty):
+    real = getattr(stage1, guilty)
+    calls = []
+
+    def spoilt(*logits):
+        calls.append(logits)
+        bad = math.nan if len(calls) == 4 else 1                           # the second half of step 2
+        found = real(*logits)
+        return found * bad if torch.is_tensor(found) else (found[0] * bad, found[1])
+
+    flags = [*TINY, "--image-size", 32, "--gan-weight", 0.1, "--lecam-weight", 0.05, "--global-batch-size", 4,
+             "--accumulation", 2, "--warmup", 0, "--lr-schedule", "constant", "--log-every", 1]
+    train(tmp_path / "one", *flags, "--length", 1)
+    monkeypatch.setattr(stage1, guilty, spoilt)
+    train(tmp_path / "two", *flags, "--length", 2)
+    one, two = newest(tmp_path / "one"), newest(tmp_path / "two")
+    assert (one.pop("step"), one.pop("skipped"), two.pop("step"), two.pop("skipped")) == (1, 0, 2, 1)
+    del one["rng"], two["rng"]
+    assert_same(one, two)                            # weights, EMA, Adam's states, LeCAM, BatchNorm's means
+    assert logged(tmp_path / "two")[2].keys() == {"step", "lr", "skipped_steps", "grid_psnr"}
+
+
+@pytest.mark.slow
 def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
     train(tmp_path / "run", "--preset", "in1k-256", "--dry-run")
     plan = capsys.readouterr().out
-    assert "encoder 49.75 M, decoder 65.38 M" in plan and "262,144 codes" in plan
+    assert "encoder 49.75 M, decoder 65.38 M" in plan and "262,144 ids" in plan
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_signs_of_life_come_early_and_are_not_logged(tmp_path, capsys):
+    train(tmp_path, *TINY, "--global-batch-size", 2, "--length", 12, "--log-every", 8)
+    said = [line.split("/")[0] for line in capsys.readouterr().out.splitlines() if " | ETA " in line]
+    assert said == [f"step {step}" for step in (1, 2, 5, 8, 10, 12)] and list(logged(tmp_path)) == [8, 12]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_outlives_its_picture_and_only_some_are_kept(tmp_path, monkeypatch):
+    flags = [*TINY, "--global-batch-size", 2, "--checkpoint-every", 1, "--keep", 1]
+    train(tmp_path, *flags, "--length", 2)
+    assert [path.name for path in runtime.list_checkpoints(tmp_path)] == ["step-00000002.pt"]
+
+    def full(*grid):
+        raise OSError(28, "No space left on device", "x.png")
+    monkeypatch.setattr(pictures, "save_samples", full)
+    with pytest.raises(OSError):
+        train(tmp_path, *flags, "--length", 3, "--resume")
+    assert newest(tmp_path)["step"] == 3
 
 
 @pytest.mark.parametrize("flags, message", [
     (["--data-path", "/no/such/folder"], "/no/such/folder"),
     (["--global-batch-size", 0], "--global-batch-size"),
     (["--global-batch-size", 10, "--accumulation", 3], "--global-batch-size"),
-    (["--global-batch-size", 100000], "--global-batch-size"),
+    (["--global-batch-size", 100000], "--global-batch-size"), (["--length", "0.0001ep"], "--length 0.0001ep"),
+    (["--length", 0], "give at least 1"), (["--betas", 0.5, 1], "--betas"), (["--final-lr", 2], "--final-lr"),
     (["--image-size", 30], "30"), (["--channels", 40], "channels 40"), (["--length", "ten"], "--length"),
     (["--perceptual-weight", 1, "--weights-dir", "/dev/null/x"], "--perceptual-weight 0"),
     (["--resume", "/no/such.pt"], "/no/such.pt"), (["--tau", 0], "tau"),
     (["--gan-weight", 1, "--image-size", 16], "--discriminator blurpool"),
     (["--gan-weight", 1, "--discriminator", "patchgan-3d"], "patchgan-3d"),
     (["--init-from", "/no/such.pt"], "/no/such.pt"), (["--split-list", "x.txt"], "--val-split-list"),
-    (["--bits", 10, "--groups", 4], "groups 4 do not divide bits 10"), (["--levels"], "levels"),
+    (["--bits", 10, "--groups", 4], "groups 4 of bits 10"), (["--levels"], "levels"),
     (["--preset", "toy-video", "--frames", 6], "frames 6"), (["--nonsense"], "--nonsense")])
 def test_mistakes_name_the_flag(tmp_path, flags, message):
-    assert message in error_line(stage1, "--results-dir", tmp_path / "run", *flags)
+    for dry in ([], ["--dry-run"] if "--weights-dir" not in flags else []):
+        assert message in error_line(stage1, "--results-dir", tmp_path / "run", *flags, *dry)
     assert not (tmp_path / "run").exists()
 
 
@@ -295,8 +407,10 @@ def test_a_run_is_neither_overwritten_nor_continued_otherwise(tmp_path):
     for flags, message in ((["--length", 2], "--resume"),
                            (["--length", 2, "--resume", "--bits", 7], "bits: 6"),
                            (["--length", 2, "--resume", "--gan-weight", 0], "--gan-weight"),
+                           (["--length", 2, "--resume", "--data-path", "generated"], "fingerprint"),
                            (["--length", 2, "--resume", "--global-batch-size", 8], "global_batch_size: 4")):
-        refused(message, train, tmp_path, *EVERYTHING, *flags)
+        for dry in ([], ["--dry-run"]):
+            refused(message, train, tmp_path, *EVERYTHING, *flags, *dry)
     assert path.read_bytes() == before
     saved = torch.load(path, weights_only=True)
     state = saved["optimizer"]["state"]
@@ -305,3 +419,24 @@ def test_a_run_is_neither_overwritten_nor_continued_otherwise(tmp_path):
                              key: {**state[key], "exp_avg": torch.zeros(3)} for key in state}}})):
         torch.save(damage, path)
         refused(name, train, tmp_path, *EVERYTHING, "--length", 2, "--resume")
+    saved["dataset"] = {"length": saved["dataset"]["length"]}             # as older versions wrote it
+    for new in ("keep", "milestones"):
+        saved["args"].pop(new)
+    torch.save(saved, path)
+    train(tmp_path, *EVERYTHING, "--length", 2, "--resume", "--betas", 0.8, 0.99)
+    assert newest(tmp_path)["optimizer"]["param_groups"][0]["betas"] == [0.8, 0.99]
+
+
+@pytest.mark.slow
+def test_an_unreadable_image_to_look_at_is_left_out(tmp_path, capfd):
+    for part, count in (("train", 4), ("val", 3)):
+        for i in range(count):
+            pictures.save_image(tmp_path / part / f"{i}.png", np.full((16, 16, 3), 60 * i, np.uint8))
+    flags = [*TINY, "--data-path", tmp_path, "--global-batch-size", 2, "--length", 1]
+    (tmp_path / "val" / "1.png").write_bytes(b"no image")
+    train(tmp_path / "a", *flags)
+    grid = Image.open(tmp_path / "a" / "reconstructions-00000001.png")
+    assert "1.png" in capfd.readouterr().err and grid.width < grid.height * 1.2                 # two columns
+    for i in (0, 2):
+        (tmp_path / "val" / f"{i}.png").write_bytes(b"no image")
+    refused("3 of the 3 images", train, tmp_path / "b", *flags)

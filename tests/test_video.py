@@ -20,7 +20,7 @@ TINY_IMAGE = tokenizer.TokenizerConfig(**SHAPE)
 def random_model(config, seed=0):
     """A model whose every parameter is random, biases and norms too."""
     torch.manual_seed(seed)
-    kind = video.VideoTokenizer if hasattr(config, "frames") else tokenizer.Tokenizer
+    kind = video.VideoTokenizer if config.frames else tokenizer.Tokenizer
     model = kind(config)
     with torch.no_grad():
         for p in model.parameters():
@@ -35,7 +35,7 @@ def clip(frames, height=16, width=16, seed=0, batch=1):
 
 # ---- the published function -------------------------------------------------------------------------------
 
-def test_encoder_codes_and_decoder_equal_the_official_ones():
+def test_encoder_ids_and_decoder_equal_the_official_ones():
     expected = golden("video_tokenizer")
     config = video.VideoTokenizerConfig(resolution=16, channels=32, blocks=1, mid_blocks=1)
     model = fill_module(video.VideoTokenizer(config), "", published_video_name)
@@ -143,7 +143,7 @@ CAUSAL = {"published": {}, "nearest": {"upsampler": "nearest"}, "average": {"dow
 
 @pytest.mark.parametrize("changes", CAUSAL.values(), ids=CAUSAL)
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
-def test_a_changed_frame_or_code_changes_nothing_before_it(part, changes):
+def test_a_changed_frame_or_token_changes_nothing_before_it(part, changes):
     model = with_fixed_norms(random_model(dataclasses.replace(TINY, frames=9, **changes)))
     half = getattr(model, part)
     x = clip(9) if part == "encoder" else torch.randn(1, 6, 3, 2, 2).sign()

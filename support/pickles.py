@@ -1,0 +1,147 @@
+"""A checkpoint file, whoever wrote it: found, and read without running anything that is in it.
+
+A checkpoint is a pickle, and a pickle may call any function of any package. In a stranger's file that is a
+risk, and an obstacle where the package is not installed; weights need neither. So whatever a file names
+beside tensors becomes an `Inert` object, and trust is never asked for. The entries of which checkpoints.py
+makes models are checked here: what goes wrong later is a bug, which keeps its traceback.
+"""
+import collections
+import contextlib
+import pathlib
+import pickle
+import re
+import types
+import zipfile
+
+import torch
+
+from support import runtime
+from support.runtime import UserError, require
+
+PUBLISHED = {                       # name: (repository of https://huggingface.co/TencentARC, file)
+    "in1k-256": ("Open-MAGVIT2-Tokenizer-256-resolution", "imagenet_256_L.ckpt"),
+    "in1k-128": ("Open-MAGVIT2-Tokenizer-128-resolution", "imagenet_128_L.ckpt"),
+    "pt-256-2^18": ("Open-MAGVIT2-Tokenizer-262144-Pretrain", "pretrain256_262144.ckpt"),
+    "pt-256-2^14": ("Open-MAGVIT2-Tokenizer-16384-Pretrain", "pretrain256_16384.ckpt"),
+    "ucf-128": ("Open-MAGVIT2-Tokenizer-262144-Video", "video_128_262144.ckpt"),
+    "AR-B": ("Open-MAGVIT2-AR-B-256-resolution", "AR_256_B.ckpt"),
+    "AR-L": ("Open-MAGVIT2-AR-L-256-resolution", "AR_256_L.ckpt"),
+    "AR-XL": ("Open-MAGVIT2-AR-XL-256-resolution", "AR_256_XL.ckpt")}
+WEIGHTS = ("model", "ema", "discriminator", "state_dict")            # entries of {name: tensor}
+KINDS = {**dict.fromkeys(WEIGHTS, dict), "format": str, "source": str, "preset": str, "step": int,
+         "args": dict, "config": dict, "rng": list, "classes": list, "tokenizer": dict, "first_stage": dict}
+
+
+def located(path):
+    """The file that `path` means: of a published name, downloaded first; the newest step-*.pt of a folder."""
+    path = pathlib.Path(path)
+    if not path.exists() and str(path) in PUBLISHED:
+        repository, file = PUBLISHED[str(path)]
+        return runtime.fetch(f"https://huggingface.co/TencentARC/{repository}/resolve/main/{file}")
+    known = runtime.list_checkpoints(path if path.is_dir() else path.parent)
+    if path.is_dir() and known:
+        return known[-1]
+    require(not path.is_dir(), f"checkpoint {path} is a folder without step-*.pt; name the file inside it")
+    names = [file.name for file in known[-10:]] or PUBLISHED
+    require(path.exists(), f"checkpoint {path} does not exist; there are {', '.join(names)}")
+    return path
+
+
+class Inert:
+    """Stands for what a file names and weights do not need, such as Lightning's schedules, callbacks and
+    hyper-parameters: unpickling creates, calls and fills it, and nothing happens."""
+
+    def __init__(self):
+        self.__new__ = self                                # objects are created by cls.__new__(cls, ...)
+
+    def __call__(self, *values, **named):
+        return self
+
+    append = extend = add = __setitem__ = __setstate__ = __call__
+
+
+def rebuild(storage, offset, size, stride, *more):
+    """A tensor. `more` is of autograd, or of the NPU on which it lay."""
+    return torch._utils._rebuild_tensor(storage, offset, size, stride)
+
+
+class Unpickler(pickle._Unpickler):
+    """Imports nothing. (Python's own: that in C takes as much memory as damaged bytes ask for.)"""
+    MADE = {"collections.OrderedDict": collections.OrderedDict,
+            "torch._utils._rebuild_tensor": rebuild, "torch._utils._rebuild_tensor_v2": rebuild,
+            "torch_npu.utils.storage._rebuild_npu_tensor": rebuild,
+            "torch._utils._rebuild_parameter": lambda tensor, *more: tensor,
+            "torch._utils._rebuild_device_tensor_from_cpu_tensor": lambda tensor, *more: tensor}     # of XLA
+
+    def find_class(self, module, name):
+        """What stands for the class or function `name` of `module`."""
+        return self.MADE.get(f"{module}.{name}") or type(f"{module}.{name}", (Inert,), {})()
+
+
+# What torch.load takes in place of Python's module pickle.
+RESTRICTED = types.SimpleNamespace(__name__="restricted", Unpickler=Unpickler,
+                                   load=lambda file, **how: Unpickler(file, **how).load())
+
+
+@contextlib.contextmanager
+def guard(path):
+    """Around ONE call that takes what a file holds: what goes wrong there becomes one `UserError`. Whatever
+    can be wrong by itself, such as a model, does not belong inside."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError, EOFError,
+            zipfile.BadZipFile) as error:                  # the last two: npz files that were cut off
+        raise UserError(f"{path} is damaged, of another version, or not what it claims to be "
+                        f"({type(error).__name__}: {' '.join(str(error).split())[:200]})") from None
+
+
+def read(path, whole=False):
+    """The dict in a checkpoint file, its tensors on the CPU, read from disk when they are first used.
+
+    whole: read everything now, so that a flipped bit is found wherever it is. Raises `UserError` for a
+    missing or damaged file, and for entries that are not of their `KINDS`."""
+    path = located(path)
+    damage = None
+    try:
+        zipped = zipfile.is_zipfile(path)
+        if zipped and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
+            stored = Inert()                               # TorchScript, which torch.load would run in part
+        else:
+            stored = torch.load(path, "cpu", RESTRICTED, weights_only=False, mmap=zipped)
+        if whole:
+            damage = zipfile.ZipFile(path).testzip()       # the first name whose checksum is wrong
+    except Exception as error:                             # unpickling damaged bytes raises almost anything
+        if isinstance(error, MemoryError) or isinstance(error, OSError) and error.filename:
+            raise                                          # these speak for themselves: "Permission denied"
+        damage = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+    require(not damage, f"checkpoint {path} cannot be read: it is truncated, damaged or no PyTorch "
+                        f"checkpoint ({damage}); copy or download it again, or use an earlier one")
+    require(isinstance(stored, dict), f"checkpoint {path} is no dictionary of weights, but a pickled "
+                                      f"{type(stored).__name__}")
+    return checked(path, stored)
+
+
+def checked(path, stored):
+    """The dict of the file `path` with entries of their `KINDS`, or a `UserError`. Of published files, and
+    of others that have none of our marks, the weights alone matter."""
+    names = stored.keys() & (KINDS if "format" in stored else {"state_dict"})
+    for name in names:
+        require(isinstance(stored[name], (KINDS[name], types.NoneType)), f"{path} is damaged or of another "
+                f"version: its {name} is a {type(stored[name]).__name__}")
+    for name in names.intersection(WEIGHTS):
+        stored[name] = named_tensors(f"{name} of {path}", stored[name] or {})
+    inner = stored.get("first_stage") if "format" in stored else None
+    if inner:                                              # which has none in turn
+        inner = {name: value for name, value in inner.items() if name != "first_stage"}
+        stored["first_stage"] = checked(f"the tokenizer inside {path}", inner)
+    return stored
+
+
+def named_tensors(source, state):
+    """`state`, {name: tensor}, without what DDP and torch.compile put before names; else a `UserError`."""
+    for name, tensor in state.items():
+        require(isinstance(name, str) and isinstance(tensor, torch.Tensor),
+                f"{source} holds a {type(tensor).__name__} in place of the weights {name}")
+    return {re.sub(r"^(module\.)+", "", name.replace("_orig_mod.", "")): state[name] for name in state}

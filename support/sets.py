@@ -1,0 +1,333 @@
+"""Sets of samples, as evaluate.py compares them: read in order, seen by a network, their statistics kept.
+
+An npz file is what ADM's evaluator reads: `arr_0`, uint8 images (N, H, W, 3) or here also clips (N, T, H, W,
+3); of a reference set also `mu` and `sigma`, mean and covariance of Inception's features, and `mu_s` and
+`sigma_s` of its spatial ones. Ours add `n`, `features` and `settings`, which say of what these are. Axis
+letters: B samples of a batch, N of a set, T frames, H W their size, D features.
+"""
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import pathlib
+import tempfile
+import zipfile
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from tqdm import tqdm
+
+from support import data, metrics, pictures, runtime, sources
+from support.checkpoints import RANDOM_LABEL
+from support.reading import decoding
+from support.runtime import require
+
+WIDTHS = {"inception": (2048, 2023), "i3d": (400,)}        # networks that see sets: D of what they give
+MOMENTS = ("mu", "sigma")
+SPATIAL = ("mu_s", "sigma_s")
+
+# ---- 1. Samples, read a batch at a time --------------------------------------------------------------------
+
+
+def read_npz(path):
+    """({name: array} of an npz file but for arr_0, a file of arr_0, or None without). Raises `UserError`."""
+    require(pathlib.Path(path).is_file(), f"{path} does not exist; check the path (or try make-reference)")
+    try:
+        archive = zipfile.ZipFile(path)
+        with np.load(path) as file:
+            arrays = {name: file[name] for name in file.files if name != "arr_0"}
+        arrays["settings"] = dict(json.loads(str(arrays.get("settings", "{}"))))
+    except (zipfile.BadZipFile, EOFError, ValueError, TypeError) as error:
+        raise runtime.UserError(f"{path} is truncated or no npz file ({error}); copy it again") from None
+    for name in arrays.keys() & {*MOMENTS, *SPATIAL, "features"}:
+        require(np.isfinite(arrays[name]).all(), f"{path}: {name} is not finite; make it again")
+    return arrays, archive.open("arr_0.npy") if "arr_0.npy" in archive.namelist() else None
+
+
+class Npz(sources.Samples):
+    """arr_0 of an npz file as a data set; `arrays` are the others.
+
+    A sample is read when it is asked for, best in order: 50,000 images of 256 x 256 are 9.8 GB."""
+
+    def __init__(self, path):
+        self.arrays, self.file = read_npz(path)
+        require(self.file, f"{path} holds no images, arr_0, only {', '.join(self.arrays)}; statistics alone do "
+                           f"not tell by which network and resize rule they were made")
+        with decoding():
+            np.lib.format.read_magic(self.file)
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(self.file)
+        require(dtype == np.uint8, f"{path}: arr_0 is {dtype}, expected uint8; convert floats in [0, 1] with "
+                                   f"(x * 255).round().astype('uint8')")
+        hint = "; use arr_0.transpose(0, 2, 3, 1)" if len(shape) == 4 and shape[1] == 3 else ""
+        require(len(shape) in (4, 5) and shape[-1] == 3 and not fortran, f"{path}: arr_0 has the shape "
+                f"{list(shape)}, not (N, H, W, 3) or (N, T, H, W, 3) in C order{hint}")
+        view = data.View(shape[-2], shape[1] if len(shape) == 5 else None, "original")
+        super().__init__(str(path), [], [f"{path}[{i}]" for i in range(shape[0])], [0] * shape[0], view)
+        self.shape = shape[1:]
+        self.axes = shape[1:-1]
+        self.start = self.file.tell()
+
+    def read(self, index, rng):
+        size = math.prod(self.shape)
+        with decoding():
+            self.file.seek(self.start + index * size)
+            pixels = torch.frombuffer(bytearray(self.file.read(size)), dtype=torch.uint8)
+        return pixels.view(self.shape).movedim(-1, 0)
+
+
+@dataclasses.dataclass
+class Chosen:
+    """What is measured: the `samples` of a data set at the indices `order`; `about` is their record."""
+    samples: sources.Samples
+    order: list
+    about: dict
+    batch_size: int
+    num_workers: int = 0
+
+    def batches(self, title):
+        """This rank's batches: (uint8 (B, 3, [T,] H, W), how many count, their indices). A collective.
+
+        All of one shape, the last filled up by repetition, as convolutions of other shapes add in another
+        order: a sample's numbers have the same last bits on any number of ranks."""
+        workers = 0 if isinstance(self.samples, Npz) else self.num_workers       # its file has one position
+        batches = data.eval_batches(self.samples, self.order, self.batch_size, workers)
+        silent = None if runtime.is_main() else True
+        for x, _, indices in tqdm(batches, title, unit="batch", disable=silent):
+            yield torch.cat([x, x[-1:].expand(self.batch_size - len(x), *x.shape[1:])]), len(x), indices
+        self.samples.raise_if_broken(all_ranks=True)
+
+
+def open_samples(path):
+    """(data set, what identifies it) of the samples in an npz file, or in a folder of images of one size."""
+    if not os.path.isdir(path):
+        return Npz(path), runtime.on_main(runtime.sha256_of, path)
+    samples = sources.Folder(path, data.View(1, crop="original"))
+    sizes = set()
+    for file in sources.watched(samples.paths, f"looking through {path}"):
+        try:
+            with Image.open(file) as image:
+                sizes.add(image.size[::-1])
+        except Exception:                                  # PIL raises almost anything
+            raise runtime.UserError(f"--samples: {file} is empty or no image; make it again") from None
+    require(len(sizes) == 1, f"--samples {path} mixes the sizes {sorted(sizes)[:2]}; all must have one")
+    samples.axes = sizes.pop()
+    return samples, runtime.on_main(data.fingerprint, samples, range(len(samples)))
+
+
+def reference(path, axes, batch_size):
+    """`Chosen`: all of an npz file, to be compared with samples of these axes ([T,] H, W)."""
+    samples = Npz(path)
+    require(samples.axes == tuple(axes), f"--reference {path} is of images of {samples.axes}, not {axes}; "
+            f"compare sets of one size (make-reference has --image-size)")
+    about = {**samples.arrays["settings"], "path": path, "sha256": runtime.on_main(runtime.sha256_of, path)}
+    return Chosen(samples, range(len(samples)), about, batch_size)
+
+
+def part_of(samples, trained_on):
+    """Which part of a data set `samples` are, in words that promise no more than is known of a model that was
+    trained on the paths `trained_on`. What it has learned is known by what is in it, not by a name."""
+    learned = None
+    if trained_on["data_path"] is not None:                # else it is a published one
+        with contextlib.suppress(runtime.UserError):       # the data may have moved away
+            own = sources.build_dataset(trained_on["data_path"], "train", samples.view,
+                                        trained_on["split_list"])
+            learned = runtime.on_main(data.same_samples, own, samples)
+    if learned:
+        return f"training {samples.kind}s"
+    if samples.part in ("val", "test"):
+        return f"{samples.part} split"
+    doubt = "not what the model was trained on" if learned is False else "which the model may have seen"
+    return f"{samples.part} split, {doubt}" if samples.part else f"not parted, {doubt}"
+
+
+# ---- 2. What a network makes of them -----------------------------------------------------------------------
+
+def gathered(parts):
+    """All ranks' `parts`, dicts of tensors (n, ...), joined, and sorted by their "index": {name: tensor
+    (N, ...)} on rank 0, elsewhere empty. A collective."""
+    every = [None] * runtime.world_size() if runtime.is_main() else None
+    dist.gather_object(parts, every)
+    parts = [part for each in every or () for part in each]
+    joined = {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else ())}
+    return {name: tensor[joined["index"].argsort(stable=True)] for name, tensor in joined.items()}
+
+
+class FeatureStream:
+    """Sends samples through the network of a metric of sets, and keeps what distances of sets need.
+
+    rule: of `metrics.inception_input`. kept: of which indices to keep features and logits; pixels: and the
+    images themselves."""
+
+    def __init__(self, network, rule="tf1", kept=(), pixels=False):
+        self.network = network
+        self.rule = rule
+        self.kept = kept
+        self.pixels = pixels
+        self.device = next(network.parameters()).device
+        self.moments = [metrics.Moments(D, self.device) for D in WIDTHS[network.name]]     # [1]: for sFID
+        self.parts = []
+
+    @torch.no_grad()
+    def add(self, samples, n, indices):
+        """Count in the first n samples: uint8 images or clips, or for rule half-pixel floats in [0, 1]."""
+        inputs = samples.to(self.device)
+        if self.network.name == "inception":
+            outputs = self.network(metrics.inception_input(inputs, self.rule))
+        else:                                                          # four at a time: clips are large
+            outputs = [torch.cat([self.network(metrics.i3d_input(clips)) for clips in inputs.split(4)])]
+        for moments, output in zip(self.moments, outputs):
+            require(bool(output[:n].isfinite().all()), f"features of {self.network.name} are not finite, for "
+                    f"one of the samples {indices.tolist()}; are its weights right?")
+            moments.add(output[:n])
+        found = {"index": indices, "features": outputs[0], "logits": outputs[-1]}
+        if self.pixels:
+            found["arr_0"] = samples.movedim(1, -1)
+        kept = torch.tensor([index in self.kept for index in indices.tolist()])
+        self.parts.append({name: each[:n].cpu()[kept] for name, each in found.items()})
+
+    def finish(self):
+        """{name: array} on rank 0, elsewhere {}: n, the moments under ADM's names, and what was kept. A
+        collective."""
+        arrays = {name: tensor.numpy() for name, tensor in gathered(self.parts).items()}
+        for names, moments in zip((MOMENTS, SPATIAL), self.moments):
+            moments.n = int(runtime.all_reduce_sum(torch.tensor(moments.n)))
+            moments.total = runtime.all_reduce_sum(moments.total)
+            moments.outer = runtime.all_reduce_sum(moments.outer)
+            if runtime.is_main():
+                arrays.update(zip(names, moments.mean_and_covariance()), n=moments.n)
+        return arrays
+
+
+def shown(x, network, official):
+    """What a network of sets sees of x in [-1, 1]: uint8; officially truncated, or for rFID floats 0 .. 1."""
+    if official and network.name == "inception":
+        return (x + 1) / 2
+    return pictures.to_uint8(x, truncate=official)
+
+
+# ---- 3. Statistics that are made once ----------------------------------------------------------------------
+
+def short_hash(value):
+    """Eight hexadecimal digits that stand for a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def check_writable(folder):
+    """Make `folder`, and fail now if nothing can be written there, not when all has been measured."""
+    if runtime.is_main():
+        pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+
+
+def statistics_of(real, network, rule, official, folder, path=None):
+    """The statistics of real samples as of `FeatureStream.finish`, made once and kept in `path`, or in a file
+    in `folder` named after all that they depend on; on rank 0. A collective.
+
+    With features, and of images these, of up to 10,000, for ADM's own evaluator to read. ADM's files bring
+    statistics of ImageNet's training set, and 10,000 images, whose features are computed here. rule: of
+    `metrics.inception_input`; not "tf1" where originals are compared with their reconstructions."""
+    given = real.samples.arrays if isinstance(real.samples, Npz) else {}
+    if given.get("settings"):
+        require(given["settings"]["network"] == network.source,
+                f"--reference {real.samples.name} is of other Inception weights; make it again")
+        return given
+    key = {**real.about, "network": network.source, "protocol": "official" if official else "clean",
+           "resize_rule": rule, "device": next(network.parameters()).device.type}      # convolutions differ
+    del key["path"]                                                    # wherever they lie
+    path = pathlib.Path(path or f"{folder}/references/{short_hash(key)}.npz")
+    known = runtime.on_main(path.exists)
+    runtime.print_main(f"cached   {path} ({'found' if known else 'made now'})")
+    if not known:
+        check_writable(path.parent)
+        kept = {real.order[k] for k in data.evenly_spaced(None if given else 10_000, len(real.order))}
+        pixels = not given and rule == "tf1" and network.name == "inception"
+        stream = FeatureStream(network, rule, kept, pixels)
+        for x, n, indices in real.batches("real"):
+            if rule != "tf1":                                          # as reconstructions are shown to it
+                x = shown(pictures.to_float(x.to(stream.device)), network, official)
+            stream.add(x, n, indices)
+        arrays = stream.finish()
+        if runtime.is_main():
+            with runtime.atomic(path) as temporary, open(temporary, "wb") as file:
+                np.savez(file, settings=np.array(json.dumps(key)), **arrays)
+    if not runtime.is_main():
+        return {}
+    arrays, _ = read_npz(path)
+    runtime.check_same(arrays["settings"], key, f"{path} exists, and")
+    # ADM's statistics belong to the published network. Without any, it takes those of arr_0; so do we.
+    if network.source != RANDOM_LABEL and {*MOMENTS, *SPATIAL} <= given.keys():
+        return {**given, "features": arrays["features"]}
+    return arrays
+
+
+# ---- 4. Distances ------------------------------------------------------------------------------------------
+
+def frechet_distances(moments, reference, made, official):
+    """{metric: Frechet distance of two sets}, whose statistics are as of `FeatureStream.finish`. moments: the
+    names of mean and covariance for each metric, None for one that is no such distance."""
+    values = {}
+    for key, names in moments.items():
+        if names:
+            values[key] = metrics.frechet_distance(*[arrays[name] for arrays in (reference, made)
+                                                     for name in names])
+        if official and key in ("fvd", "rfvd"):
+            features = [torch.tensor(arrays["features"]) for arrays in (reference, made)]
+            values[f"{key}-float32"] = metrics.frechet_distance_official(*features)
+    return values
+
+
+def distances(moments, reference, made, official, device, seed):
+    """({metric: value} for the keys of `moments`, facts about them) of samples and real ones, see above."""
+    values = frechet_distances(moments, reference, made, official)
+    asked = moments.keys()
+    n = made["n"]
+    facts = {"real": int(reference["n"]) if "n" in reference else "an unknown number of"}
+    if facts["real"] != n:
+        print(f"warning: {n} samples are compared with {facts['real']} real ones; distances depend on both")
+    if n != 50_000:
+        print(f"warning: published numbers are of 50,000 samples, these are of {n}")
+    if "inception_score" in asked:
+        logits = torch.from_numpy(made["logits"])
+        text = "blocks of 5,000 in file order"
+        if not official:
+            text = f"equal parts, shuffled with seed {seed}"
+            logits = logits[torch.randperm(n, generator=torch.Generator().manual_seed(seed))]
+        score, deviation, parts = metrics.inception_score(logits, equal_parts=not official)
+        values["inception_score"] = score
+        facts["blocks"] = f"{parts} {text}, std {deviation:.2f}"
+    features = [torch.tensor(arrays["features"], device=device) for arrays in (reference, made)]
+    facts.update(near=len(features[0]), pairs=min(map(len, features)), digits="fp16" if official else "fp32")
+    if asked & {"precision", "recall"}:                    # in fp16 as in ADM's evaluator
+        both = zip(("precision", "recall"), metrics.precision_recall(*features, half=official))
+        values.update({key: value for key, value in both if key in asked})
+    if "kid" in asked:
+        values["kid"], deviation = metrics.kid(*features)
+        facts["subsets"] = f"100 subsets of {min(1000, facts['pairs'])}, std {deviation:.5f}"
+    if "mind" in asked:
+        values["mind"] = metrics.mind(*features)
+    return values, facts
+
+
+@torch.no_grad()
+def token_distances(tokenizer, made, real, seed):
+    """({metric: total variation}, facts) of the ids of samples and of as many real ones, and of these and as
+    many others: what the best samples would have. A collective."""
+    each = min(len(made.order), len(real.samples) // 2)
+    mixed = np.random.default_rng(seed).permutation(len(real.samples))[:2 * each].tolist()
+    spread = [made.order[k] for k in data.evenly_spaced(each, len(made.order))]
+    device = next(tokenizer.parameters()).device
+    counts = []
+    for chosen, order in ((made, spread), (real, sorted(mixed[:each])), (real, sorted(mixed[each:]))):
+        counts.append(tokenizer.quantizer.count(torch.zeros(0, dtype=torch.long, device=device)))
+        for x, n, _ in dataclasses.replace(chosen, order=order).batches("tokens"):
+            x = pictures.to_float(x[:n].to(device))
+            for part in x.split(4 if x.dim() == 5 else n):               # clips are large
+                counts[-1] += tokenizer.quantizer.count(tokenizer.encode(part))
+    drawn, first, second = map(runtime.all_reduce_sum, counts)
+    values = {"tokens": metrics.total_variation(drawn, first),
+              "tokens-real": metrics.total_variation(second, first)}
+    return values, {"each": each, "tokens": int(drawn[0].sum())}
