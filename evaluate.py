@@ -19,8 +19,8 @@ in a JSON. Where the official scripts have a quirk, there are two protocols:
 
 Images and clips go the same way: an image is a clip of one frame. Results of any number of ranks agree to 12
 digits. Some metrics need networks to be downloaded; --allow-random-weights tries the machinery out without,
-and marks what it prints as not comparable. support/metrics.py explains the metrics, support/sets.py reads and
-keeps what sets are compared by. Axis letters: B samples of a batch, N of a set, T frames, H W their size.
+and marks what it prints as not comparable. support/metrics.py explains the metrics, support/sets.py compares
+sets with them. Axis letters: B samples of a batch, N of a set, T frames, H W their size.
 """
 import argparse
 import contextlib
@@ -169,8 +169,7 @@ def reconstruction(args, device):
     """Judge a tokenizer, of images or of clips, by its reconstructions."""
     path = args.ckpt or runtime.latest_checkpoint("runs/tokenizer", "tokenizer checkpoint")
     model, info = checkpoints.load_tokenizer(path, not args.raw_weights)
-    path = info["path"]
-    runtime.print_facts(("model", f"{path}: {info['preset']}, {info['weights']} weights"))
+    runtime.print_facts(("model", f"{info['path']}: {info['preset']}, {info['weights']} weights"))
     chosen = held_out(args, model.config, info["trained_on"])
     samples = chosen.samples
     size = chosen.about["size"]
@@ -181,7 +180,7 @@ def reconstruction(args, device):
         compared["rfid-reference"] = sets.reference(args.reference, samples.axes, chosen.batch_size)
         asked.append("rfid-reference")
     if size != "original":
-        check_size(samples.axes, f"size {size} of {path}", asked)
+        check_size(samples.axes, f"size {size} of {info['path']}", asked)
     networks = load_networks(asked, args, device)
     # Clean departs from the official resize rule only where a side exceeds Inception's 299 pixels.
     official = args.protocol == "official"
@@ -189,7 +188,7 @@ def reconstruction(args, device):
     rule = "half-pixel-antialiased" if antialias else "half-pixel"
     part = sets.part_of(samples, info["trained_on"])
     info["sha256"] = runtime.on_main(checkpoints.weights_hash, model)
-    output, record = plan(args, path, networks, checkpoint=info, data=chosen.about, part=part,
+    output, record = plan(args, info["path"], networks, checkpoint=info, data=chosen.about, part=part,
                           resize_rule=rule)
     runtime.print_facts(
         ("data", f"{len(chosen.order)} {samples.kind}s of {samples.name}, {part}, size {size}"),
@@ -360,11 +359,10 @@ def generation(args, device):
         axes = axes_of(model, tokenizer)
         count = args.num_samples or (50_000 if info["source"] == "published" else 5_000)
     real, others = real_samples(args, info["trained_on"], axes, count)
-    kind = real.samples.kind
-    wanted = args.metrics
-    if not wanted and tokenizer and not args.reference:                  # what downloads nothing
-        wanted = ["tokens"]
-    asked = metrics_for(GEN, kind, wanted or [key for key in metrics_for(GEN, kind) if key != "tokens"])
+    wanted = args.metrics or ["tokens"]                                  # which downloads nothing
+    if not args.metrics and (args.reference or not model):
+        wanted = [key for key in metrics_for(GEN, real.samples.kind) if key != "tokens"]
+    asked = metrics_for(GEN, real.samples.kind, wanted)
     check_size(axes, path or info["path"], asked)
     networks = load_networks(asked, args, device)
     if not path:
@@ -435,8 +433,7 @@ def axes_of(model, tokenizer):
 
 
 def real_samples(args, trained_on, axes, count):
-    """(`Chosen`, what that is in words) to compare samples of these axes with: all of --reference, or `count`
-    of --data-path or, without, of what the model was trained on."""
+    """(`Chosen`, its name) to compare samples of these axes with: --reference, or `count` as of `choose`."""
     if args.reference:
         return sets.reference(args.reference, axes, args.batch_size), f"in {args.reference}"
     require(axes[-1] == axes[-2], f"samples are of {list(axes)}, but real ones are cropped to squares; make "

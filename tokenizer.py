@@ -221,7 +221,7 @@ class FSQ(Quantizer):
     def __init__(self, config):
         super().__init__(len(config.levels), math.prod(config.levels))
         levels = torch.tensor(config.levels)
-        self.register_buffer("levels", levels)                             # (C,) L_k
+        self.register_buffer("levels", levels)                             # (C,) L_c
         self.register_buffer("places", levels.cumprod(0) // levels)        # (C,) value of a digit in the id
 
     def bound(self, z):
@@ -231,7 +231,7 @@ class FSQ(Quantizer):
     def forward(self, z):
         """z (B, C, *S) in -1 .. 1 to the nearest levels q (B, C, *S) without gradient, and ids (B, *S)."""
         z = z.detach().movedim(1, -1).nan_to_num()                         # NaN as an integer is no id
-        digits = ((z + 1) / 2 * (self.levels - 1)).round().long()          # (B, *S, C) in 0 .. L_k - 1
+        digits = ((z + 1) / 2 * (self.levels - 1)).round().long()          # (B, *S, C) in 0 .. L_c - 1
         ids = (digits * self.places).sum(-1)
         return self.ids_to_q(ids), ids
 
@@ -277,9 +277,9 @@ class ResBlock(nn.Module):
         self.nin_shortcut = nn.Identity() if same else conv(in_channels, out_channels, 1, bias=False)
 
     def forward(self, x):                                                  # (B, C, *S)
-        h = self.conv1(F.silu(self.norm1(x)))                              # (B, C', *S)
-        h = self.conv2(F.silu(self.norm2(h)))
-        return h + self.nin_shortcut(x)
+        y = self.conv1(F.silu(self.norm1(x)))                              # (B, C', *S)
+        y = self.conv2(F.silu(self.norm2(y)))
+        return y + self.nin_shortcut(x)
 
 
 class AdaptiveGroupNorm(nn.Module):
@@ -306,7 +306,7 @@ def depth_to_space(x, block):
     `nn.PixelShuffle` is another (CRD), and published weights turn to noise with it."""
     n = len(block)
     x = x.unflatten(1, (*block, -1))                                       # (B, dy, dx, C, H, W)
-    x = x.permute(0, n + 1, *[k for i in range(n) for k in (n + 2 + i, 1 + i)])        # (B, C, H, dy, W, dx)
+    x = x.permute(0, n + 1, *[j for i in range(n) for j in (n + 2 + i, 1 + i)])        # (B, C, H, dy, W, dx)
     return x.reshape(*x.shape[:2], *map(math.prod, zip(x.shape[2::2], block)))         # (B, C, H dy, W dx)
 
 
@@ -458,11 +458,11 @@ class Encoder(nn.Module):
         self.conv_out = conv(width, z_channels, 1)
 
     def forward(self, x):                                                 # (B, 3, H, W) in [-1, 1]
-        h = self.conv_in(space_to_depth(x, self.patch))
+        x = self.conv_in(space_to_depth(x, self.patch))
         for level in self.down:
-            h = level.downsample(level.block(h, self.checkpointing))      # (B, width, H / 2^i, W / 2^i)
-        h = self.mid_block(h, self.checkpointing)
-        return self.conv_out(F.silu(self.norm_out(h)))                    # (B, K, h, w)
+            x = level.downsample(level.block(x, self.checkpointing))      # (B, width, H / 2^i, W / 2^i)
+        x = self.mid_block(x, self.checkpointing)
+        return self.conv_out(F.silu(self.norm_out(x)))                    # (B, K, h, w)
 
 
 class Decoder(nn.Module):
@@ -488,12 +488,12 @@ class Decoder(nn.Module):
         self.conv_out = conv(width, 3 * math.prod(self.patch), 3, padding=1)
 
     def forward(self, q):                                                 # (B, K, h, w)
-        h = self.mid_block(self.conv_in(q), self.checkpointing)
+        x = self.mid_block(self.conv_in(q), self.checkpointing)
         for i, level in reversed(list(enumerate(self.up))):
-            h = self.adaptive[i](h, q) if len(self.adaptive) else h
-            h = level.upsample(level.block(h, self.checkpointing))        # (B, width, H / 2^i, W / 2^i)
-        h = self.conv_out(F.silu(self.norm_out(h)))                       # in about [-1, 1]: there is no tanh
-        return depth_to_space(h, self.patch)
+            x = self.adaptive[i](x, q) if len(self.adaptive) else x
+            x = level.upsample(level.block(x, self.checkpointing))        # (B, width, H / 2^i, W / 2^i)
+        x = self.conv_out(F.silu(self.norm_out(x)))                       # in about [-1, 1]: there is no tanh
+        return depth_to_space(x, self.patch)
 
 
 class Tokenizer(nn.Module):

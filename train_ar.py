@@ -24,6 +24,7 @@ import contextlib
 import copy
 import dataclasses
 import math
+import warnings
 
 import numpy as np
 import torch
@@ -52,7 +53,6 @@ def get_args(argv=None):
     first = runtime.ArgumentParser("", add_help=False)
     first.add_argument("--preset", choices=ar_model.PRESETS, default="toy", help="see below")
     preset = first.parse_known_args(argv)[0].preset
-    recipe = AR_RECIPES[preset]
     parser = runtime.ArgumentParser(__doc__)
     count = runtime.positive_int
     count0 = runtime.non_negative_int
@@ -91,8 +91,8 @@ def get_args(argv=None):
     group.add_argument("--lr", type=number, help="peak learning rate of AdamW")
     group.add_argument("--final-lr", type=runtime.fraction, help="the last one, as a fraction of the peak")
     group.add_argument("--warmup", type=runtime.duration,
-                       help=f"linear warm-up: steps, or epochs (the preset's {recipe['warmup']}; with "
-                            f"another --length at most a twentieth of it)")
+                       help=f"linear warm-up: steps, or epochs (the preset's {AR_RECIPES[preset]['warmup']}; "
+                            f"with another --length at most a twentieth of it)")
     group.add_argument("--betas", type=runtime.bounded(float, 0.0, 0.999999), nargs=2, help="of AdamW")
     group.add_argument("--weight-decay", type=number, default=0.05, help="of all parameters")
     group.add_argument("--max-grad-norm", type=number, default=1.0, help="clip gradients (0: do not)")
@@ -114,25 +114,22 @@ def get_args(argv=None):
     group.add_argument("--keep", type=count, default=3, help="newest checkpoints that stay, of all written")
     group.add_argument("--dry-run", action="store_true", help="check everything, print the plan and stop")
     # Of what is not given here, `print_plan` and `settle` choose these three.
-    parser.set_defaults(**{**recipe, "warmup": None, "online": False, "raw_weights": None},
+    parser.set_defaults(**{**AR_RECIPES[preset], "warmup": None, "online": False, "raw_weights": None},
                         split=list(ar_model.PRESETS[preset].bits))
     return parser.parse_args(argv)
 
 
 def settle(args):
-    """Choose crops and weights of the tokenizer where no flag does: those of the run that --resume continues,
-    else the recipe's, but raw weights for --init-from a published model: it knows no other tokens. Returns
-    the fingerprint of that run's data, for `data.fingerprint`."""
+    """Choose crops and weights of the tokenizer where no flag does: as the run that --resume continues, else
+    as the recipe, but raw ones for --init-from a published model. Returns the fingerprint of that run's data.
+    """
     existing = runtime.list_checkpoints(args.results_dir)
     crops = AR_RECIPES[args.preset]
     raw = crops["raw_weights"]
     like = "2:"
-    paths = existing
-    if args.resume != "latest":
-        paths = runtime.list_checkpoints(args.resume or "") or [args.resume]
-    for path in filter(None, paths):
+    for path in existing if args.resume == "latest" else filter(None, [args.resume]):
         with contextlib.suppress(runtime.UserError), checkpoints.guard(path):     # `checkpoints.resume` tells
-            saved = checkpoints.read(path)
+            _, saved = checkpoints.opened(path)
             if saved.get("format") == checkpoints.AR:
                 crops = {name: saved["args"][name] for name in ("online", "ten_crop")}
                 raw = saved["tokenizer"]["weights"] == "raw"
@@ -177,9 +174,9 @@ def prepare(args):
     grid = tokenizer.config.latent_grid(*dataset.axes)
     config = runtime.config_from_args(ar_model.PRESETS[args.preset], args, bits=args.split, grid=grid,
                                       num_classes=0 if args.unconditional else len(dataset.classes))
-    record = {"length": len(dataset),
-              "fingerprint": runtime.on_main(data.fingerprint, dataset, range(len(dataset)), like)}
-    return tokenizer, dataset, held_out, config, {"tokenizer": made_with, "dataset": record}
+    record = runtime.on_main(data.fingerprint, dataset, range(len(dataset)), like)
+    records = {"tokenizer": made_with, "dataset": {"length": len(dataset), "fingerprint": record}}
+    return tokenizer, dataset, held_out, config, records
 
 
 def build_datasets(args):
@@ -249,7 +246,10 @@ MUST_STAY = ("global_batch_size", "global_seed", "mixed_precision", "online", "t
 
 def build_model(config, device, args):
     """An `ARModel` as the flags say. For --dry-run its tensors have shapes, but take no memory."""
-    with torch.device("meta") if args.dry_run else device:
+    if args.dry_run:
+        device = torch.device("meta")
+        warnings.filterwarnings("ignore", "for .*: copying from a non-meta")     # what it loads is compared
+    with device:
         model = ar_model.ARModel(config)
     model.checkpointing = args.activation_checkpointing
     if args.compile:
@@ -376,9 +376,9 @@ def main(args):
                 "optimizer": optimizer.state_dict(),
                 "scaler": scaler.state_dict(),
                 "config": dataclasses.asdict(config),
-                **records,                                               # of "tokenizer" and "dataset"
+                **records,                                               # "tokenizer" and "dataset"
                 "first_stage": {"format": checkpoints.format_of(tokenizer), "model": tokenizer.state_dict(),
-                                "config": dataclasses.asdict(tokenizer.config)},    # so this file can draw images
+                                "config": dataclasses.asdict(tokenizer.config)},    # for drawing images
                 "classes": classes,
                 "skipped": skipped,
                 "rng": runtime.rng_states(),
@@ -476,10 +476,10 @@ def print_plan(args, model, made_with, dataset, held_out):
     length = runtime.to_steps(args.length, epoch)
     runtime.require(length, f"--length {args.length} is 0 steps of {batch} {dataset.kind}s; give at least 1")
     warmup = runtime.to_steps(args.warmup or recipe["warmup"], epoch)
-    how = "warm-up"
+    shorter = ""
     if args.warmup is None and args.length != recipe["length"] and warmup > length // 20:
         warmup = length // 20
-        how = "a twentieth of --length for the warm-up"
+        shorter = ", a twentieth of --length"
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     grid = " x ".join(map(str, config.grid))
     bits = " + ".join(map(str, config.bits))
@@ -492,7 +492,7 @@ def print_plan(args, model, made_with, dataset, held_out):
                   f"{runtime.micro_batch_size(batch, args.accumulation)}, a step of "
                   f"{batch * flops_per_image(config) / 1e12:.3g} TFLOP"),
         ("length", f"{length:,} steps = {length * batch / len(dataset):.1f} epochs"),
-        ("lr", f"{args.lr:g}, {how} {warmup:,} steps"))
+        ("lr", f"{args.lr:g}, warm-up {warmup:,} steps{shorter}"))
     return length, warmup
 
 

@@ -119,7 +119,7 @@ CLAIMS = {
         settings(clips=CLIPS, start=START),
         lambda row: [TRAIN_16 + "--data-path generated",
                      f"train_tokenizer.py --preset toy-video --length 150 --data-path {CLIPS[row['clips']]}"
-                     + START[row["start"]], "evaluate.py reconstruction --max-samples 200 --ckpt {1}"],
+                     + START[row["start"]], "evaluate.py reconstruction --num-samples 200 --ckpt {1}"],
         ["psnr", "ssim", "usage"], "start", "clips"),
     "resolution": Claim(
         "Table 4: a tokenizer that was trained at one size works at twice the size.", settings(size=SIZES),

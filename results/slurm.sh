@@ -16,7 +16,7 @@
 #SBATCH --signal=B:USR1@180         # 180 s before the limit (Slurm may be 60 s early), to this shell alone
 
 # . .venv/bin/activate              # where torchrun is, if it is in no other place
-export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"                # since 22.05, srun does not take it from sbatch
+export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"        # which srun does not take from sbatch since 22.05
 
 again=no
 near_the_limit() {                  # what USR1 does
@@ -26,7 +26,7 @@ near_the_limit() {                  # what USR1 does
 trap near_the_limit USR1
 
 # --rdzv-id: without it, two jobs that meet on a machine would become one.
-# --rdzv-endpoint: the first machine, which this shell runs on, and a port of the job's own, for the same reason.
+# --rdzv-endpoint: the first machine, which this shell runs on; a port of the job's own, for the same reason.
 # --shutdown-timeout: how long a save may take, of the 180 s; torchrun gives 30 s by itself.
 # --resume: the first turn finds nothing to resume and starts, the others go on.
 # & and wait: a shell that waits hears USR1 at once; in front of an srun without &, only after its end.

@@ -133,7 +133,7 @@ def write_file(folder, name, x, fps):
 
 
 def read_ids(path, identity):
-    """What `encode` wrote to `path`: a list of (name, shape, frames a second, tile, ids of all parts).
+    """What `encode` wrote to `path`: ([name, shape, frames a second, parts, tile] of each file, all arrays).
 
     identity: the hash of the tokenizer's weights, which must have been the same. Raises `UserError`.
     """
@@ -145,11 +145,7 @@ def read_ids(path, identity):
     about = json.loads(str(arrays["about"]))
     require(about["tokenizer"] == identity, f"{path} was encoded by another tokenizer, {about['ckpt']}; name "
                                             f"it with --ckpt")
-    encoded = []
-    for k, (name, shape, fps, count, tile) in enumerate(about["samples"]):
-        ids = [torch.from_numpy(arrays[f"{k}-{i}"]) for i in range(count)]
-        encoded.append((pathlib.PurePath(name).name, shape, fps, tile, ids))
-    return encoded
+    return about["samples"], arrays
 
 
 # ---- 3. The command line -----------------------------------------------------------------------------------
@@ -195,9 +191,11 @@ def main(args):
     if args.command == "decode":
         require(args.files, "decode needs files: the npz that encode wrote")
         for path in args.files:
-            for name, shape, fps, tile, ids in read_ids(path, identity):
-                x = from_tokens(model, [part.to(device) for part in ids], shape, tile)
-                print(write_file(folder, name, x, fps))
+            encoded, arrays = read_ids(path, identity)
+            for k, (name, shape, fps, parts, tile) in enumerate(encoded):
+                ids = [torch.from_numpy(arrays[f"{k}-{i}"]).to(device) for i in range(parts)]
+                name = pathlib.PurePath(name).name         # a file cannot say where else to write
+                print(write_file(folder, name, from_tokens(model, ids, shape, tile), fps))
         return
     arrays = {}
     encoded = []

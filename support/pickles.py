@@ -75,7 +75,8 @@ class Unpickler(pickle._Unpickler):
 
     def find_class(self, module, name):
         """What stands for the class or function `name` of `module`."""
-        return self.MADE.get(f"{module}.{name}") or type(f"{module}.{name}", (Inert,), {})()
+        name = f"{module}.{name}"
+        return self.MADE.get(name) or type(ascii(name)[1:-1], (Inert,), {})()
 
 
 # What torch.load takes in place of Python's module pickle.
@@ -113,8 +114,8 @@ def read(path, whole=False):
         if whole:
             damage = zipfile.ZipFile(path).testzip()       # the first name whose checksum is wrong
     except Exception as error:                             # unpickling damaged bytes raises almost anything
-        if isinstance(error, MemoryError) or isinstance(error, OSError) and error.filename:
-            raise                                          # these speak for themselves: "Permission denied"
+        if isinstance(error, OSError) and error.filename:
+            raise                                          # it speaks for itself, as "Permission denied" does
         damage = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
     require(not damage, f"checkpoint {path} cannot be read: it is truncated, damaged or no PyTorch "
                         f"checkpoint ({damage}); copy or download it again, or use an earlier one")
@@ -142,6 +143,6 @@ def checked(path, stored):
 def named_tensors(source, state):
     """`state`, {name: tensor}, without what DDP and torch.compile put before names; else a `UserError`."""
     for name, tensor in state.items():
-        require(isinstance(name, str) and isinstance(tensor, torch.Tensor),
-                f"{source} holds a {type(tensor).__name__} in place of the weights {name}")
+        require(isinstance(name, str) and name.isprintable() and isinstance(tensor, torch.Tensor),
+                f"{source} holds a {type(tensor).__name__} in place of the weights {ascii(name)}")
     return {re.sub(r"^(module\.)+", "", name.replace("_orig_mod.", "")): state[name] for name in state}

@@ -1,4 +1,4 @@
-"""From a file to RGB images: pictures by Pillow, videos by PyAV, and what to do about damaged ones."""
+"""From files to RGB images and to data sets that survive damaged files: what all of sources.py share."""
 import contextlib
 import functools
 import os
@@ -6,16 +6,22 @@ import pathlib
 import sys
 import traceback
 
-from PIL import Image, ImageOps
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch.utils.data import Dataset
 
-from support import pictures
+from support import pictures, runtime
+from support.runtime import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 VIDEO_SUFFIXES = (".avi", ".mp4", ".webm", ".mkv", ".gif")
 OURS = pathlib.Path(__file__).parents[:2]        # support/ and the folder above it
 MAX_PIXELS = 2 ** 28                            # 0.8 GB as RGB: a larger image is an accident or an attack
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2        # PIL warns above this number and raises above twice as many
+BROKEN_LIMIT = 0.01                             # the fraction of a data set that may be unreadable
 
+# ---- 1. From a file to images ------------------------------------------------------------------------------
 
 class Unreadable(ValueError):
     """A file is to blame, not the code: it is damaged, or not what it should be."""
@@ -52,7 +58,8 @@ def as_rgb(image):
     """A PIL image in RGB. Raises `Unreadable` for 16 or 32 bits, which PIL would clip to white."""
     if image.mode[0] in "IF":
         raise Unreadable(f"pixels of type {image.mode}; convert them to 8 bits")
-    return image.convert("RGB")
+    image.load()
+    return image if image.mode == "RGB" else image.convert("RGB")        # which would copy an RGB one
 
 
 print_once = functools.cache(print)
@@ -103,3 +110,113 @@ def frame_rate(path):
     av = pictures.import_av()
     with decoding(), av.open(str(path)) as container:
         return float(container.streams.video[0].average_rate or 25)
+
+
+# ---- 2. What all data sets share ---------------------------------------------------------------------------
+
+class Strings:
+    """A million strings in one tensor; `strings[i]` makes one of them.
+
+    In a list, the paths of ImageNet are 80 MB to pickle and 500 MiB in every worker that is not forked; and a
+    forked one copies them bit by bit, as whoever looks at a Python object counts that in it. The memory of a
+    tensor is shared by all workers.
+    """
+
+    def __init__(self, strings, prefix=""):
+        """strings: a list, or a bytearray with a NUL after each. prefix: what all begin with besides."""
+        if not isinstance(strings, bytearray):
+            strings = bytearray().join(os.fsencode(string) + b"\0" for string in strings)
+        text = np.frombuffer(strings, np.uint8)
+        self.prefix = prefix
+        self.text = torch.from_numpy(text)
+        self.starts = torch.from_numpy(np.append(0, np.flatnonzero(text == 0) + 1))
+
+    def __len__(self):
+        return len(self.starts) - 1
+
+    def __getitem__(self, index):
+        index = range(len(self))[index]                   # its IndexError ends a `for` loop, too
+        if isinstance(index, range):
+            return [self[i] for i in index]
+        first, end = self.starts[index:index + 2].tolist()
+        return self.prefix + os.fsdecode(self.text[first:end - 1].numpy().tobytes())
+
+
+class Samples(Dataset):
+    """What all data sets share: how a sample is asked for, and what happens when a file is broken.
+
+    `dataset[index]` is (uint8 tensor as `view` says, label, index). A file that cannot be read is reported
+    once on stderr and counted in `broken`, one flag a sample, in memory that worker processes share. The next
+    readable one stands in for it, with its own index, so that who wants no other can tell; or None once more
+    than 1 % are broken: then `raise_if_broken` says so.
+
+    A subclass knows `paths` and `labels` (0 without classes) of all samples, and `classes`, the names in
+    label order; its `read(index, rng)` returns what the view shows of a sample. Where the file is to blame
+    it raises `Unreadable` or OSError, as `decode` does; anything else is a bug, and keeps its traceback.
+
+    part: of the whole that the set was divided into, "train", "val" or "test"; None where nobody has done so.
+    """
+
+    def __init__(self, name, classes, paths, labels, view, part=None):
+        self.name = name
+        self.classes = classes
+        self.paths = paths if isinstance(paths, Strings) else Strings(paths)
+        self.labels = torch.as_tensor(labels, dtype=torch.int64)
+        self.view = view
+        self.part = part
+        self.kind = "clip" if view.frames else "image"     # what messages call a sample
+        side = view.image_size
+        self.axes = (view.frames, side, side) if view.frames else (side, side)
+        self.broken = torch.zeros(len(paths), dtype=torch.bool).share_memory_()
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        index = range(len(self))[index]                   # its IndexError also ends a plain `for` loop
+        return self.__getitems__([(index, (self.view.seed, index))])[0]
+
+    def __getitems__(self, requests):
+        """Samples for (index, seed) pairs, a seed being a tuple of integers; what a DataLoader calls."""
+        return [self.readable(index, seed) for index, seed in requests]
+
+    def readable(self, index, seed):
+        """(tensor, label, index) of this or the next readable sample; None once too many are broken."""
+        random = self.view.crop == "random" or self.view.flip
+        while True:
+            try:
+                if not self.broken[index]:
+                    rng = np.random.default_rng(seed) if random else None
+                    return self.read(index, rng), int(self.labels[index]), index
+            except (Unreadable, OSError) as error:
+                self.report_broken(index, error)
+            if self.too_many_broken():                    # asked only here: it counts all flags
+                return None
+            index = (index + 1) % len(self)
+
+    def report_broken(self, index, error):
+        """Count sample `index` as broken and say so, unless another worker was faster."""
+        reason = " ".join(str(error).split())
+        if isinstance(error, UnidentifiedImageError):
+            reason = "not an image"
+        if not self.broken[index]:
+            self.broken[index] = True
+            print(f"broken {self.kind} skipped: {self.paths[index]} ({reason})", file=sys.stderr, flush=True)
+
+    def count_broken(self):
+        """How many are known to be broken. A flag that two workers set at once is counted once."""
+        return int(np.count_nonzero(self.broken.numpy()))
+
+    def too_many_broken(self):
+        """Whether more than 1 % are known to be broken."""
+        return self.count_broken() > BROKEN_LIMIT * len(self)
+
+    def raise_if_broken(self, all_ranks=False):
+        """Raise `UserError` if more than 1 % are known to be broken, here or (a collective) on any rank."""
+        if all_ranks:
+            self.broken |= runtime.all_reduce_sum(self.broken.int()) > 0
+        if self.too_many_broken():
+            first = self.paths[int(self.broken.int().argmax())]
+            raise UserError(f"{self.count_broken()} of the {len(self)} {self.kind}s of {self.name} are "
+                            f"broken, more than 1 %, such as {first}; copy or download the data again, or "
+                            f"remove the broken files")

@@ -111,7 +111,10 @@ class ArgumentParser(argparse.ArgumentParser):
         """One line without the usage, and a hint for a flag under its name in other projects."""
         if message.startswith("unrecognized arguments: --"):
             word = message.split()[2].split("=")[0].lower().replace("_", "-")
-            close = difflib.get_close_matches(SYNONYMS.get(word, word), self._option_string_actions, 1)
+            commands = [action.choices for action in self._actions if action.dest == "command"]
+            parsers = [self, *(commands[0].values() if commands else ())]
+            flags = [flag for parser in parsers for flag in parser._option_string_actions]
+            close = difflib.get_close_matches(SYNONYMS.get(word, word), flags, 1)
             if close:
                 message += f" (did you mean {close[0]}?)"
         raise UserError(f"{message} (see --help)")
@@ -121,7 +124,8 @@ class ArgumentParser(argparse.ArgumentParser):
 SYNONYMS = {"--epochs": "--length", "--max-epochs": "--length", "--steps": "--length", "--lr-rate": "--lr",
             "--batch-size": "--global-batch-size", "--learning-rate": "--lr", "--output-dir": "--results-dir",
             "--data-dir": "--data-path", "--checkpoint": "--ckpt", "--model": "--preset",
-            "--seed": "--global-seed", "--cfg": "--cfg-scale", "--amp": "--mixed-precision"}
+            "--seed": "--global-seed", "--cfg": "--cfg-scale", "--amp": "--mixed-precision",
+            "--max-samples": "--num-samples", "--num-images": "--num-samples"}
 
 
 def bounded(kind, low, high=math.inf):

@@ -19,11 +19,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
-from tqdm import tqdm
 
 from support import data, metrics, pictures, runtime, sources
 from support.checkpoints import RANDOM_LABEL
-from support.reading import decoding
+from support.reading import Unreadable, decoding
 from support.runtime import require
 
 WIDTHS = {"inception": (2048, 2023), "i3d": (400,)}        # networks that see sets: D of what they give
@@ -34,7 +33,7 @@ SPATIAL = ("mu_s", "sigma_s")
 
 
 def read_npz(path):
-    """({name: array} of an npz file but for arr_0, a file of arr_0, or None without). Raises `UserError`."""
+    """({name: array} of an npz file but for arr_0, a file of arr_0 or None). Raises `UserError`."""
     require(pathlib.Path(path).is_file(), f"{path} does not exist; check the path (or try make-reference)")
     try:
         archive = zipfile.ZipFile(path)
@@ -55,20 +54,20 @@ class Npz(sources.Samples):
 
     def __init__(self, path):
         self.arrays, self.file = read_npz(path)
-        require(self.file, f"{path} holds no images, arr_0, only {', '.join(self.arrays)}; statistics alone do "
+        require(self.file, f"{path} holds no array arr_0, only {', '.join(self.arrays)}; statistics alone do "
                            f"not tell by which network and resize rule they were made")
         with decoding():
             np.lib.format.read_magic(self.file)
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(self.file)
-        require(dtype == np.uint8, f"{path}: arr_0 is {dtype}, expected uint8; convert floats in [0, 1] with "
-                                   f"(x * 255).round().astype('uint8')")
-        hint = "; use arr_0.transpose(0, 2, 3, 1)" if len(shape) == 4 and shape[1] == 3 else ""
-        require(len(shape) in (4, 5) and shape[-1] == 3 and not fortran, f"{path}: arr_0 has the shape "
-                f"{list(shape)}, not (N, H, W, 3) or (N, T, H, W, 3) in C order{hint}")
-        view = data.View(shape[-2], shape[1] if len(shape) == 5 else None, "original")
-        super().__init__(str(path), [], [f"{path}[{i}]" for i in range(shape[0])], [0] * shape[0], view)
-        self.shape = shape[1:]
-        self.axes = shape[1:-1]
+            (N, *shape), fortran, dtype = np.lib.format.read_array_header_1_0(self.file)
+        fits = dtype == np.uint8 and len(shape) in (3, 4) and shape[-1] == 3
+        require(fits and not fortran, f"{path}: arr_0 is {dtype} {[N, *shape]}, not uint8 (N, H, W, 3) or "
+                f"(N, T, H, W, 3) in C order; convert it by (x * 255).round().astype('uint8') or by "
+                f".transpose(0, 2, 3, 1)")
+        *frames, height, width, _ = shape
+        view = data.View(width, frames[0] if frames else None, "original")
+        super().__init__(str(path), [], [f"{path}[{i}]" for i in range(N)], [0] * N, view)
+        self.shape = shape
+        self.axes = (*frames, height, width)
         self.start = self.file.tell()
 
     def read(self, index, rng):
@@ -95,8 +94,7 @@ class Chosen:
         order: a sample's numbers have the same last bits on any number of ranks."""
         workers = 0 if isinstance(self.samples, Npz) else self.num_workers       # its file has one position
         batches = data.eval_batches(self.samples, self.order, self.batch_size, workers)
-        silent = None if runtime.is_main() else True
-        for x, _, indices in tqdm(batches, title, unit="batch", disable=silent):
+        for x, _, indices in sources.watched(batches, title, unit="batches"):
             yield torch.cat([x, x[-1:].expand(self.batch_size - len(x), *x.shape[1:])]), len(x), indices
         self.samples.raise_if_broken(all_ranks=True)
 
@@ -109,9 +107,9 @@ def open_samples(path):
     sizes = set()
     for file in sources.watched(samples.paths, f"looking through {path}"):
         try:
-            with Image.open(file) as image:
+            with decoding(), Image.open(file) as image:
                 sizes.add(image.size[::-1])
-        except Exception:                                  # PIL raises almost anything
+        except (OSError, Unreadable):
             raise runtime.UserError(f"--samples: {file} is empty or no image; make it again") from None
     require(len(sizes) == 1, f"--samples {path} mixes the sizes {sorted(sizes)[:2]}; all must have one")
     samples.axes = sizes.pop()
@@ -299,9 +297,11 @@ def distances(moments, reference, made, official, device, seed):
         score, deviation, parts = metrics.inception_score(logits, equal_parts=not official)
         values["inception_score"] = score
         facts["blocks"] = f"{parts} {text}, std {deviation:.2f}"
-    features = [torch.tensor(arrays["features"], device=device) for arrays in (reference, made)]
-    facts.update(near=len(features[0]), pairs=min(map(len, features)), digits="fp16" if official else "fp32")
-    if asked & {"precision", "recall"}:                    # in fp16 as in ADM's evaluator
+    if asked & {"precision", "recall", "kid", "mind"}:
+        features = [torch.tensor(arrays["features"], device=device) for arrays in (reference, made)]
+        facts.update(near=len(features[0]), pairs=min(map(len, features)))
+    if asked & {"precision", "recall"}:                    # officially in fp16, as in ADM's evaluator
+        facts["digits"] = "fp16" if official else "fp32"
         both = zip(("precision", "recall"), metrics.precision_recall(*features, half=official))
         values.update({key: value for key, value in both if key in asked})
     if "kid" in asked:

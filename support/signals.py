@@ -27,11 +27,11 @@ BOTH = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stopped(KeyboardInterrupt):
-    """Raised by signal `number`, which ends the script; what is said then of its work is `kept`."""
-    kept = "nothing saved: no checkpoint, no result"
+    """Raised by signal `number`, which ends the script; `kept` is what is said then of its work."""
 
-    def __init__(self, number):
+    def __init__(self, number, kept):
         self.number = number
+        self.kept = kept
 
 
 @contextlib.contextmanager
@@ -56,6 +56,7 @@ class StopRequest:
         self.received = 0
         self.interrupted = math.inf                        # when Ctrl-C came first
         self.agreed = 0                                    # the signal that all ranks stop for, 0 for none
+        self.kept = "nothing saved: no new checkpoint, no result"
         for number in BOTH:
             signal.signal(number, self.note)
 
@@ -67,7 +68,7 @@ class StopRequest:
         if number == signal.SIGINT:
             self.interrupted = min(self.interrupted, now)
         if is_first and self.at_once or number == signal.SIGINT and now > self.interrupted + 1:
-            raise Stopped(number)
+            raise Stopped(number, self.kept)
 
     def requested(self, step):
         """Whether any rank has received a signal, and step `step` is to be saved. A collective."""
@@ -79,6 +80,7 @@ class StopRequest:
     def saved(self, path):
         """To be called after each save, for a signal that came meanwhile needs no second one: says which file
         to resume from, if a signal stops the run. A collective."""
+        self.kept = f"but {path} is saved; --resume continues from there"
         self.agree()
         if self.agreed:
             line = f"signal {self.agreed}: saved {path}; --resume continues from here"
@@ -129,13 +131,14 @@ def grace():
 @contextlib.contextmanager
 def held():
     """Within it both signals wait. Processes that start there never get them: they inherit that."""
-    if hasattr(signal, "pthread_sigmask"):                 # not on Windows
-        signal.pthread_sigmask(signal.SIG_BLOCK, BOTH)
+    if not hasattr(signal, "pthread_sigmask"):             # as on Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, BOTH)
     try:
         yield
     finally:
-        if hasattr(signal, "pthread_sigmask"):
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, BOTH)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def follow_trainer(worker):

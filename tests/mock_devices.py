@@ -14,10 +14,9 @@ from test_devices import AR, CLIPS, IMAGES, SHAPE, trained                 # noq
 import ar_model
 import evaluate
 import sample
-import tokenizer
 import train_ar
 import train_tokenizer
-from support import checkpoints, metrics, runtime
+from support import checkpoints, codec, metrics, runtime
 
 
 @pytest.fixture
@@ -102,8 +101,8 @@ def test_stage_two_stays_on_its_device(tmp_path, mock, trained, flags):
     (train_ar, [*AR[:-1], "--data-path", "runs/images", "--ten-crop"]),
     (sample, ["--num-images", 1]), (sample, ["--num-fid-samples", 5]),
     (sample, ["--keep", "runs/images/train/0/0.png", "--top-p", 0.9, "--top-k", 4]),
-    (tokenizer, ["reconstruct", "runs/images/train", "--tile", 64]),
-    (evaluate, ["reconstruction", "--metrics", "psnr", "usage", "rfid", "--max-samples", 2, "--batch-size", 2,
+    (codec, ["reconstruct", "runs/images/train", "--tile", 64]),
+    (evaluate, ["reconstruction", "--metrics", "psnr", "usage", "rfid", "--num-samples", 2, "--batch-size", 2,
                  "--allow-random-weights"]),
     (evaluate, ["generation", "--metrics", "tokens", "--num-samples", 8])],
     ids=["ten-crop", "grid", "npz", "keep", "tiles", "reconstruction", "generation"])
@@ -112,8 +111,8 @@ def test_every_script_runs_on_its_device(tmp_path, mock, trained, monkeypatch, s
     for i in range(12):
         path = tmp_path / f"runs/images/{('train', 'val')[i % 2]}/{i % 3}/{i}.png"
         sample.pictures.save_image(path, np.random.default_rng(i).integers(0, 256, (70, 66, 3), np.uint8))
-    kind = {train_ar: "--tokenizer", sample: "--ckpt", tokenizer: "--ckpt", evaluate: "--ckpt"}[script]
-    of_tokens = script in (train_ar, tokenizer) or flags[0] == "reconstruction"
+    kind = "--tokenizer" if script is train_ar else "--ckpt"
+    of_tokens = script in (train_ar, codec) or flags[0] == "reconstruction"
     with mock():
         call(script, *flags, kind, trained[0 if of_tokens else 1])
 

@@ -16,8 +16,11 @@ import sys
 import tempfile
 import time
 
-from support import runtime
-import helpers
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT)]
+
+import helpers                                             # noqa: E402
+from support import runtime                                # noqa: E402
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged")
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
@@ -85,9 +88,9 @@ def start(folder, processes):
         assert processes[-1].poll() is None, (folder / "daemons.log").read_text()
 
 
-def submit(folder, results, length):
-    """The number of a new job of results/slurm.sh with a limit of two minutes."""
-    flags = ["--parsable", "--nodes=2", "--gpus-per-node=0", "--cpus-per-task=1", "--time=2",
+def submit(folder, results, length, minutes):
+    """The number of a new job of results/slurm.sh."""
+    flags = ["--parsable", "--nodes=2", "--gpus-per-node=0", "--cpus-per-task=1", f"--time={minutes}",
              "--signal=B:USR1@30", f"--output={folder}/slurm-%j.out"]
     command = ["sbatch", *flags, "results/slurm.sh", *TRAIN, "--length", length, "--results-dir", results]
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout.strip()
@@ -118,7 +121,8 @@ def tell(folder, job):
     lines = (folder / f"slurm-{job}.out").read_text().splitlines()
     kept = [line for line in lines if re.match(r"signal|resuming|removed|--resume|warning|error", line)]
     steps = [line for line in lines if line.startswith("step ")]
-    print("\n".join(f"              {line[:110]}" for line in [*kept, steps[-1]]))
+    for line in [*kept, steps[-1].split(" |")[0]]:
+        print(f"          {line.replace(f'{folder}/', '')}", flush=True)
 
 
 def steps_done(results):
@@ -129,14 +133,15 @@ def steps_done(results):
 def try_requeue(folder, length):
     """A job that meets its limit; its folder of results."""
     results = folder / "requeued"
-    job = submit(folder, results, length)
-    say(f"job {job} of 2 minutes submitted, {length} steps")
+    job = submit(folder, results, length, minutes=2)
+    say(f"job {job} of 2 minutes submitted")
     seen = []
 
     def ended():
-        if not seen or seen[-1] != state(job):
-            seen.append(state(job))
-            say(f"job {job}: {seen[-1]}, {steps_done(results)} steps done")
+        now = state(job)
+        if now not in seen[-1:]:
+            seen.append(now)
+            say(f"job {job}: {now.lower()}, {steps_done(results)} of {length} steps done")
         return seen[-1] in ENDED
 
     assert wait_for(ended, 20) and seen[-1] == "COMPLETED" and seen.count("PENDING") > 1, seen
@@ -147,14 +152,15 @@ def try_requeue(folder, length):
 def try_cancel(folder, length):
     """A job that is cancelled and submitted again; its folder of results."""
     results = folder / "cancelled"
-    job = submit(folder, results, length)
+    job = submit(folder, results, length, minutes=20)
     assert wait_for(lambda: steps_done(results) > 20)
     subprocess.run(["scancel", job], check=True)
     assert wait_for(lambda: state(job) in ENDED) and state(job) == "CANCELLED", state(job)
     assert wait_for(lambda: runtime.list_checkpoints(results), 1), "nothing was saved"
-    say(f"job {job}: cancelled after {steps_done(results)} steps, submitted again")
+    say(f"job {job}: cancelled at step {steps_done(results)}")
     tell(folder, job)
-    job = submit(folder, results, length)
+    job = submit(folder, results, length, minutes=20)
+    say(f"job {job}: the same once more")
     assert wait_for(lambda: state(job) in ENDED) and state(job) == "COMPLETED", state(job)
     tell(folder, job)
     return results
@@ -171,7 +177,7 @@ def main(args):
     install()
     os.environ["PATH"] = f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     os.environ.update(OMP_NUM_THREADS="1")
-    os.chdir(helpers.ROOT)
+    os.chdir(ROOT)
     with tempfile.TemporaryDirectory(prefix="slurm-", ignore_cleanup_errors=True) as name:
         folder = pathlib.Path(name)
         run(folder / "first", 30)
@@ -182,9 +188,10 @@ def main(args):
         processes = []
         try:
             start(folder, processes)
-            for interrupted in (try_requeue(folder, length), try_cancel(folder, length)):
-                helpers.assert_same(helpers.newest(folder / "whole"), helpers.newest(interrupted))
-                say(f"{interrupted.name}: ends as the run that nobody interrupts, bit for bit")
+            for attempt in (try_requeue, try_cancel):
+                results = attempt(folder, length)
+                helpers.assert_same(helpers.newest(folder / "whole"), helpers.newest(results))
+                say("its last checkpoint equals that of the run that nobody interrupts, bit for bit")
         finally:
             subprocess.run(["scancel", "--user=root"], check=False)
             time.sleep(2)

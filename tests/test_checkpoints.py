@@ -308,10 +308,12 @@ def test_a_run_resumes_from_a_folder_or_file_that_holds_all_of_it(tmp_path):
         assert_same(fresh["optimizer"].state_dict(), done["optimizer"].state_dict())
     refused("9.pt does not exist; there are step-00000003.pt$", resume, tmp_path / "step-00000009.pt", done)
     moments = saved["optimizer"]["state"]
-    moments = {key: {**moments[key], "exp_avg": torch.zeros(3)} for key in moments}
+    foreign = {key: {**moments[key], "exp_avg": torch.zeros(3)} for key in moments}
     needed = saved.keys() - {"preset", "ema"}
     odd = [(name, value) for name in needed for value in (None, [1], {"a": 1})]
-    odd += [("optimizer", {**saved["optimizer"], "state": moments}), ("lecam", torch.zeros(3))]
+    odd += [("optimizer", {**saved["optimizer"], "state": state})
+            for state in (foreign, {**moments, 0: 3}, {**moments, 999: moments[0]})]
+    odd.append(("lecam", torch.zeros(3)))
     for name, value in odd:
         torch.save({**saved, name: value}, path)
         refused(str(path), resume, "latest", done)
@@ -350,7 +352,7 @@ def test_a_bug_in_a_model_is_not_taken_for_damage(monkeypatch, owner, name, old,
     (train_tokenizer, ["--length", 1, "--global-batch-size", 2, "--num-workers", 0]),
     (train_ar, ["--length", 1, "--tokenizer", ROOT / "assets/toy.pt", "--num-workers", 0, "--online"])])
 def test_a_bug_in_a_layer_keeps_its_traceback(tmp_path, monkeypatch, script, flags):
-    plant(monkeypatch, tokenizer.ResBlock, "forward", "h = self.conv1(", "h, w, c = self.conv1(")
+    plant(monkeypatch, tokenizer.ResBlock, "forward", "y = self.conv1(", "y, w, c = self.conv1(")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="unpack") as caught:
         runtime.run_script(script.main, lambda: script.get_args([str(flag) for flag in flags]))

@@ -24,7 +24,7 @@ TINY = ["--blocks", 1, "--image-size", 16, "--bits", 6, "--global-batch-size", 4
 FLAGS = {"train_tokenizer.py": [*TINY, "--length", 20],
          "train_ar.py": ["--split", 3, 3, "--width", 32, "--heads", 2, "--inter-blocks", 2, "--online",
                          "--global-batch-size", 4, "--val-size", 8, "--log-every", 1, "--length", 20]}
-NEVER_SAVED = "stopped, nothing saved: no checkpoint, no result"
+NEVER_SAVED = "stopped, nothing saved: no new checkpoint, no result"
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -150,7 +150,7 @@ def test_a_bug_is_not_blamed_on_the_file(files, command, name, monkeypatch):
     assert caught.type is ValueError and caught.traceback[-1].name == "planted"
 
 
-PLANTED = {"a wrong unpack in ResBlock.forward": ("h = self.conv2(F.silu(self.norm2(h)))", "h, _, _ = h, h"),
+PLANTED = {"a wrong unpack in ResBlock.forward": ("y = self.conv2(F.silu(self.norm2(y)))", "y, _, _ = y, y"),
            "a typo in Encoder.__init__": ("self.down = nn.ModuleList()", "self.down = nn.ModuelList()")}
 
 

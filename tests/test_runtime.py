@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import train_tokenizer
-from support import pictures, runtime, sources
+from support import pictures, reading, runtime, sources
 from helpers import call, error_line, refused, run_script
 
 
@@ -209,7 +209,7 @@ def test_written_videos_come_back(tmp_path, suffix):
     pictures.write_video(tmp_path / f"a{suffix}", frames, fps=10)
     back = np.stack([np.asarray(frame()) for frame in sources.video_frames(tmp_path / f"a{suffix}")])
     assert back.shape[0] == 5 and abs(back[:, :17, :31].astype(int) - frames).max() <= 12
-    assert sources.frame_rate(tmp_path / f"a{suffix}") == pytest.approx(10, rel=0.05)
+    assert reading.frame_rate(tmp_path / f"a{suffix}") == pytest.approx(10, rel=0.05)
     refused("mp5", pictures.write_video, tmp_path / "a.mp5", frames)
 
 

@@ -1,7 +1,11 @@
 """The fast sampler draws the plain one's tokens; the set of samples is the same however it is drawn."""
+import contextlib
 import json
 import math
+import os
 import pathlib
+import signal
+import time
 
 import numpy as np
 import pytest
@@ -11,11 +15,11 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 import ar_model
 import sample
-from support import checkpoints, drawn, runtime
+from support import checkpoints, codec, drawn, runtime
 import tokenizer as tok
 import video
 from ar_model import ARModel, sampling_settings
-from helpers import call, error_line, published_ar_name, refused, stored
+from helpers import Run, call, error_line, published_ar_name, refused, run_script, stored
 from sample import How, Sampler, noise_of
 from test_ar_model import build, equal, random_tokens, shape, small_config          # noqa: F401, a fixture
 
@@ -261,6 +265,76 @@ def test_an_interrupted_set_is_completed_part_by_part(tmp_path, saved, monkeypat
         call(sample, *flags, tmp_path / "a.npz", "--global-seed", 1)
 
 
+SIGNALS = {"kill": [signal.SIGTERM], "Slurm": [signal.SIGTERM, 0.01, signal.SIGTERM],
+           "Ctrl-C twice": [signal.SIGINT, 0.2, signal.SIGINT], "two ranks": [signal.SIGTERM, 0.1, signal.SIGTERM]}
+SLOWLY = "import numpy, time; save = numpy.save; numpy.save = lambda *a: (save(*a), time.sleep(0.2))"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SIGNALS)
+def test_a_signal_keeps_whole_parts_and_the_same_command_continues(tmp_path, case):
+    flags = ["--ckpt", save(tmp_path / "models")[0], "--num-fid-samples", 22, "--batch-size", 4, "--output"]
+    (tmp_path / "out").mkdir()
+    output = tmp_path / "out" / "a.npz"
+    ranks = 2 if case == "two ranks" else 1
+    run = Run("sample.py", *flags, output, ranks=ranks, before=SLOWLY)
+    deadline = time.time() + 60
+    while len(list(tmp_path.rglob("0*.npy"))) < 2:
+        assert time.time() < deadline, run.wait()
+        time.sleep(0.003)
+    for wait_or_signal in SIGNALS[case]:
+        if isinstance(wait_or_signal, float):
+            time.sleep(wait_or_signal)
+        else:
+            with contextlib.suppress(ProcessLookupError):                # it has ended by now
+                run.kill(wait_or_signal)
+    done = run.wait()
+    number = SIGNALS[case][0]
+    kept = len(list(tmp_path.rglob("0*.npy")))
+    assert done.returncode == 128 + number and "Traceback" not in done.stderr, done
+    assert f"signal {number}: stopped, {kept} of 6 parts are kept in {output}.parts; the same" in done.stderr
+    assert 2 <= kept < 6 and not output.exists() and not list(tmp_path.rglob(".*.np?")), "half a file"
+    for path in (output.parent / ".a.123.npz", tmp_path / "out/a.npz.parts/.000005.123.npy"):
+        path.write_text("what kill -9 leaves")
+    run_script("sample.py", *flags, output)
+    assert sorted(path.name for path in output.parent.iterdir()) == ["a.json", "a.npz"]
+    call(sample, *flags, tmp_path / "whole.npz")
+    assert output.read_bytes() == (tmp_path / "whole.npz").read_bytes()
+
+
+def test_sets_of_versions_with_guidance_schedules_are_continued(tmp_path, saved, capsys):
+    flags = ["--ckpt", saved[0], "--num-fid-samples", 3, "--output", tmp_path / "a.npz"]
+    call(sample, *flags)
+    record = json.loads((tmp_path / "a.json").read_text())
+    for schedule, exponent in (("constant", 2.75), ("constant", 1.0)):
+        runtime.write_json(tmp_path / "a.json", {**record, "cfg_schedule": schedule, "cfg_power": exponent})
+        call(sample, *flags)
+    assert capsys.readouterr().out.count("exists already") == 2
+    runtime.write_json(tmp_path / "a.json", {**record, "cfg_schedule": "power", "cfg_power": 2.75})
+    refused("cfg_schedule: 'power' there, None here", call, sample, *flags)
+    (tmp_path / "a.json").unlink()
+    refused("a.npz exists, without .*a.json", call, sample, *flags)
+
+
+@pytest.mark.parametrize("name, message", [
+    ("x.jpg", "writes a"), ("folder", "writes a"), ("folder{}", "is a folder; name a file in it"),
+    ("file/x{}", "file"), ("locked/x{}", "locked may not be written to"), ("locked/new/x{}", "locked")])
+def test_what_cannot_be_written_is_refused_before_anything_is_drawn(tmp_path, saved, monkeypatch, name, message):
+    def never(*args):
+        raise AssertionError("drawn in vain")
+    monkeypatch.setattr(sample, "generate", never)
+    if os.getuid() == 0:                                                 # who may write anywhere
+        monkeypatch.setattr(os, "access", lambda path, mode: "locked" not in str(path))
+    suffix = ".webp" if checkpoints.load_ar(saved[0])[1].config.frames else ".png"
+    for made in ("folder", f"folder{suffix}", "folder.npz", "locked"):
+        (tmp_path / made).mkdir()
+    (tmp_path / "file").write_text("")
+    (tmp_path / "locked").chmod(0o500)
+    for suffix, flags in ((suffix, []), (".npz", ["--num-fid-samples", 3])):
+        said = error_line(sample, "--ckpt", saved[0], "--output", tmp_path / name.format(suffix), *flags)
+        assert message in said
+
+
 def test_a_grid_shows_members_of_the_set_by_class(tmp_path, saved):
     axes = len(checkpoints.load_ar(saved[0])[0].config.grid)
     suffix = ".png" if axes == 2 else ".webp"
@@ -297,6 +371,25 @@ def test_an_image_is_completed_below_its_kept_rows(tmp_path, saved):
         refused(message, call, sample, *flags, *more)
 
 
+def test_a_photograph_is_turned_upright_as_tokenizer_py_does_and_a_bug_is_no_mistake(tmp_path, monkeypatch):
+    ckpt = save(tmp_path)[0]
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6                                                     # held upright, stored on its side
+    Image.fromarray(pixels).save(tmp_path / "photo.png", exif=exif)
+    args = sample.get_args(["--keep", str(tmp_path / "photo.png")])
+    (original, _), _ = sample.keep_rows(args, *checkpoints.load_pair(ckpt)[:2])
+    assert torch.equal(original[0], codec.read_file(tmp_path / "photo.png")[0])
+    assert np.array_equal(original[0].movedim(0, -1), np.rot90(pixels, -1))
+
+    def bug(view, image, rng=None):
+        raise ValueError("not enough values to unpack")
+    monkeypatch.setattr(sample.data.View, "pixels", bug)
+    with pytest.raises(ValueError, match="not enough values") as caught:
+        call(sample, "--ckpt", ckpt, "--keep", tmp_path / "photo.png")
+    assert not isinstance(caught.value, runtime.UserError)
+
+
 @pytest.mark.slow
 def test_defaults_classes_and_files(tmp_path, saved, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -321,9 +414,9 @@ def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path, saved):
     other = save(tmp_path / "other", seed=1, bits=(3, 4))
     for flags, message in (
             (["--ckpt", ckpt, "--tokenizer", other[1]], f"{other[1]} is not the one .*runs/x.pt"),
-            (["--ckpt", other[0]], r"draws tokens of 128 codes on a grid \(.*\), but .* has 64 codes"),
+            (["--ckpt", other[0]], r"draws .*128 ids on a grid \(.*\), but .* has 64 ids"),
             (["--ckpt", published], "AR.ckpt contains no whole tokenizer; .*--tokenizer"),
-            (["--ckpt", published, "--tokenizer", own], "draws tokens of 1024 codes")):
+            (["--ckpt", published, "--tokenizer", own], "draws .*1024 ids")):
         refused(message, call, sample, *flags)
     checkpoints.load_pair(ckpt, own)       # the right one
 
@@ -339,6 +432,15 @@ def test_published_settings_are_the_defaults_of_published_presets(preset, scales
     assert how.settings[0].temperature == temperature and how.settings[1] == ar_model.Settings(scales[1])
     shown = sample.how_from_args(sample.get_args(["--top-k", "7"]), model, info, 100, looking=True)
     assert shown.settings[0].top_k == 7 and shown.settings[0].top_p == (1 if preset == "toy" else 0.96)
+
+
+def test_settings_are_said_in_words():
+    for values, words in (
+            ({"cfg_scale": 2.0}, "guidance 2, temperature 1, all entries"),
+            ({"cfg_scale": (1.9, 2), "temperature": (1.1, 0.5)}, "guidance 1.9 / 2, temperature 1.1 / 0.5, all"),
+            ({"top_k": (0, 7), "top_p": 0.96}, "guidance 1, temperature 1, all entries up to a probability of "
+                                               "0.96 / the 7 likeliest entries up to a probability of 0.96")):
+        assert sample.in_words(sampling_settings(2, **values)).startswith(words)
 
 
 def test_classes_go_by_number_or_by_name():

@@ -170,7 +170,7 @@ def test_the_mean_over_tokens_is_that_of_the_whole_table():
 
 
 def test_a_uniform_codebook_reads_as_documented():
-    z = torch.zeros(2, 18)                                                 # all ids are as likely: 3.8e-6 each
+    z = torch.zeros(2, 18)                                                 # all ids are equally likely
     assert tokenizer.lfq_entropies(z)[1].item() == pytest.approx(12.48, abs=0.005)
     assert tokenizer.lfq_entropies(z, eps=1e-5)[1].item() == pytest.approx(11.19, abs=0.005)
 

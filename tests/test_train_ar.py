@@ -135,10 +135,10 @@ def test_all_parameters_decay_and_rate_changes_every_step(tmp_path, stage1):
 
 def test_a_short_run_has_a_short_warmup_and_no_step_is_no_run(stage1, capsys):
     same = ["--tokenizer", stage1[0], "--global-batch-size", 4, "--split", 3, 3, "--dry-run", "--length"]
-    for flags, steps in (([1800], "warm-up 50"), ([400], "a twentieth of --length for the warm-up 20"),
-                         ([400, "--warmup", 90], "warm-up 90"), (["1ep"], "for the warm-up 1")):
+    for flags, steps in (([1800], "50 steps"), ([400], "20 steps, a twentieth of --length"),
+                         ([400, "--warmup", 90], "90 steps"), (["1ep"], "1 steps, a twentieth of --length")):
         call(train_ar, *same, *flags)
-        assert f"{steps} steps" in capsys.readouterr().out
+        assert f"warm-up {steps}\n" in capsys.readouterr().out
     assert "--length 0.01ep is 0 steps of 4 images; give at least 1" in error_line(train_ar, *same, "0.01ep")
 
 
