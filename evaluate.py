@@ -9,7 +9,6 @@ in a JSON. Where the official scripts have a quirk, there are two protocols:
 
     python evaluate.py                                       # what the earlier stages left in runs/
     python evaluate.py reconstruction --ckpt in1k-256 --data-path imagenet --metrics all --protocol official
-    python evaluate.py reconstruction --ckpt pt-256-2^18 --data-path coco --original-resolution
     python evaluate.py reconstruction --ckpt ucf-128 --data-path ucf101 --metrics all --protocol official
     python evaluate.py generation                            # of the newest of runs/ar; downloads nothing
     python evaluate.py generation --samples samples.npz --reference VIRTUAL_imagenet256_labeled.npz
@@ -275,15 +274,16 @@ def reconstruct(model, x, multiple, precision):
 def measure(model, chosen, judges, streams, official, precision):
     """The measuring loop: every sample goes through the tokenizer once and is seen by every metric.
 
-    Returns on rank 0 {metric: its value for each sample (N,), or what its stream has found}, the samples'
-    "pixels" (N,), the "counts" of ids as of `Quantizer.count`, and "examples", of each rank {index: uint8
-    original and reconstruction}. A collective."""
+    Returns {metric: its value for each readable sample (n,), or what its stream finds}, the samples' "pixels"
+    (n,), the "counts" of ids, and "examples", of each rank {index: uint8 original, reconstruction}. A
+    collective."""
     multiple = 1
     if chosen.samples.view.crop == "original":             # officially 16 whatever the stride is
         multiple = math.lcm(16 if official else 1, model.config.downsampling)
     device = next(model.parameters()).device
     counts = model.quantizer.count(torch.zeros(0, dtype=torch.long, device=device))
-    parts = []
+    # For each sample of the data set, as lists that grow would fragment the memory.
+    sums = {key: torch.zeros(len(chosen.samples)).double() for key in ("times", "pixels", *judges)}
     examples = {}                                                        # from all over the set, to look at
     to_show = [chosen.order[k] for k in data.evenly_spaced(8, len(chosen.order))]
     for originals, n, indices in chosen.batches("measuring"):
@@ -296,20 +296,25 @@ def measure(model, chosen, judges, streams, official, precision):
         made = pictures.to_uint8(y, truncate=official)
         if not official:
             y = pictures.to_float(made)
-        parts.append({"index": indices, "pixels": torch.full((n,), x[0, 0].numel(), dtype=torch.float64)})
+        sums["times"].index_add_(0, indices, torch.ones(n, dtype=torch.float64))
+        sums["pixels"].index_add_(0, indices, torch.full((n,), x[0, 0].numel(), dtype=torch.float64))
         for key, judge in judges.items():
             pair = (x, y) if isinstance(judge, torch.nn.Module) else (real, made)
             each = judge(*map(metrics.as_frames, pair))                  # (B * T,)
-            parts[-1][key] = each.double().view(len(x), -1).mean(1)[:n].cpu()
+            sums[key].index_add_(0, indices, each.double().view(len(x), -1).mean(1)[:n].cpu())
         counts += model.quantizer.count(ids[:n])
         for stream in streams.values():
             seen = made if stream.rule == "tf1" else sets.shown(y, stream.network, official)
             stream.add(seen, n, indices)
         for j, index in enumerate(indices.tolist()):
             if index in to_show:
-                examples[index] = [originals[j], made[j].cpu()]
+                examples[index] = [originals[j].clone(), made[j].cpu().clone()]
+    sums = {key: runtime.all_reduce_sum(each) for key, each in sums.items()}
+    times = sums.pop("times")
+    found = [index for index in sorted(chosen.order) if times[index]]
     return {"counts": runtime.all_reduce_sum(counts), "examples": runtime.gather_objects(examples),
-            **sets.gathered(parts), **{key: stream.finish() for key, stream in streams.items()}}
+            **{key: each[found] / times[found] for key, each in sums.items()},
+            **{key: stream.finish() for key, stream in streams.items()}}
 
 
 def summarise(found, asked, about, part, official):
@@ -337,7 +342,7 @@ def summarise(found, asked, about, part, official):
 
 
 def paint(examples, path):
-    """Write the "examples" of `measure`: originals above their reconstructions."""
+    """Write the "examples" of `measure`, originals above their reconstructions."""
     pairs = [pair for _, pair in sorted(pair for some in examples for pair in some.items())]
     sides = [min(256, *[original.shape[axis] for original, _ in pairs]) for axis in (-2, -1)]
     cropped = torch.stack([TF.center_crop(pair[k], sides) for k in (0, 1) for pair in pairs])
@@ -545,7 +550,6 @@ def get_args(argv=None):
     count = runtime.positive_int
     names = {command: [key for key, metric in METRICS.items() if metric.command == command] + ["all"]
              for command in (REC, GEN)}
-
     p = commands.add_parser(REC, help="judge a tokenizer", description=reconstruction.__doc__)
     p.add_argument("--ckpt", help="tokenizer, a file or a published name; the newest of runs/tokenizer")
     p.add_argument("--raw-weights", action="store_true", help="the raw weights, not their EMA")
@@ -557,7 +561,6 @@ def get_args(argv=None):
     p.add_argument("--original-resolution", action="store_true", help="no resizing; pads to whole tokens")
     p.add_argument("--batch-size", type=count, help="at once on a rank (16 images, 4 clips)")
     add_flags(p, "what --ckpt was trained on, held out", "all of them")
-
     p = commands.add_parser(GEN, help="judge generated samples", description=generation.__doc__)
     p.add_argument("--samples", help="npz with arr_0, or folder of images; not given: drawn from --ckpt")
     p.add_argument("--reference", help="npz, ADM's or of make-reference; not given: made of --data-path")
@@ -566,13 +569,11 @@ def get_args(argv=None):
     sample.add_drawing_flags(p)                            # with --batch-size
     add_flags(p, "what the model was trained on", "of both: those in --samples, or 5,000 drawn, but no more "
               "than the model learned from; of a published one 50,000")
-
     p = commands.add_parser("make-reference", help="real statistics", description=make_reference.__doc__)
     p.add_argument("--reference", help="npz file to write; named after its content if not given")
     p.add_argument("--image-size", type=count, default=256, help="side of the crops")
     p.add_argument("--batch-size", type=count, default=64, help="at once on a rank")
     add_flags(p, "generated", "all")
-
     p = commands.add_parser("table", help="one of the paper's tables", description=table.__doc__)
     p.add_argument("number", type=int, choices=range(1, 7), help="1 to 6")
     p.add_argument("--imagenet", default="data/imagenet", help="folder of ImageNet, with val/")
@@ -592,8 +593,7 @@ def main(args):
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.deterministic = True
     sets.check_writable(args.output)
-    command = {REC: reconstruction, GEN: generation, "make-reference": make_reference}[args.command]
-    command(args, device)
+    {REC: reconstruction, GEN: generation, "make-reference": make_reference}[args.command](args, device)
 
 
 if __name__ == "__main__":

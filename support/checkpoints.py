@@ -231,7 +231,8 @@ def config_in(path, stored, kind, state):
         elif name in ("levels", "codebook_size", "num_classes"):
             most = 2 ** 24
         small = len(numbers) <= 64 and all(type(number) is int and abs(number) <= most for number in numbers)
-        require(type(value) is type(defaults[name]) and small, f"{path} has a config that cannot be, in {name}")
+        require(type(value) is type(defaults[name]) and small,
+                f"{path} has a config that cannot be, in {name}")
     try:
         return kind(**values)
     except ValueError as error:

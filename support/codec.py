@@ -92,7 +92,7 @@ def from_tokens(model, ids, shape, tile=None):
 
 def read_files(files, config):
     """Yield (name, uint8 (3, [T,] H, W), frames a second) of files and folders; broken ones are left out."""
-    suffixes = sources.IMAGE_SUFFIXES + (sources.VIDEO_SUFFIXES if config.frames else ())
+    suffixes = reading.IMAGE_SUFFIXES + (reading.VIDEO_SUFFIXES if config.frames else ())
     if not files:
         held_out = sources.build_dataset("generated", "val", data.View(config.resolution, config.frames))
         for i in range(8):
@@ -107,7 +107,7 @@ def read_files(files, config):
     for i, path in enumerate(paths):                       # numbered: two folders may hold the same name
         try:
             x, fps = read_file(path)
-        except (sources.Unreadable, OSError) as error:     # anything else is a bug
+        except (reading.Unreadable, OSError) as error:     # anything else is a bug
             print(f"broken file left out: {path} ({error})")
         else:
             yield f"{i}-{path.stem}", x, fps
@@ -115,11 +115,11 @@ def read_files(files, config):
 
 def read_file(path):
     """(uint8 (3, H, W) or (3, T, H, W), frames a second or 0) of an image or a video. Raises `Unreadable`."""
-    if path.suffix.lower() in sources.IMAGE_SUFFIXES:
-        return pil_to_tensor(sources.decode(path, upright=True)), 0
-    frames = [pil_to_tensor(frame()) for frame in sources.video_frames(path)]
+    if path.suffix.lower() in reading.IMAGE_SUFFIXES:
+        return pil_to_tensor(reading.decode(path, upright=True)), 0
+    frames = [pil_to_tensor(frame()) for frame in reading.video_frames(path)]
     if len({frame.shape for frame in frames}) != 1:
-        raise sources.Unreadable("it has no frames, or frames of several sizes")
+        raise reading.Unreadable("it has no frames, or frames of several sizes")
     return torch.stack(frames, dim=1), reading.frame_rate(path)
 
 

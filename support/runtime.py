@@ -620,7 +620,7 @@ class Logger:
         return step - self.start_step in (1, 2, 5, 10, 20, 50)
 
     def show(self, step, values, names):
-        """Print the status line: of `values` those in `names` ("loss/": all such), and the time to the end."""
+        """Print the status line: of `values` those in `names` ("loss/": all such), and the time left."""
         elapsed = time.perf_counter() - self.start_time
         remaining = elapsed / max(1, step - self.start_step) * (self.length - step)
         shown = [f"{name.removeprefix('loss/')} {values[name]:.4g}" for listed in names for name in values

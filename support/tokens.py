@@ -78,13 +78,23 @@ def encode(tokenizer, x, precision):
         return tokenizer.encode(pictures.to_float(x.to(device, non_blocking=True))).flatten(1)
 
 
-def header_of(path):
-    """What the JSON file beside `path` says of it; {} where one of the two is not there. A collective."""
-    runtime.require(path.suffix == ".bin", f"--tokens {path}: give it a name that ends in .bin, so that no "
-                                           f"other file is written over")
+def header_of(path, count):
+    """What the JSON file beside `path`, of `count` ids, says of it; {} where one of the two is not there, so
+    that both are made anew. Raises `UserError` for files that are not ours to write over. A collective.
+    """
     header = path.with_suffix(".json")
-    # Rank 0 looks: the caches of other machines may hold an older answer.
-    return runtime.on_main(lambda: runtime.read_json(header) if header.exists() and path.exists() else {})
+    runtime.require(path.suffix == ".bin", f"--tokens {path}: give it a name that ends in .bin")
+
+    def look():
+        found = runtime.read_json(header) if header.exists() else {}
+        ours = "tokenizer" in found
+        if not header.exists():
+            ours = not path.exists() or path.stat().st_size in (4 * count, 8 * count)
+        runtime.require(ours, f"{header if found else path} is not of these tokens; move it away, or choose "
+                              f"another --tokens, so that it is not written over")
+        return found if path.exists() else {}
+
+    return runtime.on_main(look)        # the caches of other machines may hold an older answer
 
 
 def stored(dataset, records, tokenizer, args, held_out=False):
@@ -104,13 +114,13 @@ def stored(dataset, records, tokenizer, args, held_out=False):
         limit = args.val_size
     indices = data.evenly_spaced(limit, len(dataset))
     grid = tokenizer.config.latent_grid(*dataset.axes)
-    found = header_of(path)
+    shape = [len(indices), 10 if dataset.view.crop == "ten" else 1, math.prod(grid)]
+    found = header_of(path, math.prod(shape))
     like = str(found.get("data", "2:"))                   # an older kind, in a file by an older version
     if fingerprint[:2] != like[:2]:
         fingerprint = runtime.on_main(data.fingerprint, dataset, indices, like)
     wanted = {"tokenizer": made_with["sha256"], "data": fingerprint, "grid": list(grid),
-              "shape": [len(indices), 10 if dataset.view.crop == "ten" else 1, math.prod(grid)],
-              "crops": dataset.view.crop, "precision": args.token_precision}
+              "shape": shape, "crops": dataset.view.crop, "precision": args.token_precision}
     facts = {**wanted, "vocabulary": tokenizer.quantizer.vocabulary,
              "origin": f"{made_with['path']} of {dataset.name}", "missing": found.get("missing")}
     if found:

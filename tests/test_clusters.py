@@ -12,7 +12,6 @@ import time
 
 import pytest
 
-import train_ar
 import train_tokenizer
 from support import runtime
 from helpers import Run, assert_same, call, newest, run_script, save_images
@@ -33,14 +32,6 @@ def tokenizer_path(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     call(train_tokenizer, *TINY, "--length", 2, "--results-dir", folder)
     FLAGS["train_ar.py"][:0] = ["--tokenizer", runtime.latest_checkpoint(folder)]
-
-
-@pytest.fixture(scope="module")
-def ar_path(tmp_path_factory):
-    """A transformer that was trained for a step."""
-    folder = tmp_path_factory.mktemp("ar")
-    call(train_ar, *FLAGS["train_ar.py"], "--length", 1, "--results-dir", folder)
-    return runtime.latest_checkpoint(folder)
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +175,7 @@ def signalled(folder, script, *flags, at, number=TERM, seconds=1.5, **how):
 
 @pytest.mark.parametrize("script, at, flags, step", [
     ("train_tokenizer.py", "torch.save", ["--checkpoint-every", 3], 3),
-    ("train_tokenizer.py", "support.pictures.save_samples", ["--checkpoint-every", 3], 3),
+    ("train_tokenizer.py", "support.metrics.psnr", ["--checkpoint-every", 3], 3),
     ("train_tokenizer.py", "torch.set_num_threads", ["--num-workers", 2], 1),
     ("train_ar.py", "torch.save", ["--checkpoint-every", 3], 3),
     ("train_ar.py", "sample.generate", ["--val-every", 3], 4)],
@@ -220,20 +211,6 @@ def test_a_signal_while_tokens_are_encoded_keeps_those_that_are(tmp_path):
     run_script(*script, stopped)
     assert (stopped / "tokens.bin").read_bytes() == (tmp_path / "whole" / "tokens.bin").read_bytes()
     assert_same(newest(tmp_path / "whole"), newest(stopped))
-
-
-@pytest.mark.parametrize("number", [TERM, INT])
-def test_a_signal_while_a_set_is_drawn_keeps_what_is_drawn(tmp_path, ar_path, number):
-    script = ["sample.py", "--ckpt", ar_path, "--num-fid-samples", 24, "--batch-size", 4, "--output"]
-    run_script(*script, tmp_path / "whole.npz")
-    output = tmp_path / "stopped.npz"
-    done = signalled(tmp_path, *script, output, at="numpy.save", number=number, seconds=0.2)
-    assert done.returncode == 128 + number and not output.exists(), done
-    parts = len(list(tmp_path.rglob("*.npy")))
-    assert 0 < parts < 6 and not list(tmp_path.rglob(".*.npy"))
-    assert f"signal {number:d}: stopped, {parts} of 6 parts are kept in {output}.parts;" in done.stderr
-    run_script(*script, output)
-    assert output.read_bytes() == (tmp_path / "whole.npz").read_bytes()
 
 
 # ---- what torchrun makes of it ----------------------------------------------------------------------------

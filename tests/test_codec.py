@@ -142,6 +142,7 @@ def test_mistakes_of_the_command_line_are_one_line(files):
 def test_a_bug_is_not_blamed_on_the_file(files, command, name, monkeypatch):
     def planted(*_, **__):
         first, second = 1, 2, 3
+        return first + second
     ckpt = ("--ckpt", files.parent / "image.pt")
     call(codec, "encode", files / "a.png", *ckpt, "--output", files / "ids.npz")
     monkeypatch.setattr(codec, name, planted)

@@ -5,6 +5,7 @@ import functools
 import io
 import itertools
 import json
+import multiprocessing.context
 import os
 import pickle
 import struct
@@ -437,6 +438,8 @@ def linked(root, folders, count):
 
 
 def test_nothing_but_the_listing_of_folders_grows_with_a_set(tmp_path, monkeypatch):
+    passed = types.SimpleNamespace(DupFd=lambda fd: fd, duplicate_for_child=lambda fd: fd)
+    monkeypatch.setattr(multiprocessing.context._tls, "spawning_popen", passed, raising=False)
     calls = collections.Counter()
     for place, name in ((os, "listdir"), (os, "scandir"), (os, "stat"), (os, "lstat"),
                         (sources.Samples, "count_broken")):

@@ -266,7 +266,8 @@ def test_an_interrupted_set_is_completed_part_by_part(tmp_path, saved, monkeypat
 
 
 SIGNALS = {"kill": [signal.SIGTERM], "Slurm": [signal.SIGTERM, 0.01, signal.SIGTERM],
-           "Ctrl-C twice": [signal.SIGINT, 0.2, signal.SIGINT], "two ranks": [signal.SIGTERM, 0.1, signal.SIGTERM]}
+           "Ctrl-C twice": [signal.SIGINT, 0.2, signal.SIGINT],
+           "two ranks": [signal.SIGTERM, 0.1, signal.SIGTERM]}
 SLOWLY = "import numpy, time; save = numpy.save; numpy.save = lambda *a: (save(*a), time.sleep(0.2))"
 
 
@@ -319,7 +320,7 @@ def test_sets_of_versions_with_guidance_schedules_are_continued(tmp_path, saved,
 @pytest.mark.parametrize("name, message", [
     ("x.jpg", "writes a"), ("folder", "writes a"), ("folder{}", "is a folder; name a file in it"),
     ("file/x{}", "file"), ("locked/x{}", "locked may not be written to"), ("locked/new/x{}", "locked")])
-def test_what_cannot_be_written_is_refused_before_anything_is_drawn(tmp_path, saved, monkeypatch, name, message):
+def test_what_cannot_be_written_is_refused_before_it_is_drawn(tmp_path, saved, monkeypatch, name, message):
     def never(*args):
         raise AssertionError("drawn in vain")
     monkeypatch.setattr(sample, "generate", never)
@@ -437,9 +438,9 @@ def test_published_settings_are_the_defaults_of_published_presets(preset, scales
 def test_settings_are_said_in_words():
     for values, words in (
             ({"cfg_scale": 2.0}, "guidance 2, temperature 1, all entries"),
-            ({"cfg_scale": (1.9, 2), "temperature": (1.1, 0.5)}, "guidance 1.9 / 2, temperature 1.1 / 0.5, all"),
-            ({"top_k": (0, 7), "top_p": 0.96}, "guidance 1, temperature 1, all entries up to a probability of "
-                                               "0.96 / the 7 likeliest entries up to a probability of 0.96")):
+            ({"cfg_scale": (1.9, 2), "temperature": (1.1, 0.5)}, "guidance 1.9 / 2, temperature 1.1 / 0.5"),
+            ({"top_k": (0, 7), "top_p": 0.96},
+             "guidance 1, temperature 1, all entries up to a probability of 0.96 / the 7 likeliest entries")):
         assert sample.in_words(sampling_settings(2, **values)).startswith(words)
 
 
