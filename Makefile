@@ -22,7 +22,7 @@ demo: $(VENV)/installed
 	$(RUN) evaluate.py
 	$(RUN) train_ar.py --resume
 	$(RUN) sample.py
-	$(RUN) evaluate.py generation --metrics tokens --num-samples 500 --data-path generated-plain
+	$(RUN) evaluate.py generation --num-samples 500
 	@echo; echo "Look at runs/evaluation/*.png (reconstructions) and runs/samples/*.png (generated images)."
 
 demo-video: $(VENV)/installed

@@ -16,6 +16,7 @@ import json
 import math
 import pathlib
 import resource
+import shlex
 import subprocess
 import sys
 import time
@@ -231,7 +232,7 @@ def stage_one(flags, device):
 def stage_two(flags, device):
     """The same of train_ar.py: ([transformer], `Gradients`, a batch of stored tokens)."""
     args = train_ar.get_args(flags)
-    config = runtime.config_from_args(ar_model.PRESETS[args.preset], args)
+    config = runtime.config_from_args(ar_model.PRESETS[args.preset], args, bits=args.split)
     with device:
         model = ar_model.ARModel(config)
         ids = torch.randint(2 ** sum(config.bits), (args.global_batch_size, config.tokens))
@@ -371,9 +372,10 @@ def train_ar_step(args, device):
 def cost(args, device):
     """What a step of both trainers takes of a GPU, counted on any machine."""
     rows = []
-    for stage, preset in (("stage_one", args.tokenizer_preset), ("stage_two", args.ar_preset)):
+    for stage, preset, more in (("stage_one", args.tokenizer_preset, args.tokenizer_flags),
+                                ("stage_two", args.ar_preset, args.ar_flags)):
         for how, flags in step_flags(stage, preset, args):
-            gib, tflop, activations = counted(stage, flags)
+            gib, tflop, activations = counted(stage, [*flags, *shlex.split(more)])
             rows.append([f"{preset} of {stage}, {how}", f"{gib:.3g} GiB", f"{activations:.3g} GiB",
                          f"{tflop:.3g} TFLOP", f"{tflop / 400:.2g} s"])
     print(f"step at batch {args.batch_size}, {args.mixed_precision}; 400 TFLOP/s: 40 % of an H100's peak")
@@ -401,6 +403,8 @@ def get_args(argv=None):
     parser.add_argument("--ar-preset", choices=ar_model.PRESETS, default="toy", help="transformer")
     parser.add_argument("--tokenizer-preset", choices=train_tokenizer.TOKENIZER_PRESETS, default="toy",
                         help="tokenizer, of images or clips")
+    parser.add_argument("--tokenizer-flags", default="", help="of cost: more flags of train_tokenizer.py")
+    parser.add_argument("--ar-flags", default="", help="of cost: more flags of train_ar.py")
     parser.add_argument("--batch-size", type=runtime.positive_int, default=8, help="images or clips at once")
     parser.add_argument("--tokens", type=runtime.positive_int, nargs="+", default=[64, 1024, 65536],
                         help="N of the entropy term")
