@@ -592,7 +592,7 @@ def main(args):
     device = runtime.setup_process_group(args.device)
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.deterministic = True
-    sets.check_writable(args.output)
+    runtime.check_writable(args.output)
     {REC: reconstruction, GEN: generation, "make-reference": make_reference}[args.command](args, device)
 
 

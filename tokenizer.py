@@ -17,10 +17,9 @@ patterns: a vocabulary of 262,144 costs no codebook at all. In reading order:
     ids = model.encode(torch.zeros(1, 3, 256, 256))                    # (1, 16, 16), each 0 .. 2^18 - 1
     images = model.decode(ids)                                         # (1, 3, 256, 256) in about [-1, 1]
 
-A token is a place in the grid: z is the encoder's vector there, q what quantisation makes of it, and the id
-is q as a number. Axis letters: B batch, C channels, H W height and width of an image, h w of the grid,
-N tokens, K bits of a token, V ids; *S all axes in space (and time). Images are RGB in [-1, 1]. Modules are
-named as in the published files.
+A token is a place in the grid: z is the encoder's vector there, q what quantisation makes of it, the id q as
+a number. Axis letters: B batch, C channels, H W height and width of an image, h w of the grid, N tokens, K
+bits of a token, V ids; *S all axes in space (and time). Images: RGB in [-1, 1]. Modules: the published names.
 """
 import math
 from dataclasses import dataclass, field
@@ -40,6 +39,11 @@ def ids_to_bits(ids, bits):
 def bits_to_ids(bits):
     """Bits (..., K), 0/1 or bool, bit 0 first, to ids (...), int64: the sum over k of 2^k bit_k (eq. 2)."""
     return (bits.long() << torch.arange(bits.shape[-1], device=bits.device)).sum(-1)
+
+
+def reverse_bits(ids, bits):
+    """Ids of `bits` bits to those of libraries whose channel 0 is the highest bit, or back."""
+    return bits_to_ids(ids_to_bits(ids, bits).flip(-1))
 
 
 class Quantizer(nn.Module):
@@ -97,16 +101,14 @@ class LFQ(Quantizer):
 
 
 def mean_over_tokens(p1, p0):
-    """The distribution over all 2^K ids, averaged over N tokens of K independent bits, which are 1 and 0 with
-    chances p1, p0 (N, K): (2^K,). Of a token, it is the outer product of those over its high and over its low
-    bits. A mean of outer products is ONE matrix product, (2^(K - K/2) x N)(N x 2^(K/2)), and the N x 2^K
-    table, 1 GiB for N = 1024 and K = 18, is never made."""
+    """The distribution over all 2^K ids, averaged over N tokens of K independent bits, 1 and 0 with chances
+    p1, p0 (N, K): (2^K,). A token's is the outer product of those of its high and of its low bits. A mean of
+    these is ONE matrix product, (2^(K - K/2) x N)(N x 2^(K/2)); no N x 2^K table, 1 GiB for N 1024, K 18."""
     def joint(first, last):                        # of these bits of each token: (N, 2^(last - first))
         table = p1.new_ones(len(p1), 1)
         for k in range(first, last):               # one more bit, and twice the ids
             table = torch.cat([table * p0[:, k:k + 1], table * p1[:, k:k + 1]], dim=1)
-            # Far below fp32's resolution of a mean over tokens. Left alone, such products become denormal
-            # numbers, which made the whole term 11 times slower on a CPU.
+            # Far below fp32's resolution of the mean. As denormals, they made all this 11 times slower.
             table = table.masked_fill(table < 1e-18, 0.0)
         return table
     N, K = p1.shape
@@ -135,7 +137,6 @@ def lfq_entropies(z, tau=0.01, eps=0.0, mean_over_ranks=None, widths=None):
         a = 4 * z.float() / tau                                            # (N, K) log-odds of each bit
         p1, p0 = torch.sigmoid(a), torch.sigmoid(-a)                       # (N, K); 1 - p1 would cancel
         per_token = (p1 * F.softplus(-a) + p0 * F.softplus(a)).sum(1).mean()
-
         own = mean_over_tokens(p1, p0) if widths is None else mean_over_parts(p1, p0, widths)
         # The value of the global mean with the gradient of the local one. DDP averages gradients, so R ranks
         # with batch b have exactly the loss and the gradient of one with batch R * b. It is 1 MiB for K = 18.
@@ -194,8 +195,7 @@ def part_widths(bits, groups, entropy):
 def mean_over_parts(p1, p0, widths):
     """`mean_over_tokens` of each part by itself, one after another: (sum of 2^width,). Its entropy is the sum
     of theirs, which takes parts for independent: at least the exact one, and equal to it where they are."""
-    parts = zip(p1.split(widths, dim=1), p0.split(widths, dim=1))
-    return torch.cat([mean_over_tokens(*part) for part in parts])
+    return torch.cat([mean_over_tokens(*part) for part in zip(p1.split(widths, 1), p0.split(widths, 1))])
 
 
 class BSQ(LFQ):

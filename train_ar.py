@@ -32,7 +32,7 @@ import torch.nn as nn
 
 import ar_model
 import sample
-from support import checkpoints, data, pictures, runtime, sources, tokens
+from support import checkpoints, data, drawn, pictures, runtime, sources, tokens
 
 # ---- 1. Recipes and flags ----------------------------------------------------------------------------------
 
@@ -128,12 +128,12 @@ def settle(args):
     raw = crops["raw_weights"]
     like = "2:"
     for path in existing if args.resume == "latest" else filter(None, [args.resume]):
-        with contextlib.suppress(runtime.UserError), checkpoints.guard(path):     # `checkpoints.resume` tells
-            _, saved = checkpoints.opened(path)
+        with contextlib.suppress(runtime.UserError):                     # `checkpoints.resume` tells
+            saved = checkpoints.read(path)
             if saved.get("format") == checkpoints.AR:
-                crops = {name: saved["args"][name] for name in ("online", "ten_crop")}
-                raw = saved["tokenizer"]["weights"] == "raw"
-                like = saved["dataset"]["fingerprint"]
+                crops = {"online": False, "ten_crop": False, **(saved.get("args") or crops)}
+                raw = (saved.get("tokenizer") or {}).get("weights") == "raw"
+                like = str((saved.get("dataset") or {}).get("fingerprint", like))
     if args.init_from and not existing:
         raw = raw or checkpoints.opened(args.init_from, False)[1].get("source") == "published"
     if args.raw_weights is None:
@@ -217,8 +217,9 @@ def start_from(path, model, classes, made_with):
     """
     source, inner, info = checkpoints.load_ar(path)
     state = source.state_dict()
-    known = info["classes"] or []
-    if known != classes and (known or source.config.num_classes != len(classes)):
+    known = drawn.class_names(info["classes"], source.config.num_classes)    # ImageNet's of published files,
+    classes = drawn.class_names(classes, len(classes))                   # and of a set with its folders
+    if known != classes:
         table = model.class_embedding.weight.detach().clone()
         old = state["class_embedding.weight"]
         for label, name in enumerate(classes):
@@ -227,9 +228,8 @@ def start_from(path, model, classes, made_with):
         table[-1] = old[-1]                                              # of "no class"
         state["class_embedding.weight"] = table
         runtime.print_main(f"start    {len(set(classes) & set(known))} of {len(classes)} classes are known")
-    theirs = (info["tokenizer"] or {}).get("sha256")
-    if inner and not theirs:                                             # in published files: the raw weights
-        theirs = checkpoints.weights_hash(inner)
+    # Of published files it is not recorded: they hold the tokenizer itself, with its raw weights.
+    theirs = (info["tokenizer"] or {}).get("sha256") or inner and checkpoints.weights_hash(inner)
     if theirs and theirs != made_with["sha256"]:
         runtime.print_main(f"start    warning: {path} learned tokens by other weights than the "
                            f"{made_with['weights']} ones of {made_with['path']}: what they mean is new to it")

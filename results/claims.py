@@ -32,11 +32,11 @@ from claims_figures import (append_row, entropy_cost, keep_images, model_size,  
 
 # {0}, {1} .. are the newest checkpoints, {1.tokens} and {3.samples} files, of the commands before. Seeds and
 # places for results are added below. tests/judge.py has a small classifier look at samples.
-TRAIN = "train_tokenizer.py --length 200 "
+TRAIN = "train_tokenizer.py --length 200 --warmup 50 "
 MEASURE = ["evaluate.py reconstruction --ckpt {0}", "tests/judge.py {0}"]
 TRAIN_16 = TRAIN + "--channel-multipliers 1 1 2 "                # 16 tokens an image, for transformers
 TOKENS = "train_ar.py --length 1 --tokenizer {0} "                         # encodes 20,000 images, once
-TRAIN_AR = "train_ar.py --length 600 --tokenizer {0} --tokens {1.tokens} "
+TRAIN_AR = "train_ar.py --length 600 --warmup 50 --tokenizer {0} --tokens {1.tokens} "
 TOKENS_DRAWN = "evaluate.py generation --metrics tokens --data-path generated-plain --samples {3.samples}"
 DRAW = ["sample.py --num-fid-samples 300 --ckpt {2} --cfg-scale ", "tests/judge.py {3.samples}"]
 
@@ -70,21 +70,21 @@ Claim = collections.namedtuple("Claim", "sentence settings commands figures x li
 IMAGES = ["psnr", "ssim", "frechet", "usage", "perplexity"]
 CLAIMS = {
     "codebook": Claim(
-        "Tables 3, 4: with lookup-free quantisation more codes give better images, while VQ collapses.",
+        "Tables 3, 4: with lookup-free quantisation more ids give better images, while VQ collapses.",
         settings(quantizer=QUANTIZERS, bits=LEVELS),
         lambda row: [TRAIN + QUANTIZERS[row["quantizer"]](row["bits"]), *MEASURE],
         [*IMAGES, "dead_bits"], "bits", "quantizer"),
     "entropy": Claim(
-        "Equation 3: the entropy term makes the codes used; more of it costs error.", settings(term=ENTROPY),
+        "Equation 3: the entropy term makes the ids used; more of it costs error.", settings(term=ENTROPY),
         lambda row: [TRAIN + ENTROPY[row["term"]], *MEASURE],
         ["psnr", "usage", "perplexity", "token_bits", "codebook_bits", "samples/s"], "term"),
     "entropy-cost": Claim(
-        "Equation 3: the term is exact over all codes, and cheaper than the softmax over them.",
+        "Equation 3: the term is exact over all ids, and cheaper than the softmax over them.",
         settings(bits=(10, 18), form=("exact", "groups", "bits", "dense")),
         lambda row: [f"tests/bench.py entropy --tokens 1024 --bits {row['bits']}"], ["ms", "MiB"], "bits",
         "form", entropy_cost),
     "design": Claim(
-        "Table 3: strided convolutions, depth-to-space, adaptive GroupNorm, depth and codes each help.",
+        "Table 3: strided convolutions, depth-to-space, adaptive GroupNorm, depth and ids each help.",
         settings(model=DESIGN), lambda row: [TRAIN + DESIGN[row["model"]], *MEASURE], IMAGES, "model"),
     "losses": Claim(
         "Section 3: the GAN pays in error for sharpness; LeCAM keeps the game close.", settings(loss=LOSSES),
@@ -99,8 +99,8 @@ CLAIMS = {
     "scaling": Claim(
         "Table 5: larger transformers have a lower loss.",
         settings(steps=(300, 600), width=(48, 96, 160, 256)),
-        lambda row: [TRAIN_16, TOKENS, f"train_ar.py --length {row['steps']} --tokenizer {{0}} --tokens "
-                     f"{{1.tokens}} --width {row['width']} --lr {0.4 / row['width']:.3g}"],
+        lambda row: [TRAIN_16, TOKENS, f"train_ar.py --length {row['steps']} --warmup 50 --tokenizer {{0}} "
+                     f"--tokens {{1.tokens}} --width {row['width']} --lr {0.4 / row['width']:.3g}"],
         ["val_bits", "parameters", "flops"], ["parameters", "flops"], "steps", model_size),
     "guidance": Claim(
         "Table 5's settings: guidance trades the variety of samples for their likeness to the class.",
@@ -118,8 +118,9 @@ CLAIMS = {
         "Section 2.2: a tokenizer of clips that starts from one of images learns faster.",
         settings(clips=CLIPS, start=START),
         lambda row: [TRAIN_16 + "--data-path generated",
-                     f"train_tokenizer.py --preset toy-video --length 150 --data-path {CLIPS[row['clips']]}"
-                     + START[row["start"]], "evaluate.py reconstruction --num-samples 200 --ckpt {1}"],
+                     f"train_tokenizer.py --preset toy-video --length 150 --warmup 50 --data-path "
+                     + CLIPS[row["clips"]] + START[row["start"]],
+                     "evaluate.py reconstruction --num-samples 200 --ckpt {1}"],
         ["psnr", "ssim", "usage"], "start", "clips"),
     "resolution": Claim(
         "Table 4: a tokenizer that was trained at one size works at twice the size.", settings(size=SIZES),

@@ -14,7 +14,6 @@ import pathlib
 import sys
 
 import numpy as np
-import torch
 from PIL import Image, ImageSequence
 
 sys.path[:0] = [str(pathlib.Path(__file__).resolve().parent.parent)]
@@ -67,12 +66,12 @@ def bit_bars(balance):
 
 def id_histogram(path):
     """HTML of how often each id occurs, the most frequent first, in the tokens that train_ar.py stored."""
-    with checkpoints.guard(path):
-        header = runtime.read_json(path.with_suffix(".json"))
-        ids = tokens.open_ids(path, header)
-        rows = tokens.stored_rows(path, header)
-        counts = ids[rows[::math.ceil(ids.nbytes / 2 ** 26)]]                        # 64 MiB tell enough
-        counts = np.sort(np.unique(counts, return_counts=True)[1])[::-1]
+    header = runtime.read_json(path.with_suffix(".json"))
+    require({"shape", "missing"} <= header.keys(), f"{path.with_suffix('.json')} is not of stored tokens")
+    ids = tokens.open_ids(path, header)
+    rows = tokens.stored_rows(path, header)
+    counts = ids[rows[::math.ceil(ids.nbytes / 2 ** 26)]]                            # 64 MiB tell enough
+    counts = np.sort(np.unique(counts, return_counts=True)[1])[::-1]
     ranks = np.linspace(0, len(counts) - 1, min(300, len(counts))).astype(int).tolist()
     return (f"<h3>How often each id occurs</h3><p>{len(counts):,} ids in {counts.sum():,} tokens, the most "
             f"frequent first</p>" + chart("tokens", {rank: int(counts[rank]) for rank in ranks}))
@@ -128,8 +127,8 @@ def run_section(folder):
     with contextlib.suppress(runtime.UserError, OSError):                # one of its files may be deleted
         page += id_histogram(folder / "tokens.bin")
     for path in runtime.list_checkpoints(folder)[-1:]:
-        stored = torch.load(path, "cpu", weights_only=True, mmap=True)                 # tensors stay on disk
-        page += folded(stored.get("args"))
+        with contextlib.suppress(runtime.UserError, OSError):            # damaged: as may be after a crash
+            page += folded(checkpoints.read(path).get("args"))           # tensors stay on the disk
     return page
 
 

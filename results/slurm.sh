@@ -21,6 +21,7 @@ export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"        # which srun does not ta
 again=no
 near_the_limit() {                  # what USR1 does
     again=yes
+    trap '' USR1                    # a second one would end the wait for the save
     scancel --signal=TERM "$SLURM_JOB_ID"       # to what srun has started, not to this shell: all ranks save
 }
 trap near_the_limit USR1

@@ -408,7 +408,8 @@ def main(args):
     require(not training and not (output.exists() and output.samefile(path)),
             f"{output} holds what --resume needs, which would be lost; choose another name")
     _, info = build(path, stored, True, list(FORMATS))     # raises unless it is whole
-    smaller = {name: stored[name] for name in KINDS.keys() - {"rng", "discriminator"} if name in stored}
+    kept = KINDS.keys() - {"rng", "discriminator", "dataset"}
+    smaller = {name: stored[name] for name in kept if name in stored}
     smaller["args"] = info["trained_on"]
     for part in filter(None, (smaller, smaller.get("first_stage"))):
         state = part.get("ema") or part["model"]

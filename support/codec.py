@@ -142,9 +142,10 @@ def read_ids(path, identity):
     with checkpoints.guard(path), np.load(path) as file:
         arrays = dict(file)
     require("about" in arrays, f"{path} holds no ids of ours; give an npz that encode wrote")
-    about = json.loads(str(arrays["about"]))
-    require(about["tokenizer"] == identity, f"{path} was encoded by another tokenizer, {about['ckpt']}; name "
-                                            f"it with --ckpt")
+    with checkpoints.guard(path):
+        about = dict(json.loads(str(arrays["about"])))
+    require(about.get("tokenizer") == identity, f"{path} was encoded by another tokenizer, "
+            f"{about.get('ckpt')}; name it with --ckpt")
     return about["samples"], arrays
 
 

@@ -235,10 +235,13 @@ def batches(dataset, requests, num_workers):
                         generator=torch.Generator())      # its own: the global one must not depend on loaders
     with signals.held():
         found = iter(loader)                              # starts the workers
-    for batch, request in zip(found, asked):
-        if batch is None or batch[2].tolist() != [index for index, _ in request]:
-            dataset.raise_if_broken()                     # others stand in: only then is it time to count
-        yield batch
+    try:
+        for batch, request in zip(found, asked):
+            if batch is None or batch[2].tolist() != [index for index, _ in request]:
+                dataset.raise_if_broken()                 # others stand in: only then is it time to count
+            yield batch
+    finally:
+        del found                                         # ends the workers now, not with a traceback's cycle
 
 
 def collate(items):

@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import pathlib
 import re
 import shutil
@@ -63,8 +62,7 @@ def check_output(output, suffixes, folder):
     require(not output.is_dir(), f"--output {output} is a folder; name a file in it")
     if output.suffix in pictures.VIDEO_CODECS:
         pictures.import_av()
-    folder.mkdir(parents=True, exist_ok=True)
-    require(os.access(folder, os.W_OK), f"--output {output}: {folder} may not be written to; name another")
+    runtime.check_writable(folder)
 
 
 def write_grid(output, samples, names, beside, alone):

@@ -29,7 +29,8 @@ PUBLISHED = {                       # name: (repository of https://huggingface.c
     "AR-XL": ("Open-MAGVIT2-AR-XL-256-resolution", "AR_256_XL.ckpt")}
 WEIGHTS = ("model", "ema", "discriminator", "state_dict")            # entries of {name: tensor}
 KINDS = {**dict.fromkeys(WEIGHTS, dict), "format": str, "source": str, "preset": str, "step": int,
-         "args": dict, "config": dict, "rng": list, "classes": list, "tokenizer": dict, "first_stage": dict}
+         "args": dict, "config": dict, "dataset": dict, "tokenizer": dict, "first_stage": dict,
+         "rng": list, "classes": list}
 
 
 def located(path):

@@ -111,7 +111,7 @@ class ArgumentParser(argparse.ArgumentParser):
         """One line without the usage, and a hint for a flag under its name in other projects."""
         if message.startswith("unrecognized arguments: --"):
             word = message.split()[2].split("=")[0].lower().replace("_", "-")
-            commands = [action.choices for action in self._actions if action.dest == "command"]
+            commands = [action.choices for action in self._actions if isinstance(action.choices, dict)]
             parsers = [self, *(commands[0].values() if commands else ())]
             flags = [flag for parser in parsers for flag in parser._option_string_actions]
             close = difflib.get_close_matches(SYNONYMS.get(word, word), flags, 1)
@@ -204,7 +204,7 @@ def setup_process_group(device="auto"):
         require(local_rank < torch.cuda.device_count(),
                 f"--nproc-per-node is larger than the {torch.cuda.device_count()} GPUs of this machine")
         torch.cuda.set_device(local_rank)
-        torch.backends.cudnn.allow_tf32 = False            # fp32 means fp32: ten bits would flip codes near 0
+        torch.backends.cudnn.allow_tf32 = False            # fp32 means fp32: ten bits would flip signs near 0
     if not dist.is_initialized():
         alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         hook = sys.excepthook
@@ -355,6 +355,15 @@ def atomic(path):
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_writable(folder):
+    """Refuse a `folder` in which nothing could be written, before work is done for it. It need not exist yet."""
+    place = pathlib.Path(folder).absolute()
+    while not place.exists():
+        place = place.parent
+    require(place.is_dir() and os.access(place, os.W_OK), f"--output: nothing can be written to {folder}, for "
+            f"{place} is no folder or may not be written to; name another")
 
 
 def write_json(path, value):

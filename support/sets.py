@@ -12,7 +12,6 @@ import json
 import math
 import os
 import pathlib
-import tempfile
 import zipfile
 
 import numpy as np
@@ -214,13 +213,6 @@ def short_hash(value):
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def check_writable(folder):
-    """Make `folder`, and fail now if nothing can be written there, not when all has been measured."""
-    if runtime.is_main():
-        pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-
-
 def statistics_of(real, network, rule, official, folder, path=None):
     """The statistics of real samples as of `FeatureStream.finish`, made once and kept in `path`, or in a file
     in `folder` named after all that they depend on; on rank 0. A collective.
@@ -240,7 +232,7 @@ def statistics_of(real, network, rule, official, folder, path=None):
     known = runtime.on_main(path.exists)
     runtime.print_main(f"cached   {path} ({'found' if known else 'made now'})")
     if not known:
-        check_writable(path.parent)
+        runtime.check_writable(path.parent)
         kept = {real.order[k] for k in data.evenly_spaced(None if given else 10_000, len(real.order))}
         pixels = not given and rule == "tf1" and network.name == "inception"
         stream = FeatureStream(network, rule, kept, pixels)

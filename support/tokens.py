@@ -214,5 +214,5 @@ def open_to_write(path):
 def stored_rows(path, header):
     """The rows of `path` whose ids are there, of a file that is being filled, too: (rows,)."""
     if header["missing"] is None:
-        return np.flatnonzero(np.fromfile(record_of(path), np.uint8))
+        return np.flatnonzero(np.fromfile(record_of(path), np.uint8, header["shape"][0]))
     return np.delete(np.arange(header["shape"][0]), header["missing"])

@@ -199,7 +199,8 @@ def test_flags_in_documents_exist(path, known):
     inline = " ".join(re.findall(r"`([^`\n]+)`", path.read_text()))
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", inline))
     assert "--ckpt" in known and flags
-    assert flags - known - {"--nproc-per-node", "--nnodes"} == set()
+    of_torchrun = {"--nproc-per-node", "--nnodes", "--max-restarts", "--shutdown-timeout"}
+    assert flags - known - of_torchrun == set()
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())

@@ -79,6 +79,20 @@ def test_twelve_exercises_begin_at_functions_that_exist():
             functools.reduce(getattr, name.split("."), importlib.import_module(module.replace("/", ".")))
 
 
+def test_each_row_from_equation_to_line_names_what_exists(committed):
+    table = EXERCISES.split("## From the equation")[1].split("\n## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("|")][2:]
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    chapters = {number for cell in committed.cells if cell.cell_type == "markdown"
+                for number in re.findall(r"^## (\d+)\. ", cell.source, re.MULTILINE)}
+    assert len(rows) == 13 and len(chapters) >= 10
+    for idea, function, test, exercise, chapter in rows:
+        name, module = re.fullmatch(r"`([\w.]+)` in (\w+)\.py", function).groups()
+        functools.reduce(getattr, name.split("."), importlib.import_module(module))
+        assert f"\ndef {test.strip('`')}(" in tests, idea
+        assert 1 <= int(exercise) < len(PARTS) and chapter in chapters, idea
+
+
 def test_commands_of_exercises_parse():
     for block in re.findall(r"```bash\n(.*?)```", EXERCISES, re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():

@@ -1,5 +1,6 @@
 """tokenizer.py is the published function, its ids round-trip, and its entropy is exact."""
 import dataclasses
+import functools
 import math
 
 import pytest
@@ -72,6 +73,32 @@ def test_id_is_the_sum_of_powers_of_two_of_positive_channels():
     assert q.flatten().tolist() == [1, -1, -1, 1] and ids.item() == 1 + 8               # 0 counts as negative
     every = torch.arange(2 ** 18)
     assert torch.equal(tokenizer.bits_to_ids(tokenizer.ids_to_bits(every, 18)), every)
+
+
+def test_reversed_bits_are_ids_with_channel_0_highest():
+    assert tokenizer.reverse_bits(torch.tensor([0, 1, 6, 8, 15]), 4).tolist() == [0, 8, 6, 1, 15]
+    every = torch.randperm(2 ** 18)
+    back = tokenizer.reverse_bits(every, 18)
+    assert not torch.equal(back, every) and torch.equal(tokenizer.reverse_bits(back, 18), every)
+
+
+@pytest.mark.parametrize("changes", [{"bits": 6}, {"bits": 7, "quantizer": "bsq"},
+                                     {"quantizer": "fsq", "levels": (8, 5, 7)}])
+def test_values_and_ids_are_those_of_vector_quantize_pytorch(changes):
+    others = pytest.importorskip("vector_quantize_pytorch")
+    quantizer = tiny(**changes).quantizer
+    z = torch.randn(2, quantizer.channels, 9, 9)
+    if "levels" in changes:                        # without preserve_symmetry, an even number is shifted
+        theirs = others.FSQ(list(changes["levels"]), channel_first=True, preserve_symmetry=True)
+        order = torch.Tensor.clone
+    else:
+        theirs = others.LFQ(codebook_size=quantizer.vocabulary, spherical="quantizer" in changes)
+        order = functools.partial(tokenizer.reverse_bits, bits=changes["bits"])
+    q, ids = quantizer(quantizer.bound(z))
+    their_q, their_ids = theirs.eval()(z)[:2]
+    torch.testing.assert_close(their_q, q, atol=1e-6, rtol=0)
+    assert torch.equal(their_ids, order(ids))
+    torch.testing.assert_close(theirs.indices_to_codes(order(ids)), q, atol=1e-6, rtol=0)
 
 
 def test_decode_of_encode_is_the_forward_reconstruction():

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import ar_model
-from support import checkpoints, data, pictures, runtime, sources, tokens
+from support import checkpoints, data, drawn, pictures, runtime, sources, tokens
 import tokenizer as tok
 import train_ar
 import video
@@ -463,6 +463,18 @@ def test_fine_tuning_keeps_what_fits_of_another_model(tmp_path, stage1, capsys):
     assert torch.equal(newest(tmp_path / "c")["model"]["norm.weight"], old["norm.weight"])
     with pytest.raises(runtime.UserError, match="not expected: inter_blocks|missing: inter_blocks"):
         train(tmp_path / "d", *flags, "--inter-blocks", 2)
+
+
+@pytest.mark.parametrize("name, kept", [("dir{}", 0), (None, 1000)], ids=["numbers", "names"])
+def test_a_thousand_classes_are_those_of_imagenet_by_name_alone(monkeypatch, name, kept):
+    small = ar_model.ARConfig(width=32, heads=2, inter_blocks=1, intra_blocks=1, bits=(2, 2), grid=(2, 2))
+    published, model = ar_model.ARModel(small), ar_model.ARModel(small)
+    info = {"classes": None, "tokenizer": None, "weights": "raw", "preset": "AR-B"}
+    monkeypatch.setattr(checkpoints, "load_ar", lambda path: (published, None, info))
+    classes = [name.format(i) for i in range(1000)] if name else drawn.class_names(None, 1000)
+    train_ar.start_from("AR-B", model, classes, {"sha256": "", "weights": "raw", "path": ""})
+    same = (model.class_embedding.weight == published.class_embedding.weight).all(1)
+    assert int(same[:-1].sum()) == kept and same[-1]
 
 
 @pytest.mark.slow
