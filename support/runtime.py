@@ -81,7 +81,7 @@ def run_script(main, get_args):
 def in_one_line(error):
     """What a user can do about an exception, None if nothing: then it is a bug.
 
-    Meant for users are a `UserError`, and a ValueError by a `raise` in our own files, such as that of a config
+    Meant for users are a `UserError`, and a ValueError by a `raise` in our own files, as that of a config
     or a model on a shape that it cannot take. A ValueError by any other line, say `a, b = 1, 2, 3`, is a bug.
     """
     if isinstance(error, UserError):
@@ -256,7 +256,7 @@ def on_main(function, *values):
             found = [function(*values)]
         except UserError as error:
             found = [error]
-    dist.broadcast_object_list(found)                      # the files of a data set are too much to be gathered
+    dist.broadcast_object_list(found)                      # the files of a data set are too much to gather
     if isinstance(found[0], UserError):
         raise found[0]
     return found[0]
