@@ -38,7 +38,7 @@ import torch.nn.functional as F
 import torchvision.transforms.functional as TF
 
 import sample
-from support import checkpoints, data, metrics, pictures, runtime, sets, sources
+from support import checkpoints, data, loops, metrics, pictures, runtime, sets, sources
 from support.checkpoints import RANDOM_LABEL
 from support.runtime import require
 from support.sets import MOMENTS, SPATIAL, Chosen
@@ -156,7 +156,7 @@ def report(path, values, facts, record):
             print(f"warning: {name} of {facts['n']} samples is biased upwards (it wants two for each of "
                   f"{sets.WIDTHS[metric.judge][0]} features); compare it only with that of equally many")
     print()
-    runtime.print_table(rows, ["metric", "value", "measured on", ""])
+    loops.print_table(rows, ["metric", "value", "measured on", ""])
     date = datetime.datetime.now().isoformat()
     runtime.write_json(path, {"metrics": entries, "n": facts["n"], **record, "date": date})
     print(f"\nwritten to {path}")
@@ -515,7 +515,7 @@ def table(args):
         own = row.get("own", "not yet" if cells else "-")              # of tables 1 and 2: what presets have
         rows.append([*row["cells"], "; ".join(filter(None, cells)) or own])
     print(f"Table {args.number}. {content['title']}\n")
-    runtime.print_table(rows, content["header"])
+    loops.print_table(rows, content["header"])
     if content["note"]:
         print(f"\n{content['note']}")
     if commands:

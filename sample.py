@@ -11,7 +11,6 @@ depends neither on the number of ranks nor on interruptions; `--classes` shows t
 letters: as in ar_model.py; R rows of a step (B, with guidance 2B, of which the first B know their class), h w
 of the grid of tokens, H W of pixels, T frames.
 """
-import contextlib
 import dataclasses
 import functools
 import math
@@ -75,11 +74,14 @@ def last_within_token(q, keys, values):
 def pack(linear):
     """Give an nn.Linear on a CPU its weight in the order that oneDNN's kernels read; else every call sorts it
     anew. PyTorch offers this only through the two operators that torch.compile emits."""
-    packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight)
+    try:
+        packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight)
+        torch.ops.mkldnn._linear_pointwise(linear.weight[:1], packed, None, "none", [], "")
+    except (AttributeError, RuntimeError):      # no such operators, or a processor without such kernels
+        return
 
     def forward(x):
         return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
-    forward(linear.weight[:1])                  # a processor without such kernels fails here, not in the loop
     linear.weight = nn.Parameter(packed, requires_grad=False)
     linear.forward = forward
 
@@ -95,10 +97,9 @@ def prepare_for_sampling(model, dtype=torch.float32):
     model.heads.float()
     model.rope = rope
     if model.rope.device.type == "cpu":
-        with contextlib.suppress(AttributeError, RuntimeError):     # no such operators or kernels
-            for module in model.modules():
-                if isinstance(module, nn.Linear):
-                    pack(module)
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                pack(module)
     return model
 
 

@@ -32,7 +32,7 @@ import torch.nn as nn
 
 import ar_model
 import sample
-from support import checkpoints, data, drawn, pictures, runtime, sources, tokens
+from support import checkpoints, data, drawn, loops, pictures, runtime, sources, tokens
 
 # ---- 1. Recipes and flags ----------------------------------------------------------------------------------
 
@@ -306,8 +306,8 @@ def main(args):
     loader = data.train_loader(dataset, args.global_batch_size, args.global_seed, step, args.accumulation,
                                args.num_workers if args.online else 0)
     ddp_model = runtime.distributed(model, device)
-    logger = runtime.Logger(args.results_dir, length, step)
-    meters = runtime.Meters()                                            # means since the last log line
+    logger = loops.Logger(args.results_dir, length, step)
+    meters = loops.Meters()                                            # means since the last log line
     in_a_row = 0                                                         # steps skipped just now
     stop = runtime.StopRequest()
     while step < length and not stop.agreed:
@@ -350,7 +350,7 @@ def main(args):
         else:
             skipped += 1
             in_a_row += 1
-            runtime.report_skipped(step, in_a_row, logs, args.results_dir)   # stops after ten in a row
+            loops.report_skipped(step, in_a_row, logs, args.results_dir)   # stops after ten in a row
         scaler.update()                                                  # fp16: smaller after an overflow
         optimizer.zero_grad(set_to_none=True)
 
@@ -437,7 +437,7 @@ def validate(model, held_out, device, args):
     model.eval()                                                         # no dropout
     bits = model.config.bits
     sums = torch.zeros(len(bits) + 1, dtype=torch.float64, device=device)                 # terms; images
-    size = runtime.micro_batch_size(args.global_batch_size, args.accumulation)
+    size = loops.micro_batch_size(args.global_batch_size, args.accumulation)
     for ids, labels, _ in data.eval_batches(held_out, range(len(held_out)), size):
         labels = labels.to(device).clamp(max=model.config.num_classes)
         with torch.no_grad(), runtime.autocast(device, args.mixed_precision):
@@ -489,7 +489,7 @@ def print_plan(args, model, made_with, dataset, held_out):
                    f"{dataset.view.crop} crops"),
         ("data", f"{dataset.name}, {len(dataset):,} {dataset.kind}s, {len(held_out or ()):,} held out"),
         ("batch", f"{batch} = {runtime.world_size()} ranks x {args.accumulation} micro-batches x "
-                  f"{runtime.micro_batch_size(batch, args.accumulation)}, a step of "
+                  f"{loops.micro_batch_size(batch, args.accumulation)}, a step of "
                   f"{batch * flops_per_image(config) / 1e12:.3g} TFLOP"),
         ("length", f"{length:,} steps = {length * batch / len(dataset):.1f} epochs"),
         ("lr", f"{args.lr:g}, warm-up {warmup:,} steps{shorter}"))

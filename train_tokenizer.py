@@ -31,7 +31,7 @@ import torch.nn.functional as F
 
 import tokenizer
 import video
-from support import checkpoints, data, metrics, pictures, runtime, sources
+from support import checkpoints, data, loops, metrics, pictures, runtime, sources
 
 # ---- 1. Recipes and flags, and what they describe ----------------------------------------------------------
 
@@ -430,8 +430,8 @@ def main(args):
     ddp_model = runtime.distributed(model, device)
     ddp_discriminator = runtime.distributed(discriminator, device) if discriminator else None
     usage = model.quantizer.count(torch.zeros(0, dtype=torch.long, device=device))       # of each id
-    logger = runtime.Logger(args.results_dir, length, step)
-    meters = runtime.Meters()                                            # means since the last log line
+    logger = loops.Logger(args.results_dir, length, step)
+    meters = loops.Meters()                                            # means since the last log line
     last_finite = step
     stop = runtime.StopRequest()
     while step < length and not stop.agreed:
@@ -490,7 +490,7 @@ def main(args):
         else:
             networks.load_state_dict(before, strict=False)
             skipped += 1
-            runtime.report_skipped(step, step - last_finite, [*logs, norms], args.results_dir)   # ten: stop
+            loops.report_skipped(step, step - last_finite, [*logs, norms], args.results_dir)   # ten: stop
         scaler.update()                                                  # fp16: smaller after an overflow
         networks.zero_grad(set_to_none=True)
         # ---- logs and checkpoints. A checkpoint's step is always logged, so that no mean is cut in two ----
@@ -552,7 +552,7 @@ def print_plan(args, model, discriminator, dataset):
         ("tokens", f"{grid} for {axes}, each one of {model.quantizer.vocabulary:,} ids, by {args.quantizer}"),
         ("data", f"{dataset.name}, {len(dataset):,} {dataset.kind}s of {axes}"),
         ("batch", f"{batch} = {runtime.world_size()} ranks x {args.accumulation} micro-batches x "
-                  f"{runtime.micro_batch_size(batch, args.accumulation)}"),
+                  f"{loops.micro_batch_size(batch, args.accumulation)}"),
         ("length", f"{length:,} steps = {length * batch / len(dataset):.1f} epochs"),
         ("lr", f"{args.lr:g}, {args.lr_schedule}, warm-up {warmup:,} steps"),
         ("running", f"on {next(model.parameters()).device} in {args.mixed_precision} to {args.results_dir}"))

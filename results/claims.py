@@ -118,7 +118,7 @@ CLAIMS = {
         "Section 2.2: a tokenizer of clips that starts from one of images learns faster.",
         settings(clips=CLIPS, start=START),
         lambda row: [TRAIN_16 + "--data-path generated",
-                     f"train_tokenizer.py --preset toy-video --length 150 --warmup 50 --data-path "
+                     "train_tokenizer.py --preset toy-video --length 150 --warmup 50 --data-path "
                      + CLIPS[row["clips"]] + START[row["start"]],
                      "evaluate.py reconstruction --num-samples 200 --ckpt {1}"],
         ["psnr", "ssim", "usage"], "start", "clips"),

@@ -39,7 +39,7 @@ import torchvision.transforms.functional as TF
 from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
 
-from support import pictures, runtime, signals
+from support import loops, pictures, runtime, signals
 from support.reading import MAX_PIXELS, Unreadable
 from support.runtime import require
 from support.sources import SPLITS, build_dataset
@@ -183,7 +183,7 @@ def train_loader(dataset, global_batch_size, seed, start_step=0, accumulation=1,
     world_size = runtime.world_size()
     require(global_batch_size <= len(dataset), f"--global-batch-size {global_batch_size} is more than the "
             f"{len(dataset)} {dataset.kind}s of {dataset.name}; lower it")
-    share = runtime.micro_batch_size(global_batch_size, accumulation)
+    share = loops.micro_batch_size(global_batch_size, accumulation)
 
     def shares_of_this_rank():
         for step in itertools.count(start_step):

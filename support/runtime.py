@@ -1,10 +1,9 @@
-"""Everything that is not the paper: user errors, flags, processes, files, downloads, what both loops share.
+"""Everything that is not the paper: user errors, flags, processes, files, downloads.
 
 Nothing here knows what a token is. There is one code path with and without torchrun: a process group always
 exists (one process talks to itself through an in-memory store), so no loop asks "am I distributed?".
 """
 import argparse
-import collections
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -27,13 +26,11 @@ import urllib.error
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from support import signals
 from support.signals import Stopped, StopRequest
 
 # ---- 1. Errors that a user can fix, and flags --------------------------------------------------------------
-
 
 class UserError(ValueError):
     """A mistake of the user: one line, naming the flag or file and the way out of it."""
@@ -79,11 +76,9 @@ def run_script(main, get_args):
 
 
 def in_one_line(error):
-    """What a user can do about an exception, None if nothing: then it is a bug.
-
-    Meant for users are a `UserError`, and a ValueError by a `raise` in our own files, as that of a config
-    or a model on a shape that it cannot take. A ValueError by any other line, say `a, b = 1, 2, 3`, is a bug.
-    """
+    """What a user can do about an exception, None if nothing: then it is a bug. Meant for users are a
+    `UserError`, and a ValueError by a `raise` in our own files, as that of a config or a model on a shape that
+    it cannot take. A ValueError by any other line, say `a, b = 1, 2, 3`, is a bug."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
@@ -111,8 +106,8 @@ class ArgumentParser(argparse.ArgumentParser):
         """One line without the usage, and a hint for a flag under its name in other projects."""
         if message.startswith("unrecognized arguments: --"):
             word = message.split()[2].split("=")[0].lower().replace("_", "-")
-            commands = [action.choices for action in self._actions if isinstance(action.choices, dict)]
-            parsers = [self, *(commands[0].values() if commands else ())]
+            commands = self._subparsers and self._subparsers._group_actions[0].choices.values()
+            parsers = [self, *(commands or ())]
             flags = [flag for parser in parsers for flag in parser._option_string_actions]
             close = difflib.get_close_matches(SYNONYMS.get(word, word), flags, 1)
             if close:
@@ -358,12 +353,10 @@ def atomic(path):
 
 
 def check_writable(folder):
-    """Refuse a `folder` in which nothing could be written, before work is done for it. It need not exist yet."""
-    place = pathlib.Path(folder).absolute()
-    while not place.exists():
-        place = place.parent
-    require(place.is_dir() and os.access(place, os.W_OK), f"--output: nothing can be written to {folder}, for "
-            f"{place} is no folder or may not be written to; name another")
+    """Refuse a `folder`, which need not exist, before work is done for it if nothing can be written there."""
+    place = next(each for each in pathlib.Path(folder, "file").absolute().parents if each.exists())
+    require(place.is_dir() and os.access(place, os.W_OK), f"--output: {place} may not be written to, or "
+                                                          f"is no folder; name another")
 
 
 def write_json(path, value):
@@ -381,7 +374,6 @@ def read_json(path):
         value = None
     require(isinstance(value, dict), f"{path} is damaged or was not written by this project; remove it")
     return value
-
 
 # What a kill leaves of the files that a training run writes by `atomic`.
 REMAINS = re.compile(r"\.((step|reconstructions|samples)-\d+|metrics|tokens[-.\w]*)\.\d+\.\w+")
@@ -526,121 +518,3 @@ def fetch(url, weights_dir=None, sha256=None):
     except (urllib.error.URLError, OSError, RuntimeError) as error:
         raise UserError(f"cannot download {url} ({error}); fetch it on another machine and put it at {path}, "
                         f"or name the folder that holds it with --weights-dir") from None
-
-
-# ---- 4. What both training loops share: the size of a batch, skipped steps, logs ---------------------------
-
-def micro_batch_size(global_batch_size, accumulation):
-    """Samples of one forward pass: the global batch over ranks and accumulation."""
-    passes = world_size() * accumulation
-    require(global_batch_size % passes == 0, f"--global-batch-size {global_batch_size} cannot be shared by "
-            f"{world_size()} ranks with --accumulation {accumulation}; choose a multiple of {passes}")
-    return global_batch_size // passes
-
-
-def report_skipped(step, in_a_row, logs, results_dir):
-    """Say why `step` was skipped; raise `UserError` after ten in a row.
-
-    logs: dicts of scalars of that step, of which the first that is not finite is to blame.
-    """
-    guilty = next(name for values in logs for name in values if not values[name].isfinite())
-    print_main(f"step {step}: {guilty} is not finite, step skipped")
-    require(in_a_row < 10, f"{guilty} was not finite in 10 steps in a row; weights may have grown too large "
-                           f"before step {step - 9}: --resume an earlier checkpoint in {results_dir}, with a "
-                           f"smaller --lr, or without --mixed-precision fp16 if that is on")
-
-
-class Meters:
-    """Means of named scalars between two log lines, and the speed. Only `means` waits for the device."""
-
-    def __init__(self):
-        self.values = collections.defaultdict(list)
-        self.times = []
-
-    def update(self, *logs):
-        """Count in the dicts of scalar tensors of one step."""
-        self.times.append(time.perf_counter())
-        for values in logs:
-            for name, value in values.items():
-                self.values[name].append(value.detach().double())
-
-    def means(self, batch_size):
-        """The means over steps and ranks so far and "samples/s", a dict of floats. A collective.
-
-        The speed is that between the first step and the last, so what comes before, such as validation, does
-        not count.
-        """
-        report = {}
-        if self.values:
-            means = torch.stack([torch.stack(values).mean() for values in self.values.values()])
-            report = dict(zip(self.values, all_reduce_mean(means).tolist()))
-        if len(self.times) > 1:
-            report["samples/s"] = batch_size * (len(self.times) - 1) / (self.times[-1] - self.times[0])
-        return report
-
-    def pop(self, batch_size):
-        """`means`, and starts afresh. A collective."""
-        report = self.means(batch_size)
-        self.__init__()
-        return report
-
-
-class Logger:
-    """A status line on the screen; the same numbers in metrics.jsonl, and in TensorBoard if it is installed.
-
-    Only rank 0 writes. A resumed run drops the lines logged after its checkpoint: it will log them again.
-    """
-
-    def __init__(self, results_dir, length, start_step=0):
-        self.length = length
-        self.start_step = start_step
-        self.start_time = time.perf_counter()
-        self.path = pathlib.Path(results_dir) / "metrics.jsonl"
-        self.tensorboard = None
-        if not is_main():
-            return
-        lines = self.path.read_bytes().splitlines() if self.path.exists() else []
-        kept = []
-        for line in lines:                                 # a kill may have torn the last one, or worse
-            with contextlib.suppress(ValueError, TypeError, KeyError):
-                if json.loads(line)["step"] <= start_step:
-                    kept.append(line)
-        with atomic(self.path) as temporary:
-            temporary.write_bytes(b"".join(line + b"\n" for line in kept))
-        with contextlib.suppress(ImportError):
-            from torch.utils.tensorboard import SummaryWriter
-            self.tensorboard = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=start_step + 1)
-
-    def log(self, step, values, show=()):
-        """Record the dict `values` (numbers or lists of them) for `step`; print those that `show` names."""
-        if not is_main():
-            return
-        with open(self.path, "a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-        if self.tensorboard:
-            for name, value in values.items():
-                if isinstance(value, (int, float)):
-                    self.tensorboard.add_scalar(name, value, step)
-            self.tensorboard.flush()
-        self.show(step, values, show)
-
-    def early(self, step):
-        """Whether `step` is one of this process's first, after which to `show` a sign of life."""
-        return step - self.start_step in (1, 2, 5, 10, 20, 50)
-
-    def show(self, step, values, names):
-        """Print the status line: of `values` those in `names` ("loss/": all such), and the time left."""
-        elapsed = time.perf_counter() - self.start_time
-        remaining = elapsed / max(1, step - self.start_step) * (self.length - step)
-        shown = [f"{name.removeprefix('loss/')} {values[name]:.4g}" for listed in names for name in values
-                 if name == listed or listed.endswith("/") and name.startswith(listed)]
-        time_left = tqdm.format_interval(remaining)
-        print_main(" | ".join([f"step {step}/{self.length}", *shown, f"ETA {time_left}"]))
-
-
-def print_table(rows, header):
-    """Print `rows` (lists of cells) under `header` in aligned columns, on rank 0."""
-    cells = [[str(cell) for cell in row] for row in [header, ["-" * len(name) for name in header], *rows]]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    for row in cells:
-        print_main("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())

@@ -32,7 +32,7 @@ import tokenizer                                                           # noq
 import train_ar                                                            # noqa: E402
 import train_tokenizer                                                     # noqa: E402
 import video                                                               # noqa: E402
-from support import metrics, runtime                                        # noqa: E402
+from support import loops, metrics, runtime                                 # noqa: E402
 
 
 def best_time(function, device=torch.device("cpu"), seconds=1.0):
@@ -120,7 +120,7 @@ def entropy(args, device):
                              f"{found[form]['ms'] / found['exact']['ms']:.3g} x"])
     threads = torch.get_num_threads()
     print(f"entropy term, K = {args.bits}, forward and backward, fp32, CPU, {threads} threads")
-    runtime.print_table(rows, ["tokens N", "form", "time", "memory", "time of exact"])
+    loops.print_table(rows, ["tokens N", "form", "time", "memory", "time of exact"])
     if args.output:
         runtime.write_json(args.output, found)
 
@@ -151,7 +151,7 @@ def sampling(args, device):
              f"{batch * steps / seconds / config.tokens:.2f}", f"{plain / seconds:.2f} x"]
             for name, seconds in times.items()]
     print(f"sampling {args.ar_preset}, batch {batch}, guided, {device}, {steps} of {config.tokens} tokens")
-    runtime.print_table(rows, ["sampler", "a token", "tokens/s", "images/s", "faster"])
+    loops.print_table(rows, ["sampler", "a token", "tokens/s", "images/s", "faster"])
 
 
 # ---- the tokenizer ----------------------------------------------------------------------------------------
@@ -178,7 +178,7 @@ def tokenize(args, device):
             times = [best_time(lambda: model.encode(x), device), best_time(lambda: model.decode(ids), device)]
         rows.append([name, *[f"{args.batch_size / seconds:.1f}" for seconds in times]])
     print(f"tokenizer {args.tokenizer_preset}, batch {args.batch_size}, {args.mixed_precision}, {device}")
-    runtime.print_table(rows, ["", "encode samples/s", "decode samples/s"])
+    loops.print_table(rows, ["", "encode samples/s", "decode samples/s"])
 
 
 # ---- training ---------------------------------------------------------------------------------------------
@@ -356,7 +356,7 @@ def training_step(stage, preset, args, device):
                          f"{tflop / speed:.2g} s", f"{gib:.2f} GiB", f"{expected:.2f} GiB"])
     print(f"step of {preset}, batch {args.batch_size}, {args.mixed_precision}, {device}; counted: see cost, "
           f"operations at the {speed:.3g} TFLOP/s of a large matrix product here")
-    runtime.print_table(rows, ["step", "time", "samples/s", "counted", "peak memory", "counted"])
+    loops.print_table(rows, ["step", "time", "samples/s", "counted", "peak memory", "counted"])
 
 
 def train_tokenizer_step(args, device):
@@ -379,7 +379,7 @@ def cost(args, device):
             rows.append([f"{preset} of {stage}, {how}", f"{gib:.3g} GiB", f"{activations:.3g} GiB",
                          f"{tflop:.3g} TFLOP", f"{tflop / 400:.2g} s"])
     print(f"step at batch {args.batch_size}, {args.mixed_precision}; 400 TFLOP/s: 40 % of an H100's peak")
-    runtime.print_table(rows, ["step", "memory", "activations", "operations", "at 400 TFLOP/s"])
+    loops.print_table(rows, ["step", "memory", "activations", "operations", "at 400 TFLOP/s"])
 
 
 BENCHMARKS = {"entropy": entropy, "sampling": sampling, "train-ar": train_ar_step, "tokenize": tokenize,

@@ -27,7 +27,7 @@ from PIL import Image                                                      # noq
 from torch.utils.data import DataLoader                                    # noqa: E402
 from torchvision.datasets import ImageFolder                               # noqa: E402
 
-from support import data, runtime, sources                                 # noqa: E402
+from support import data, loops, runtime, sources                          # noqa: E402
 
 VIEW = data.View(256, crop="random", flip=True)
 TRANSFORM = transforms.Compose([transforms.Resize(256), transforms.RandomCrop(256),
@@ -162,7 +162,7 @@ def main(args):
         starts = [seconds(lambda: sources.build_dataset(shards, "train", VIEW))[1] for _ in range(2)]
         rows.append(["1,000 tar shards, first and later starts, s", "", f"{starts[0]:.1f}, {starts[1]:.2f}"])
     print(f"{args.images:,} images")
-    runtime.print_table(rows, ["", "ImageFolder", "here"])
+    loops.print_table(rows, ["", "ImageFolder", "here"])
 
 
 if __name__ == "__main__":                                                 # see `in_fresh_process`

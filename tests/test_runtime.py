@@ -11,15 +11,15 @@ import pytest
 import torch
 
 import train_tokenizer
-from support import pictures, reading, runtime, sources
+from support import loops, pictures, reading, runtime, sources
 from helpers import call, error_line, refused, run_script
 
 
 # ---- logs -------------------------------------------------------------------------------------------------
 
 def test_early_steps_show_means_that_the_log_still_counts(tmp_path, capsys):
-    logger = runtime.Logger(tmp_path, 200, start_step=100)                # a resumed run: its own first steps
-    meters = runtime.Meters()
+    logger = loops.Logger(tmp_path, 200, start_step=100)                # a resumed run: its own first steps
+    meters = loops.Meters()
     assert [step for step in range(101, 201) if logger.early(step)] == [101, 102, 105, 110, 120, 150]
     meters.update({"loss/a": torch.tensor(1.0), "loss/b": torch.tensor(2.0)}, {"other": torch.tensor(3.0)})
     logger.show(101, meters.means(4), ("loss/", "speed"))
@@ -121,12 +121,12 @@ def test_a_disk_that_refuses_a_save_is_named_with_its_reason(tmp_path):
 
 
 def test_log_drops_what_a_resumed_run_logs_again(tmp_path):
-    logger = runtime.Logger(tmp_path, 4)
+    logger = loops.Logger(tmp_path, 4)
     for step in (1, 2, 3):
         logger.log(step, {"loss": float(step)})
     with open(tmp_path / "metrics.jsonl", "ab") as file:
         file.write(b'\xff\xfe\n[3]\n{"step": 4, "lo')                      # no UTF-8; killed within a line
-    runtime.Logger(tmp_path, 4, start_step=2)
+    loops.Logger(tmp_path, 4, start_step=2)
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2]
 
@@ -215,7 +215,7 @@ def test_written_videos_come_back(tmp_path, suffix):
 
 @pytest.mark.slow
 def test_curves_are_drawn_and_unknown_names_listed(tmp_path):
-    logger = runtime.Logger(tmp_path / "run", 2)
+    logger = loops.Logger(tmp_path / "run", 2)
     logger.log(1, {"loss/l1": 1.0})
     logger.log(2, {"loss/l1": 0.5})
     call(pictures, tmp_path / "run", "--output", tmp_path / "curves.png")

@@ -160,9 +160,9 @@ def test_preparing_keeps_names_and_works_without_packing(monkeypatch):
     sample.prepare_for_sampling(model)
     assert {name: tensor.numel() for name, tensor in model.named_parameters()} == names
 
-    def fail(linear):
+    def fail(weight):
         raise RuntimeError("no such kernel")
-    monkeypatch.setattr(sample, "pack", fail)
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", fail)
     assert equal(fast(sample.prepare_for_sampling(build(small_config())), labels, settings), expected)
 
 
