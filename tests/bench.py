@@ -397,7 +397,11 @@ def main(args):
 
 
 def get_args(argv=None):
-    """Which benchmarks, and how large."""
+    """Which benchmarks, and how large; behind `data` the flags of bench_data.py."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["data"]:
+        import bench_data
+        return bench_data.get_args(argv[1:])
     parser = runtime.ArgumentParser(__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}; none: all")
     parser.add_argument("--ar-preset", choices=ar_model.PRESETS, default="toy", help="transformer")
@@ -424,6 +428,6 @@ if __name__ == "__main__":
         print(json.dumps(globals()[sys.argv[2]](**json.loads(sys.argv[3]))))
     elif sys.argv[1:2] == ["data"]:
         import bench_data
-        runtime.run_script(bench_data.main, lambda: bench_data.get_args(sys.argv[2:]))
+        runtime.run_script(bench_data.main, get_args)
     else:
         runtime.run_script(main, get_args)
