@@ -77,8 +77,8 @@ def run_script(main, get_args):
 
 def in_one_line(error):
     """What a user can do about an exception, None if nothing: then it is a bug. Meant for users are a
-    `UserError`, and a ValueError by a `raise` in our own files, as that of a config or a model on a shape that
-    it cannot take. A ValueError by any other line, say `a, b = 1, 2, 3`, is a bug."""
+    `UserError`, and a ValueError by a `raise` in our own files, as that of a config, or of a model on a shape
+    that it cannot take. A ValueError by any other line, say `a, b = 1, 2, 3`, is a bug."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
