@@ -22,7 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import ar_model
-from support import checkpoints, data, drawn, pictures, runtime, sources
+from support import checkpoints, data, drawn, pictures, reading, runtime, sources
 from support.runtime import require
 
 # ---- 1. The same tokens, faster ----------------------------------------------------------------------------
@@ -363,8 +363,8 @@ def keep_rows(args, model, tokenizer):
     require(0 < keep < rows, f"--rows {keep}: of the {rows} rows of tokens, one or more must be left to draw")
     stride = tokenizer.config.downsampling
     try:
-        image = sources.decode(args.keep, upright=True)
-    except (sources.Unreadable, OSError) as error:
+        image = reading.decode(args.keep, upright=True)
+    except (reading.Unreadable, OSError) as error:
         raise runtime.UserError(f"--keep {args.keep} cannot be read as an image ({error})") from None
     image = data.View(rows * stride).pixels(image)[None]
     device = next(tokenizer.parameters()).device

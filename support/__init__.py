@@ -2,6 +2,7 @@
 
     shapes.py        the generated world: ten shapes, ten motions; numpy only
     reading.py       from files to RGB images, and to data sets that survive damaged files
+    layouts.py       what lies in a folder: which files are samples, of which class, of which part
     sources.py       where images and clips come from: folders, tar shards, torchvision, the generated world
     data.py          what a network sees of a file, in which order, on which rank; python -m support.data
     pictures.py      what a person looks at: grids, animations, curves; python -m support.pictures

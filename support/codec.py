@@ -91,33 +91,35 @@ def from_tokens(model, ids, shape, tile=None):
 # ---- 2. Files ----------------------------------------------------------------------------------------------
 
 def read_files(files, config):
-    """Yield (name, uint8 (3, [T,] H, W), frames a second) of files and folders; broken ones are left out."""
+    """Yield (name, path below the folder given, uint8 (3, [T,] H, W), frames a second) of files and folders;
+    broken ones, and moving ones for a tokenizer of images, are left out."""
     suffixes = reading.IMAGE_SUFFIXES + (reading.VIDEO_SUFFIXES if config.frames else ())
     if not files:
         held_out = sources.build_dataset("generated", "val", data.View(config.resolution, config.frames))
         for i in range(8):
-            yield f"generated-{i}", held_out[i][0], 10
+            yield f"generated-{i}", f"generated-{i}", held_out[i][0], 10
     paths = []
     for path in map(pathlib.Path, files):
         require(path.exists(), f"{path} does not exist; check the path")
         found = sorted(path.rglob("*")) if path.is_dir() else [path]
         found = [file for file in found if file.suffix.lower() in suffixes]
         require(found, f"{path}: this tokenizer takes {' '.join(suffixes)}, or a folder of them")
-        paths += found
-    for i, path in enumerate(paths):                       # numbered: two folders may hold the same name
+        paths += [(file, file.relative_to(path if path.is_dir() else path.parent)) for file in found]
+    for i, (path, below) in enumerate(paths):              # numbered: two folders may hold the same name
         try:
-            x, fps = read_file(path)
+            x, fps = read_file(path, bool(config.frames))
         except (reading.Unreadable, OSError) as error:     # anything else is a bug
             print(f"broken file left out: {path} ({error})")
         else:
-            yield f"{i}-{path.stem}", x, fps
+            yield f"{i}-{path.stem}", below.as_posix(), x, fps
 
 
-def read_file(path):
-    """(uint8 (3, H, W) or (3, T, H, W), frames a second or 0) of an image or a video. Raises `Unreadable`."""
-    if path.suffix.lower() in reading.IMAGE_SUFFIXES:
+def read_file(path, clips=False):
+    """(uint8 (3, H, W) or (3, T, H, W), frames a second or 0) of an image or, where `clips` are meant, a
+    video, turned upright. Raises `Unreadable`."""
+    if not (clips and reading.is_clip(path)):
         return pil_to_tensor(reading.decode(path, upright=True)), 0
-    frames = [pil_to_tensor(frame()) for frame in reading.video_frames(path)]
+    frames = [pil_to_tensor(frame()) for frame in reading.video_frames(path, upright=True)]
     if len({frame.shape for frame in frames}) != 1:
         raise reading.Unreadable("it has no frames, or frames of several sizes")
     return torch.stack(frames, dim=1), reading.frame_rate(path)
@@ -134,6 +136,9 @@ def write_file(folder, name, x, fps):
 
 def read_ids(path, identity):
     """What `encode` wrote to `path`: ([name, shape, frames a second, parts, tile] of each file, all arrays).
+
+    The arrays "0-0", "0-1", .. hold the ids of the first file's parts, "paths" and "classes" the files' paths
+    and the folders that these begin with.
 
     identity: the hash of the tokenizer's weights, which must have been the same. Raises `UserError`.
     """
@@ -200,9 +205,11 @@ def main(args):
         return
     arrays = {}
     encoded = []
-    for k, (name, x, fps) in enumerate(read_files(args.files, model.config)):
+    paths = []
+    for k, (name, path, x, fps) in enumerate(read_files(args.files, model.config)):
         ids = to_tokens(model, x, args.tile)
         encoded.append([name, list(x.shape), fps, len(ids), args.tile])
+        paths.append(path)
         tokens = sum(part.numel() for part in ids)
         bits = tokens * math.log2(model.quantizer.vocabulary) / x[0].numel()
         line = f"{name}: {' x '.join(map(str, x.shape[1:]))}, {tokens:,} tokens, {bits:.4f} bits a pixel"
@@ -216,7 +223,8 @@ def main(args):
     if args.command == "encode":
         about = {"tokenizer": identity, "ckpt": str(ckpt), "samples": encoded}
         with runtime.atomic(args.output or "runs/ids.npz") as temporary:
-            np.savez(temporary, about=np.array(json.dumps(about)), **arrays)
+            classes = [path.split("/")[0] if "/" in path else "" for path in paths]
+            np.savez(temporary, about=np.array(json.dumps(about)), paths=paths, classes=classes, **arrays)
         print(f"wrote {args.output or 'runs/ids.npz'}")
 
 

@@ -42,7 +42,8 @@ from tqdm import tqdm
 from support import loops, pictures, runtime, signals
 from support.reading import MAX_PIXELS, Unreadable
 from support.runtime import require
-from support.sources import SPLITS, build_dataset
+from support.shapes import SPLITS
+from support.sources import build_dataset
 
 # ---- 1. What a network sees of a file ----------------------------------------------------------------------
 
@@ -62,6 +63,8 @@ class View:
     resize: int = None                          # the shorter side before the crop (None: S)
     seed: int = 0                               # of crops and flips, where nobody gives another
     start: str = None                           # of clips in their video: center, random (None: as crop)
+    frame_stride: int = 1                       # of clips: every n-th frame of the video
+    drop_alpha: bool = False                    # what is transparent: not on white, but as if it were opaque
 
     def __post_init__(self):
         require(self.resize is None or self.resize >= self.image_size, f"--resize {self.resize} is smaller "

@@ -27,6 +27,7 @@ PILLOW_FORMATS = (".webp", ".gif")                 # animated images, for which 
 VIDEO_CODECS = {".mp4": ("libx264", {"crf": "16"}), ".mkv": ("libx264", {"crf": "16"}),
                 ".avi": ("mpeg4", {"qmin": "2", "qmax": "3"})}
 VIDEO_FORMATS = (*PILLOW_FORMATS, *VIDEO_CODECS)
+NOTE = "{} frames of {} ms"                        # of a moving image: Pillow writes equal frames as one
 PREVIEW_FPS = 10                                   # half the speed of most videos: 17 frames are short
 
 
@@ -137,8 +138,9 @@ def write_video(path, frames, fps=25):
     """Write frames, uint8 array (T, H, W, 3), atomically, in the format of the suffix.
 
     .mp4 and .mkv are H.264, .avi is MPEG-4, both close to what is seen but not exact, and padded to even
-    sides (their colours have half the resolution); .webp is exact; .gif has 256 colours a frame. Raises
-    `UserError` for other suffixes.
+    sides (their colours have half the resolution); .webp is exact; .gif has 256 colours a frame. Of these
+    two, equal frames become one that lasts longer; by a note in the file `video_frames` knows all of them.
+    Raises `UserError` for other suffixes.
     """
     suffix = pathlib.Path(path).suffix.lower()
     require(suffix in VIDEO_FORMATS, f"{path}: videos are written as {', '.join(VIDEO_FORMATS)}, not as "
@@ -146,8 +148,10 @@ def write_video(path, frames, fps=25):
     with runtime.atomic(path) as temporary:
         if suffix in PILLOW_FORMATS:
             first, *others = [Image.fromarray(frame) for frame in frames]
-            first.save(temporary, save_all=True, append_images=others, duration=round(1000 / fps), loop=0,
-                       lossless=True)
+            milliseconds = round(1000 / fps)
+            note = NOTE.format(len(frames), milliseconds).encode()
+            first.save(temporary, save_all=True, append_images=others, duration=milliseconds, loop=0,
+                       lossless=True, **{"comment" if suffix == ".gif" else "xmp": note})
             return
         av = import_av()
         codec, options = VIDEO_CODECS[suffix]

@@ -381,14 +381,15 @@ def test_a_broken_sample_is_left_out_and_counted(files, place, capfd):
     for i in range(120):
         content = b"GIF89a, cut" if i == chosen[2] else (folder / "000.gif").read_bytes()
         (folder / f"{i:03d}.gif").write_bytes(content)
-    first, second = [reconstruct(files["clips"], "--data-path", "clips", "--batch-size", size, "--metrics",
-                                 "psnr", "usage", "--num-samples", 6) for size in (2, 3)]
+    first, second = [reconstruct(files["clips"], "--data-path", "classes:clips", "--batch-size", size,
+                                 "--metrics", "psnr", "usage", "--num-samples", 6) for size in (2, 3)]
     assert (first["n"], first["data"]["n"]) == (5, 6) and "broken clip skipped" in capfd.readouterr().err
     # Convolutions of another batch size add in another order, which may tip a pixel to the next level.
     assert values(first) == pytest.approx(values(second), rel=1e-6)
     for i in chosen[:2]:
         (folder / f"{i:03d}.gif").write_bytes(b"GIF89a, cut")
-    refused("more than 1 %", reconstruct, files["clips"], "--data-path", "clips", "--metrics", "psnr")
+    refused("more than 1 %", reconstruct, files["clips"], "--data-path", "classes:clips", "--metrics",
+            "psnr")
 
 
 def test_tokens_tell_apart_without_a_network_and_say_what_real_ones_have(files, place, monkeypatch):

@@ -1,0 +1,323 @@
+"""What lies in a folder: which files are samples, which label each has, which part of a data set it is.
+
+Every layout is either read as what it is, or refused in a line that names the folder or the command to use.
+"""
+import bisect
+import collections
+import contextlib
+import json
+import os
+import pathlib
+import re
+import sys
+import time
+
+import numpy as np
+import scipy.io
+from tqdm import tqdm
+
+from support import runtime, shapes
+from support.reading import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Unreadable, is_clip
+from support.runtime import UserError, require
+
+# ---- 1. Parts: train, val, test ----------------------------------------------------------------------------
+
+SPLITS = shapes.SPLITS
+PARTS = {"train": ["train"], "val": ["val", "test"], "test": ["test", "val"]}    # what serves as which split
+# Which part of a data set a folder of this name is. Others only look like one, as train2017 and seg_train do.
+PART_FOLDERS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
+                "test": "test", "testing": "test"}
+LIKE_A_PART = r"(?:.*[\W_])?(tra|val|tes)(?:in|ining|id|idation|t|ting)?(?:[\W_\d].*)?"
+
+
+def choose_split(folder, split):
+    """(the folder that holds `split`, which part of the data set it is or None, train/ beside it or None)."""
+    folders = sorted(item.name for item in os.scandir(folder) if item.is_dir() and item.name[0] != ".")
+    found = [name for name in folders if name.lower() in PART_FOLDERS]
+    parts = {PART_FOLDERS[name.lower()]: name for name in found}
+    if not found:
+        looks = [re.fullmatch(LIKE_A_PART, name, re.IGNORECASE) for name in folders]
+        likely = [match[0] for match in looks if match]
+        require(len({match[1] for match in looks if match}) < 2, f"--data-path {folder} has "
+                f"{', '.join(likely[:4])}: if these are no classes, call them train, val and test, or give "
+                f"one, such as {os.path.join(folder, *likely[-1:])}")
+        return folder, None, None
+    advice = f"give the folder to read, such as {folder / found[0]}"
+    require(len(found) == len(parts), f"--data-path {folder} has {', '.join(found)}, of which two are the "
+                                      f"same part; {advice}")
+    others = [name for name in folders if name not in found]
+    require(len(parts) > 1 or not others, f"--data-path {folder} has {found[0]}/ beside "
+            f"{', '.join(others[:3])}: is it a split or a class? Rename it, or {advice}")
+    part = next((part for part in PARTS[split] if part in parts), None)
+    require(part, f"--data-path {folder} has {' and '.join(found)} but no {' or '.join(PARTS[split])} "
+                  f"folder; add one, or {advice}")
+    say_part(folder / parts[part], part, split)
+    return folder / parts[part], part, folder / parts["train"] if len(parts) > 1 and part != "train" else None
+
+
+def say_part(name, part, split):
+    """Say so where another part stands in for `split`."""
+    if part and part != split:
+        careful = ": a number that something was chosen by is no test result" if part == "test" else ""
+        runtime.print_main(f"{name} serves as {split}, as there is no such part{careful}")
+
+
+# ---- 2. What is not read -----------------------------------------------------------------------------------
+
+UNTAR = "for f in n*.tar; do mkdir ${f%.tar} && tar -xf $f -C ${f%.tar} && rm $f; done"
+UNTAR_ALL = f"mkdir train && tar -xf it -C train && cd train && {UNTAR}"
+README = "README.md has the commands under 'ImageNet, from where you have it'"
+# Names of files, as of glob; what they are; how they come into a form that is read.
+FOREIGN = [
+    ("ILSVRC2012_img_train*.tar", "ImageNet's tar of tars", UNTAR_ALL),
+    ("n????????.tar", "ImageNet's tars, one for each class", f"in their folder, {UNTAR}"),
+    ("*.tar", "tar files", "name them by a pattern, such as --data-path '{folder}/*.tar'"),
+    ("*.tar.gz *.tgz *.tar.bz2 *.tar.xz", "packed tar files", "unpack them (tar -xf), and give the folder"),
+    ("*.zip *.rar *.7z", "an archive", "unpack it, and give the folder (a zip with dataset.json is read so)"),
+    ("*.parquet", "parquet files, as of Hugging Face", README),
+    ("*.arrow dataset_dict.json", "what save_to_disk of Hugging Face's datasets wrote", README),
+    ("data.mdb *.lmdb *.mdb", "an LMDB", "write its values out as files, class/name.jpg"),
+    ("data_batch_* cifar-100*", "CIFAR's pickles", "give torchvision:CIFAR10 or torchvision:CIFAR100"),
+    ("*.npz *.npy", "arrays of numpy", "write each out, by PIL's Image.fromarray(x).save('class/name.png')"),
+    ("*.tfrecord* *.h5 *.hdf5 *.rec *.mat *.pkl *.pickle", "records of another library",
+     "write them out as files, class/name.png")]
+
+
+def no_samples(path, suffixes):
+    """The `UserError` for a file or folder `path` in which no file is read: what it is, if that is known."""
+    path = pathlib.Path(path)
+    for patterns, what, way_out in FOREIGN:
+        for pattern in patterns.split():
+            found = [path] if path.is_file() and path.match(pattern) else path.rglob(pattern)
+            for file in found:
+                return UserError(f"--data-path {path} holds no images or videos that are read, but {what} "
+                                 f"({file.name}): {way_out.replace('{folder}', str(file.parent))}")
+    require(not path.is_file(), f"--data-path {path} is a single file; give a folder of images, or tar files "
+                                f"such as 'shards-{{000..127}}.tar'")
+    return UserError(f"--data-path {path} holds no images or videos of the kind asked for "
+                     f"({' '.join(suffixes)})")
+
+
+# ---- 3. Samples and their labels ---------------------------------------------------------------------------
+
+PAGES = r"\d{5,}(_\d+)?"                         # 00000/ 01000/ .. as of FFHQ and WebVid: parts of one heap
+
+
+def find_samples(folder, of_clips, typed, known=False):
+    """(classes, paths from `folder` on as a bytearray for `Strings`, labels int64) of images or clips.
+
+    classes: [] where there are none, else the labels count them. typed: --data-path, where "classes:" before
+    the folder says that its subfolders are classes, whatever they look like, "unlabelled:" that none are.
+    known: the names of the classes will be compared with those of a training set. Raises `UserError` for what
+    is no list of classes, or could be something else. Says what is left out.
+    """
+    suffixes = VIDEO_SUFFIXES if of_clips else IMAGE_SUFFIXES
+    found, left_out = list_files(folder, suffixes)
+    if of_clips and not any(number for *_, number in found):
+        found, left_out = moving_or_frames(folder, *list_files(folder, IMAGE_SUFFIXES))
+    places = [place for place, _, number in found if number]
+    if not places:
+        raise no_samples(folder, suffixes)
+    if left_out:
+        text = ", ".join(f"{left_out[suffix]:,} {suffix}" for suffix in sorted(left_out)[:8])
+        runtime.print_main(f"{folder}: files that are not read: {text}")
+    names = bytearray().join(text for _, text, _ in found)
+    given = given_labels(folder, names)
+    if given:
+        return given[0], names, given[1]
+    counts = collections.Counter()
+    for place, _, number in found:
+        counts[place.split(os.sep)[0]] += number
+    flat = counts.pop("", 0)
+    if typed.startswith("unlabelled:") or not any(counts.values()):
+        return [], names, np.zeros(flat + sum(counts.values()), np.int64)
+    require(not flat, f"--data-path {folder} holds class subfolders and {flat} files beside them; move all "
+                      f"into subfolders, or none")
+    empty = [name for name in counts if not counts[name]]
+    if empty:
+        runtime.print_main(f"{folder}: {len(empty)} subfolders hold no file that can be read "
+                           f"({' '.join(suffixes)}), so they are no classes: {', '.join(empty[:5])}")
+    classes = [name for name in counts if counts[name]]
+    if not typed.startswith("classes:"):
+        check_classes(folder, classes, places, known, typed)
+    return classes, names, np.repeat(np.arange(len(classes)), [counts[name] for name in classes])
+
+
+def check_classes(folder, classes, places, known, typed):
+    """Raise `UserError` unless the subfolders `classes` can be meant as such. places: all that hold files."""
+    anyway = (f"say what is meant: --data-path classes:{typed} (its subfolders, or those of its train/, are "
+              f"classes) or unlabelled:{typed} (there are none)")
+    common = os.path.commonpath(places)
+    require(not common or (known and common == classes[0]), f"--data-path: all that {folder} holds lies in "
+            f"one folder; give {os.path.join(folder, common)}, or {anyway}")
+    deep = [place for place in places if os.sep in place]
+    require(not deep, f"--data-path: {os.path.join(folder, *deep[:1])} lies deeper than a class; give the "
+                      f"folder whose subfolders are the classes, or {anyway}")
+    require(not all(re.fullmatch(PAGES, name) for name in classes), f"--data-path: {', '.join(classes[:2])}, "
+            f".. in {folder} look like parts of one heap, not like classes; {anyway}")
+
+
+def given_labels(folder, names):
+    """(classes, labels) by a file beside the images, None without. Two are read: dataset.json as EDM and
+    StyleGAN write it, and of ImageNet's validation images Kaggle's list or the official devkit's."""
+    path = pathlib.Path(folder, "dataset.json")
+    if path.is_file():
+        return labels_of_json(path, path.read_bytes(), listed(names))
+    if not re.match(rb"ILSVRC2012_val_\d{8}\.\w+\0", names):
+        return None
+    for place in path.absolute().parents[:5]:           # Kaggle's list lies four folders up
+        wnids = wnids_beside(place)
+        if wnids:
+            missing = [name for name in listed(names) if name[:23] not in wnids]
+            require(not missing, f"the list of labels in {place} lacks {missing[:1]} of {folder}")
+            classes = sorted(set(wnids.values()))
+            number = {name: i for i, name in enumerate(classes)}
+            return classes, np.array([number[wnids[name[:23]]] for name in listed(names)])
+    runtime.print_main(f"{folder} has no labels: where they are needed, put Kaggle's LOC_val_solution.csv or "
+                       f"the folder ILSVRC2012_devkit_t12 beside it")
+    return None
+
+
+def listed(names):
+    """The strings in a bytearray for `Strings`."""
+    return os.fsdecode(bytes(names)).split("\0")[:-1]
+
+
+def wnids_beside(place):
+    """{image: class} of ImageNet's validation images by a list in the folder `place`, {} without."""
+    kaggle = place / "LOC_val_solution.csv"
+    if kaggle.is_file():
+        return dict(re.findall(r"^(\w+),(n\d{8})\b", kaggle.read_text(), re.MULTILINE))
+    for folder in (place, place / "data", place / "ILSVRC2012_devkit_t12" / "data"):
+        truth = folder / "ILSVRC2012_validation_ground_truth.txt"
+        if truth.is_file() and (folder / "meta.mat").is_file():           # numbers, and what these mean
+            synsets = scipy.io.loadmat(folder / "meta.mat", squeeze_me=True)["synsets"]
+            wnid = {int(one["ILSVRC2012_ID"]): str(one["WNID"]) for one in synsets}
+            numbers = map(int, truth.read_text().split())
+            return {f"ILSVRC2012_val_{i:08d}": wnid[number] for i, number in enumerate(numbers, 1)}
+    return {}
+
+
+def labels_of_json(path, text, names):
+    """(classes, labels) of images `names` by the text of a dataset.json, whose "labels" null means none."""
+    try:
+        known = json.loads(text)["labels"]
+        number = {name: int(label) for name, label in known or ()}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no list of labels as EDM and StyleGAN write it ({error!r}); mend it, or "
+                        f"remove it") from None
+    if known is None:
+        return [], np.zeros(len(names), np.int64)
+    labels = [number.get(name.replace(os.sep, "/"), -1) for name in names]
+    require(min(labels) >= 0, f"{path} has no label for {labels.count(-1)} images, such as "
+                              f"{names[labels.index(min(labels))]}")
+    return [str(i) for i in range(max(labels) + 1)], np.array(labels)
+
+
+# ---- 4. All files below a folder ---------------------------------------------------------------------------
+
+def watched(items, title, size=lambda item: 1, unit="files"):
+    """Yield `items`, and show on rank 0 how many have passed: a bar on a terminal, elsewhere a line after a
+    second and every half minute. size: how many of `unit` an item is."""
+    total = len(items) if hasattr(items, "__len__") else None
+    of = f" of {total:,}" if total else ""
+    count = 0
+    due = time.monotonic() + 1
+    silent = None if runtime.is_main() else True          # None: silent if this is no terminal
+    with tqdm(desc=title, total=total, unit=f" {unit}", leave=False, disable=silent) as bar:
+        for item in items:
+            count += size(item)
+            bar.update(size(item))
+            if bar.disable and time.monotonic() > due:
+                runtime.print_main(f"{title}: {count:,}{of} {unit}")
+                due = time.monotonic() + 30
+            yield item
+
+
+def list_files(folder, suffixes):
+    """([(subfolder, the paths of its files with a NUL after each, their number)], {suffix: other files}).
+
+    Sorted. Ignored is whatever is hidden (macOS leaves a "._name.jpg" beside "name.jpg"), and what links lead
+    to a second time.
+    """
+    left_out = collections.Counter()
+    walk = files_below(folder, suffixes, left_out)
+    walk = watched(walk, f"looking through {folder}", lambda item: item[2])
+    found = [(place, os.fsencode(text), number) for place, text, number in walk]
+    return sorted(found, key=lambda part: (part[0].split(os.sep)[0], part[0])), left_out
+
+
+def moving_or_frames(folder, found, left_out):
+    """What `list_files` found of pictures, as clips: each by itself where they move; else each folder of
+    numbered ones, such as class/clip/00001.jpg. Raises `UserError` where they are neither."""
+    found = [part for part in found if part[2]]
+    if not found:
+        return found, left_out
+    first = os.path.join(folder, os.fsdecode(found[0][1].split(b"\0")[0]))
+    with contextlib.suppress(OSError, Unreadable):
+        if is_clip(first):
+            return found, left_out
+    clips = []
+    for place, text, number in found:
+        numbers = re.findall(rb"(\d+)[^\d/]*\.\w+\0", text)
+        require(place and len(set(map(int, numbers))) == number > 1, f"--data-path {folder} holds no videos, "
+                f"and {os.path.join(folder, place)} is no clip, which is a folder of numbered pictures below "
+                f"the folder to give; for images, leave --frames out")
+        clips.append((os.path.dirname(place), os.fsencode(place) + b"\0", 1))
+    runtime.print_main(f"{folder}: {len(clips)} folders of numbered pictures are read as clips")
+    return clips, left_out
+
+
+def files_below(folder, suffixes, left_out):
+    """Yield (path from `folder` on, the paths of its files, a NUL after each, their number) of all folders.
+
+    Files are sorted; a folder that links lead to a second time has none then. No file is asked what it is,
+    for its name tells; nor is each name looked at, where all have the same suffix. So this takes a third of
+    the time of torchvision's ImageFolder. left_out: counts the other files, by suffix.
+    """
+    seen = set()
+    todo = [("", os.path.realpath(folder))]
+    while todo:
+        place, real = todo.pop()
+        if real in seen:                                  # a link has led here before
+            yield place, "", 0
+            continue
+        seen.add(real)
+        try:
+            names = sorted(os.listdir(os.path.join(folder, place)))
+        except OSError as error:
+            raise UserError(f"--data-path: {error.filename} may not be read; let it be") from None
+        start = os.path.join(place, "")
+        text = "".join([start, f"\0{start}".join(names), "\0"])
+        suffix = os.path.splitext(names[0])[1] if names else ""
+        is_plain = suffix.lower() in suffixes and text.count(f"{suffix}\0") == len(names)
+        if not is_plain or bisect.bisect(names, ".") < bisect.bisect(names, "/"):      # "." + 1: hidden ones
+            names = [name for name in names if name[0] != "."]
+            others = [name for name in names if not name.lower().endswith(suffixes)]
+            names = [name for name in names if name.lower().endswith(suffixes)]
+            text = "".join(f"{start}{name}\0" for name in names)
+            for name in reversed(others):                 # so that the first is the next to be looked into
+                path = os.path.join(folder, start + name)
+                if os.path.isdir(path):
+                    end = os.path.realpath(path) if os.path.islink(path) else os.path.join(real, name)
+                    todo.append((start + name, end))
+                else:
+                    left_out[os.path.splitext(name)[1].lower() or "without suffix"] += 1
+        yield place, text, len(names)
+
+
+def read_split_list(path, classes):
+    """(`classes` in UCF-101's order, the set of clips listed) of one of its official lists.
+
+    A class is numbered by classInd.txt beside the list, or by its lines "Class/clip.avi 7". Without numbers,
+    names decide, which is another order for four of them (HammerThrow, Hammering, ..).
+    """
+    path = pathlib.Path(path)
+    require(path.is_file(), f"--split-list {path} does not exist; check the path")
+    clips = re.findall(r"^(\S+\.\w+)", path.read_text(), re.MULTILINE)
+    require(clips, f"--split-list {path} names no clips")
+    number = dict(re.findall(r"^(\S+)/\S+ +(\d+)", path.read_text(), re.MULTILINE))
+    index = path.with_name("classInd.txt")
+    if index.exists():
+        number = {name: i for i, name in re.findall(r"^(\d+) +(\S+)", index.read_text(), re.MULTILINE)}
+    return sorted(classes, key=lambda name: (int(number.get(name, sys.maxsize)), name)), set(clips)
