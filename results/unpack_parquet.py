@@ -2,19 +2,39 @@
 
     python results/unpack_parquet.py data imagenet  # data/train-00000-of-00294.parquet: imagenet/train/0000/..
 
-The columns are "image", a struct with the file's "bytes", and "label", a number. Needs pyarrow.
+The columns are "image", a struct with the file's "bytes", and "label", a number.
 """
+import argparse
 import pathlib
 import sys
 
-import pyarrow.parquet
 
-source, target = map(pathlib.Path, sys.argv[1:])
-for file in sorted(source.glob("*.parquet")):
-    part = file.name.split("-")[0]                        # train, validation or test
-    batches = pyarrow.parquet.ParquetFile(file).iter_batches(256, columns=["image", "label"])
-    for k, batch in enumerate(batches):
-        for i, row in enumerate(batch.to_pylist()):
-            path = target / part / f"{row['label']:04d}" / f"{file.stem}-{k}-{i}.jpg"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(row["image"]["bytes"])
+def get_args(argv=None):
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("source", type=pathlib.Path, help="folder of the parquet files")
+    parser.add_argument("target", type=pathlib.Path, help="folder to write to")
+    return parser.parse_args(argv)
+
+
+def main(args):
+    """Write a file for each row, into a folder for each label."""
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        sys.exit("error: pyarrow is not installed: pip install pyarrow")
+    files = sorted(args.source.glob("*.parquet"))
+    if not files:
+        sys.exit(f"error: {args.source} holds no *.parquet; check the path")
+    for file in files:
+        part = file.name.split("-")[0]                    # train, validation or test
+        batches = pyarrow.parquet.ParquetFile(file).iter_batches(256, columns=["image", "label"])
+        for k, batch in enumerate(batches):
+            for i, row in enumerate(batch.to_pylist()):
+                path = args.target / part / f"{row['label']:04d}" / f"{file.stem}-{k}-{i}.jpg"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(row["image"]["bytes"])
+
+
+if __name__ == "__main__":
+    main(get_args())
