@@ -1,6 +1,7 @@
 # make demo        install into .venv, train the toy models on generated images, leave images and numbers in runs/
 # make demo-video  the same for clips: an image tokenizer, inflated to one of clips, and a transformer that draws clips
 # make test        install into .venv with the test tools, run all tests; make test-fast those of seconds
+# make notebook    install what lecture.ipynb needs, and open it in a browser
 # make report      one page of all that lies in runs/, to open in a browser: runs/report.html
 # make claims      the paper's claims on small models, three seeds each: hours; results/claims.md
 # make test-slurm  results/slurm.sh under a real Slurm of two nodes, for root on Debian or Ubuntu: ten minutes
@@ -15,7 +16,7 @@ RUN := GOMP_SPINCOUNT=10000 $(VENV)/bin/python
 # Tests are many small runs: two at a time, one thread each; who has none left takes some of the other's.
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo demo-video report test test-fast test-slurm claims bench clean
+.PHONY: demo demo-video notebook report test test-fast test-slurm claims bench clean
 
 demo: $(VENV)/installed
 	$(RUN) train_tokenizer.py --resume
@@ -42,11 +43,14 @@ test-fast: $(VENV)/tested
 test-slurm: $(VENV)/tested
 	$(VENV)/bin/python tests/slurm.py
 
+notebook: $(VENV)/installed
+	$(VENV)/bin/python -m pip install --quiet notebook ipykernel
+	$(VENV)/bin/python -m notebook lecture.ipynb
+
 report: $(VENV)/installed
 	$(RUN) results/report.py runs
 
 claims: $(VENV)/installed
-	$(VENV)/bin/python -m pip install --quiet --editable '.[curves]'
 	$(RUN) results/claims.py
 
 bench: $(VENV)/installed
@@ -60,7 +64,7 @@ $(VENV)/bin/python:
 		$(PYTHON) -m virtualenv $(VENV); }
 
 $(VENV)/installed: pyproject.toml | $(VENV)/bin/python
-	$(VENV)/bin/python -m pip install --quiet --editable .
+	$(VENV)/bin/python -m pip install --quiet --editable '.[curves]'
 	touch $@
 
 $(VENV)/tested: pyproject.toml | $(VENV)/bin/python

@@ -23,7 +23,7 @@ from support.runtime import require                                        # noq
 
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>Report</title><style>
+<title>What the runs made</title><style>
 body { max-width: 1100px; margin: auto; padding: 12px; font: 15px/1.4 sans-serif; overflow-wrap: anywhere }
 img, svg { display: block; max-width: 100%; height: auto } figure { margin: 0 0 8px } small { color: #555 }
 svg { width: 100%; height: 80px; background: #f4f4f4; fill: none; stroke: #06c }
@@ -33,7 +33,7 @@ pre, .wide { overflow-x: auto } td, th { padding-right: 16px; text-align: left; 
 .bits { display: flex; flex-wrap: wrap; gap: 4px; font-size: 12px } .bit { width: 18px; text-align: center }
 .bit i { display: block; height: 60px; background: linear-gradient(#06c, #06c) bottom no-repeat #f4f4f4 }
 .dead { color: #c00; font-weight: bold } .bit.dead i { background-color: #fcc }
-</style></head><body><h1>Report</h1>
+</style></head><body><h1>What the runs made</h1>
 """
 
 
@@ -115,13 +115,16 @@ def run_section(folder):
     """HTML of a training run: its curves, newest pictures, bits, ids, settings."""
     curves = pictures.read_metrics(folder, (int, float, list))
     balances = curves.pop("bit_balance", {})               # the only list
-    page = f'<h2>{html.escape(folder.name)}: step {max(curves.pop("step", [0]))}</h2><div class="panels">'
-    for name in curves:
-        if name.removeprefix("val_") not in curves.keys() - {name}:
-            page += chart(name, curves[name], curves.get(f"val_{name}", {}))
-    page += "</div>"
+    page = f'<h2>Training: {html.escape(folder.name)}, step {max(curves.pop("step", [0]))}</h2>'
     for path in newest(folder, "reconstructions-*") + newest(folder, "samples-*"):
         page += embed(path, errors=path.name.startswith("reconstructions"))
+    page += '<div class="panels">'
+    for name in curves:
+        values = {**curves[name], **curves.get(f"val_{name}", {})}.values()
+        constant = len(values) > 2 and len(set(values)) == 1             # as the number of dead bits, 0
+        if not constant and name.removeprefix("val_") not in curves.keys() - {name}:
+            page += chart(name, curves[name], curves.get(f"val_{name}", {}))
+    page += "</div>"
     for balance in list(balances.values())[-1:]:
         page += bit_bars(balance)
     with contextlib.suppress(runtime.UserError, OSError):                # one of its files may be deleted
@@ -135,12 +138,15 @@ def run_section(folder):
 def evaluation_section(path):
     """HTML of what evaluate.py has measured: a table, its grid, and how it was measured."""
     record = runtime.read_json(path)
-    page = f'<h2>{html.escape(path.stem)}</h2><div class="wide"><table>'
+    measured = record.get("checkpoint", {}).get("path") or path.stem
+    title = f"{record.get('command', 'measurement')} of {measured}".capitalize()
+    page = f"<h2>{html.escape(title)}</h2>"
+    page += "".join(embed(grid, errors=True) for grid in newest(path.parent, path.stem))
+    page += '<div class="wide"><table>'
     for name, entry in record.pop("metrics", {}).items():
         cells = (name, f"{float(entry['value']):.5g}", f"{entry['measured_on']} {entry['label']}")
         page += f"<tr><td>{'</td><td>'.join(map(html.escape, cells))}</td></tr>"
-    page += "</table></div>" + "".join(embed(grid, errors=True) for grid in newest(path.parent, path.stem))
-    return page + folded(record)
+    return page + "</table></div>" + folded(record)
 
 
 def main(args):
@@ -148,8 +154,9 @@ def main(args):
     page = PAGE
     for folder in map(pathlib.Path, args.runs):
         require(folder.is_dir(), f"{folder} is no folder; name that of your runs, such as runs")
-        sections = [evaluation_section(path) for path in sorted(folder.glob("evaluation/*.json"))]
-        sections += [f"<h2>samples</h2>{embed(path)}" for path in newest(folder / "samples", "*")]
+        sections = [f"<h2>Samples</h2>{embed(path)}" for path in newest(folder / "samples", "*")]
+        measured = sorted(folder.glob("evaluation/*.json"), key=lambda path: path.name[:5] != "recon")
+        sections += [evaluation_section(path) for path in measured]
         logs = sorted(folder.rglob("metrics.jsonl"), key=os.path.getmtime)
         sections += [run_section(path.parent) for path in logs]
         page += "\n".join(sections) or f"<p>There is nothing in {html.escape(str(folder))} yet.</p>"

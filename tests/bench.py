@@ -108,7 +108,8 @@ def measure_entropy(form, bits, tokens, seed):
 
 def entropy(args, device):
     """The exact term, its approximations and the dense softmax: time and memory of forward and backward."""
-    rows = []
+    print(f"entropy term, K = {args.bits}, forward and backward, fp32, CPU, {torch.get_num_threads()} threads")
+    print("tokens N | form | time | memory | time of exact", flush=True)
     for tokens in args.tokens:
         found = {}                                                         # {form: of the last N}
         for form in (*tokenizer.JOINT_BITS, "dense"):
@@ -116,11 +117,8 @@ def entropy(args, device):
                 seconds, mib = in_own_process(measure_entropy, form=form, bits=args.bits, tokens=tokens,
                                               seed=args.global_seed)
                 found[form] = {"ms": seconds * 1e3, "MiB": mib}
-                rows.append([tokens, form, f"{seconds * 1e3:.1f} ms", f"{mib:.0f} MiB",
-                             f"{found[form]['ms'] / found['exact']['ms']:.3g} x"])
-    threads = torch.get_num_threads()
-    print(f"entropy term, K = {args.bits}, forward and backward, fp32, CPU, {threads} threads")
-    loops.print_table(rows, ["tokens N", "form", "time", "memory", "time of exact"])
+                print(f"{tokens} | {form} | {seconds * 1e3:.1f} ms | {mib:.0f} MiB | "
+                      f"{found[form]['ms'] / found['exact']['ms']:.3g} x", flush=True)
     if args.output:
         runtime.write_json(args.output, found)
 
