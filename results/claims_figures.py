@@ -134,17 +134,23 @@ def table(name, claim, rows):
 LOGARITHMIC = ("parameters", "flops", "images")                           # horizontal axes
 
 
-def draw(claim, sources, path):
+def draw(claim, sources, path, small=False):
     """Write a claim's figure: a panel for each figure, whiskers of one deviation; dots for the stored rows in
-    `sources`, crosses for the reader's own."""
+    `sources`, crosses for the reader's own. small: two of the panels, to be read at a width of 300."""
     pyplot = pictures.import_pyplot()
     names = list(claim.settings[0])
     laws = power_laws(claim, sources[0])
     xs = claim.x if isinstance(claim.x, list) else [claim.x]
     numbers = xs[0] in claim.figures or isinstance(claim.settings[0][xs[0]], (int, float))
-    shown = [(x, quantity) for x in xs for quantity in claim.figures if quantity not in (*xs, "flops")]
+    varied = means(claim, sources[0]).values()
+    varied = [quantity for quantity in claim.figures
+              if len({found[quantity][0] for found in varied if quantity in found}) > 1]
+    shown = [(x, quantity) for x in xs for quantity in varied if quantity not in (*xs, "flops")]
+    if small:                                                # how well, and how: what the claims are about
+        shown = sorted(shown, key=lambda one: one[1] != "usage")[:2][::-1] if "usage" in varied else shown[:2]
+    width, height = (2.1, 2.2) if small else (3.1, 3.4)
     figure, panels = pyplot.subplots(1, len(shown), squeeze=False,
-                                     figsize=(3.1 * len(shown), 3.4 if numbers else 4.4))
+                                     figsize=(width * len(shown), height + (0 if numbers else 1)))
     for panel, (x, quantity) in zip(panels[0], shown):
         panel.set_title(quantity)
         panel.set_xlabel(x)
@@ -169,9 +175,9 @@ def draw(claim, sources, path):
         if not numbers:
             pyplot.setp(panel.get_xticklabels(), rotation=50, ha="right", rotation_mode="anchor")
     if claim.lines:
-        panels[0][0].legend(title=claim.lines, frameon=False, fontsize=8)
+        panels[0][-1 if small else 0].legend(title=claim.lines, frameon=False, fontsize=6 if small else 8)
     figure.tight_layout()
-    save(figure, path)
+    save(figure, path, 150 if small else 80)
 
 
 def side_by_side(names, runs_dir, path):
@@ -197,10 +203,10 @@ def side_by_side(names, runs_dir, path):
     save(figure, path)
 
 
-def save(figure, path):
+def save(figure, path, dpi=80):
     """Write a figure of matplotlib as PNG and forget it."""
     with runtime.atomic(path) as temporary:
-        figure.savefig(temporary, dpi=80, format="png")
+        figure.savefig(temporary, dpi=dpi, format="png")
     pictures.import_pyplot().close(figure)
 
 
@@ -219,6 +225,8 @@ def write_results(claims, paths, args):
         if rows:
             tables.append(table(name, claim, rows))
             draw(claim, [rows, yours], figures / f"{name}.png")
+            if name != "losses":                             # of which README shows images
+                draw(claim, [rows, yours], figures / f"{name}-small.png", small=True)
     losses = [setting["loss"] for setting in claims["losses"].settings]
     side_by_side(losses, pathlib.Path(args.runs_dir), figures / "losses-images.png")
     with runtime.atomic(pathlib.Path(args.csv_dir) / "claims.md") as temporary:
