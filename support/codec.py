@@ -156,6 +156,8 @@ def read_ids(path, identity):
 
 # ---- 3. The command line -----------------------------------------------------------------------------------
 
+PHOTO = pathlib.Path(__file__).parent.parent / "assets" / "photo.pt"
+
 def compare(model, x, y, tile):
     """(uint8 original, reconstruction and four times their difference side by side, what to say of them)."""
     psnr = metrics.psnr(metrics.as_frames(x[None]), metrics.as_frames(y[None])).mean()
@@ -175,7 +177,8 @@ def get_args(argv=None):
                         choices=("reconstruct", "encode", "decode"),
                         help="files beside their reconstructions and errors; files to ids; ids to files")
     parser.add_argument("files", nargs="*", help="images, clips or folders; for decode the npz of encode")
-    parser.add_argument("--ckpt", help="a file or a published name; not given: the newest of runs/tokenizer")
+    parser.add_argument("--ckpt", help="a file or a published name; not given: the newest of runs/tokenizer, "
+                        "or where there is none assets/photo.pt")
     parser.add_argument("--output", help="folder, or for encode the npz (runs/reconstructions, runs/ids.npz)")
     parser.add_argument("--tile", type=runtime.bounded(int, 64), help="cut images into tiles of so many "
                         "pixels that overlap, for less memory; GroupNorm then sees the mean of a tile, not "
@@ -188,7 +191,10 @@ def get_args(argv=None):
 def main(args):
     """Run the command."""
     device = runtime.setup_process_group(args.device)
-    ckpt = args.ckpt or runtime.latest_checkpoint("runs/tokenizer", "tokenizer")
+    ckpt = args.ckpt or next(reversed(runtime.list_checkpoints("runs/tokenizer")), PHOTO)
+    if ckpt == PHOTO:
+        print("runs/tokenizer is empty, so this is assets/photo.pt, a small tokenizer of photographs, 18 bits "
+              "for 4 x 4 pixels; the published ones, see --ckpt, are 160 times larger")
     model, info = checkpoints.load_tokenizer(ckpt, not args.raw_weights)
     model.to(device)
     print(f"{ckpt}: {info['preset']}, {info['weights']} weights")

@@ -78,9 +78,11 @@ FOREIGN = [
     ("*.arrow dataset_dict.json", "what save_to_disk of Hugging Face's datasets wrote", README),
     ("data.mdb *.lmdb *.mdb", "an LMDB", "write its values out as files, class/name.jpg"),
     ("data_batch_* cifar-100*", "CIFAR's pickles", "give torchvision:CIFAR10 or torchvision:CIFAR100"),
+    ("*-ubyte *-ubyte.gz", "MNIST's arrays", "give torchvision:MNIST or torchvision:FashionMNIST"),
     ("*.npz *.npy", "arrays of numpy", "write each out, by PIL's Image.fromarray(x).save('class/name.png')"),
     ("*.tfrecord* *.h5 *.hdf5 *.rec *.mat *.pkl *.pickle", "records of another library",
-     "write them out as files, class/name.png")]
+     "write them out as files, class/name.png"),
+    (" ".join(f"*{suffix}" for suffix in VIDEO_SUFFIXES), "videos", "these are for a preset of clips (--frames)")]
 
 
 def no_samples(path, suffixes):

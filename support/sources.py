@@ -141,8 +141,10 @@ def index_of(pattern):
     shards, or in the cache if that cannot be written to, in a file that is named after the names, sizes and
     times of all shards: once these are others, it is not found.
     """
-    shards = [path for one in expand_braces(pattern)
-              for path in (sorted(glob.glob(one)) if "*" in one and not os.path.exists(one) else [one])]
+    shards = []
+    for path in expand_braces(pattern):
+        is_pattern = re.search(r"[*?[]", path) and not os.path.exists(path)
+        shards += sorted(glob.glob(path)) if is_pattern else [path]
     require(shards, f"--data-path {pattern}: no file has such a name; check the path and the pattern")
     missing = [shard for shard in shards if not os.path.isfile(shard)]
     require(not missing, f"--data-path {pattern}: {len(missing)} of {len(shards)} shards missing "
@@ -248,7 +250,8 @@ class Zip(Samples):
     def __init__(self, path, view):
         try:
             with zipfile.ZipFile(path) as file:
-                names = [name for name in file.namelist() if name.lower().endswith(IMAGE_SUFFIXES)]
+                names = [name for name in file.namelist() if name.lower().endswith(IMAGE_SUFFIXES)
+                         and os.path.basename(name)[0] != "."]
                 text = file.read("dataset.json") if "dataset.json" in file.namelist() else None
         except zipfile.BadZipFile as error:
             raise UserError(f"--data-path {path} is damaged ({error}); copy or download it again") from None
@@ -399,7 +402,7 @@ def named_dataset(data_path, split, view, split_list, length, classes):
         return Folder(folder, view, part, classes, train, typed=typed)
     require(not meant, f"--data-path {typed} is no folder; check the path")
     require(not view.frames, f"--data-path {path} is no folder of videos; check the path")
-    if path.endswith(".tar") or "{" in path or "*" in path:
+    if path.endswith(".tar") or re.search(r"[*?{]", path):
         return TarShards(path, view)
     require(os.path.exists(path), f"--data-path {path} does not exist; check the path")
     if zipfile.is_zipfile(path) and path.endswith(".zip"):
