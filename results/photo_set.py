@@ -21,7 +21,8 @@ SIDE = 96
 # (folder below the packages, suffix, shorter side before cutting: tiles at most)
 SOURCES = [("usr/share/backgrounds", ".jpg", {256: 20, 512: 30}),
            ("usr/share/wallpapers", ".jpg", {128: 2, 256: 8, 512: 12}),
-           ("usr/share/tuxpaint/stamps", ".png", {150: 2}), ("usr/share/gcompris-qt", ".rcc", {128: 2, 256: 5})]
+           ("usr/share/tuxpaint/stamps", ".png", {150: 2}),
+           ("usr/share/gcompris-qt", ".rcc", {128: 2, 256: 5})]
 
 
 def pictures_in(path):
@@ -48,7 +49,8 @@ def tiles_of(image, shorter, most):
     if scale > 1:
         return
     image = image.resize([max(SIDE, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
-    places = [(x, y) for x in range(0, image.width - SIDE + 1, 80) for y in range(0, image.height - SIDE + 1, 80)]
+    across = range(0, image.width - SIDE + 1, 80)
+    places = [(x, y) for x in across for y in range(0, image.height - SIDE + 1, 80)]
     for x, y in random.sample(places, len(places)):
         tile = image.crop((x, y, x + SIDE, y + SIDE))
         if most and (np.asarray(tile).std() >= 12 or random.random() < 0.15):

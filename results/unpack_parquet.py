@@ -1,6 +1,6 @@
 """Write the images in parquet files, as Hugging Face has them, into folders that --data-path reads.
 
-    python results/unpack_parquet.py data imagenet  # data/train-00000-of-00294.parquet: imagenet/train/0000/..
+    python results/unpack_parquet.py data imagenet  # data/train-*.parquet to imagenet/train/0000/..
 
 The columns are "image", a struct with the file's "bytes", and "label", a number.
 """
