@@ -82,7 +82,7 @@ FOREIGN = [
     ("*.npz *.npy", "arrays of numpy", "write each out, by PIL's Image.fromarray(x).save('class/name.png')"),
     ("*.tfrecord* *.h5 *.hdf5 *.rec *.mat *.pkl *.pickle", "records of another library",
      "write them out as files, class/name.png"),
-    (" ".join(f"*{suffix}" for suffix in VIDEO_SUFFIXES), "videos", "they are for presets of clips, --frames")]
+    (" ".join(f"*{suffix}" for suffix in VIDEO_SUFFIXES), "videos", "these are for clips: --frames")]
 
 
 def no_samples(path, suffixes):
