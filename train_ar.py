@@ -59,7 +59,6 @@ def get_args(argv=None):
     count = runtime.positive_int
     count0 = runtime.non_negative_int
     number = runtime.non_negative_float
-    dtypes = runtime.AUTOCAST_DTYPES
     group = parser.add_argument_group("data and preset")
     group.add_argument("--preset", choices=ar_model.PRESETS, default="toy", help="model and recipe")
     group.add_argument("--tokenizer", help="file, or published name as in1k-256 (newest of runs/tokenizer)")
@@ -76,7 +75,7 @@ def get_args(argv=None):
     group.add_argument("--init-from", help="start from this AR model, a file or a published name as AR-B")
     group.add_argument("--unconditional", action="store_true", help="ignore the classes of the data set")
     group.add_argument("--tokens", help="file for stored tokens (tokens.bin in --results-dir)")
-    group.add_argument("--token-precision", choices=dtypes, default="fp32", help="tokenizer's autocast")
+    group.add_argument("--token-precision", choices=runtime.AUTOCAST_DTYPES, default="fp32", help="autocast")
     group.add_argument("--results-dir", default="runs/ar", help="for checkpoints, logs and grids of samples")
     crops = group.add_mutually_exclusive_group()
     crops.add_argument("--online", action="store_true", help="encode random crops in every step (AR-B, ..)")
@@ -100,7 +99,7 @@ def get_args(argv=None):
     group.add_argument("--ema-decay", type=runtime.fraction, default=0.0, help="of an EMA to draw with")
     group.add_argument("--ema-warmup", action=argparse.BooleanOptionalAction, help="follow faster at first")
     group = parser.add_argument_group("speed and memory")
-    group.add_argument("--mixed-precision", choices=dtypes, default="fp32", help="autocast dtype")
+    group.add_argument("--mixed-precision", choices=runtime.AUTOCAST_DTYPES, default="fp32", help="autocast")
     group.add_argument("--compile", action="store_true", help="torch.compile the transformer's blocks")
     group.add_argument("--activation-checkpointing", action="store_true", help="recompute them in backward")
     group.add_argument("--num-workers", type=count0, default=0, help="image loading processes a rank")
@@ -118,9 +117,15 @@ def get_args(argv=None):
     return parser.parse_args(argv)
 
 
+def is_missing(name, args):
+    """Whether --dry-run does without the published file of this name, as it would have to be downloaded."""
+    places = (name, os.path.join(runtime.cache_dir(), PUBLISHED.get(name, ("", name))[1]))
+    return args.dry_run and name in PUBLISHED and not any(map(os.path.exists, places))
+
+
 def settle(args):
     """Choose crops and weights of the tokenizer where no flag does: as the run that --resume continues, else
-    as the recipe, but raw ones for --init-from a published model. Returns the fingerprint of that run's data."""
+    as the recipe, or raw for --init-from a published model. Returns the fingerprint of that run's data."""
     existing = runtime.list_checkpoints(args.results_dir)
     made = AR_RECIPES[args.preset]
     raw = made["raw_weights"]
@@ -133,8 +138,7 @@ def settle(args):
                 raw = (saved.get("tokenizer") or {}).get("weights") == "raw"
                 like = str((saved.get("dataset") or {}).get("fingerprint", like))
     if args.init_from and not (existing or raw):
-        raw = (args.init_from in PUBLISHED
-               or checkpoints.opened(args.init_from, False)[1].get("source") == "published")
+        raw = is_missing(args.init_from, args) or "source" in checkpoints.opened(args.init_from, False)[1]
     if args.raw_weights is None:
         args.raw_weights = raw
     if not (args.online or args.ten_crop or args.center_crop):
@@ -144,12 +148,6 @@ def settle(args):
 
 
 # ---- 2. What it learns from --------------------------------------------------------------------------------
-
-def is_missing(name, args):
-    """Whether --dry-run does without the published file of this name, as it would have to be downloaded."""
-    places = (name, os.path.join(runtime.cache_dir(), PUBLISHED.get(name, ("", name))[1]))
-    return args.dry_run and name in PUBLISHED and not any(map(os.path.exists, places))
-
 
 def load_tokenizer(args):
     """(tokenizer on the CPU, its record for a checkpoint, the flags of its data) of --tokenizer. Of one that
@@ -414,8 +412,7 @@ def flops_per_image(config):
     A product with a matrix of P entries takes 2 P for a token, and backward twice as much as forward: 6 P.
     The matrices of an inter block see each token once, those of an intra block M times, a head's once.
     Attention adds, at position t, two products of D numbers with each of t + 1 positions. What activation
-    checkpointing computes again is no progress and is not counted.
-    """
+    checkpointing computes again is no progress and is not counted."""
     D = config.width
     block = 4 * D * D + 3 * D * config.ffn_hidden                        # wqkv and wo; w1, w2 and w3
     runs = config.inter_blocks + (0 if config.separate_heads else config.intra_blocks * len(config.bits))
@@ -490,9 +487,9 @@ def print_plan(args, model, made_with, dataset, held_out):
     token = " x ".join(map(str, config.grid)) + " of " + " + ".join(map(str, config.bits)) + " bits"
     runtime.print_facts(
         ("model", f"{args.preset}: {parameters:.2f} M parameters, {config.num_classes or 'no'} classes"),
-        ("tokens", f"{token}, by {made_with['path']} ({made_with['weights']} weights), of "
-                   f"{dataset.view.crop} crops"),
-        ("data", f"{dataset.name}, {len(dataset):,} {dataset.kind}s, {len(held_out or ()):,} held out"),
+        ("tokens", f"{token}, by {made_with['path']} ({made_with['weights']} weights)"),
+        ("data", f"{dataset.name}, {dataset.view.crop} crops of {len(dataset):,} {dataset.kind}s, "
+                 f"{len(held_out or ()):,} held out"),
         ("batch", f"{batch} = {runtime.world_size()} ranks x {args.accumulation} micro-batches x "
                   f"{loops.micro_batch_size(batch, args.accumulation)}, {batch * config.tokens:,} tokens, "
                   f"{batch * flops_per_image(config) / 1e12:.3g} TFLOP a step"),

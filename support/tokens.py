@@ -62,8 +62,7 @@ def encode(tokenizer, x, precision):
     """uint8 images (B, 3, S, S) or clips (B, 3, T, S, S) to ids (B, N), int64 on the tokenizer's device.
 
     `precision` is fp32 by default, even where training's is not: an id consists of the signs of z, and many
-    a z is close to 0. bf16 would flip some, and the transformer learn ids that the decoder does not know.
-    """
+    a z is close to 0. bf16 would flip some, and the transformer learn ids that the decoder does not know."""
     device = next(tokenizer.parameters()).device
     with torch.no_grad(), runtime.autocast(device, precision):
         return tokenizer.encode(pictures.to_float(x.to(device, non_blocking=True))).flatten(1)
@@ -74,8 +73,7 @@ def stored(dataset, made_with, tokenizer, args, limit=None):
     `limit`, that of held-out images, of so many at most and tokens-val.bin. None for --dry-run: a check.
 
     made_with: the record of the tokenizer; its "sha256" is None where that is not known. Raises `UserError`
-    for a file of other tokens, and if more than 1 % of the images are broken. A collective.
-    """
+    for a file of other tokens, and if more than 1 % of the images are broken. A collective."""
     path = pathlib.Path(args.tokens or f"{args.results_dir}/tokens.bin")
     require(path.suffix == ".bin", f"--tokens {path}: give it a name that ends in .bin")
     if limit:
