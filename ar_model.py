@@ -285,7 +285,7 @@ class ARModel(nn.Module):
 
 def loss(logits, subtokens):
     """The training objective: the cross entropies of the sub-tokens, added (eq. 7: -log p of a whole token).
-    logits M x (B, N, V), subtokens M x (B, N). Returns, in nats, the sum, and its M terms without gradient."""
+    logits M x (B, N, V), subtokens M x (B, N). Returns, in nats, the sum, and M terms without gradient."""
     terms = [F.cross_entropy(guess.flatten(0, 1), true.flatten()) for guess, true in zip(logits, subtokens)]
     return sum(terms), torch.stack(terms).detach()
 

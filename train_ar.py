@@ -91,8 +91,7 @@ def get_args(argv=None):
     group.add_argument("--accumulation", type=count, default=1, help="micro-batches a step")
     group.add_argument("--lr", type=number, help="peak learning rate of AdamW")
     group.add_argument("--final-lr", type=runtime.fraction, help="the last one, as a fraction of the peak")
-    group.add_argument("--warmup", type=runtime.duration, help=f"linear: steps, or epochs "
-                       f"({AR_RECIPES[preset]['warmup']}; of another --length at most a twentieth)")
+    group.add_argument("--warmup", type=runtime.duration, help="linear (the preset's; if short, a 20th)")
     group.add_argument("--betas", type=runtime.bounded(float, 0.0, 0.999999), nargs=2, help="of AdamW")
     group.add_argument("--weight-decay", type=number, default=0.05, help="of all parameters")
     group.add_argument("--max-grad-norm", type=number, default=1.0, help="clip gradients (0: do not)")
@@ -407,12 +406,12 @@ PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "
 
 
 def flops_per_image(config):
-    """Operations of a training step for one image: 0.569, 1.337, 2.474 TFLOP for AR-B, AR-L, AR-XL.
+    """Operations of a training step for one image: 0.569, 1.337, 2.474 TFLOP for AR-B, AR-L, AR-XL. (What
+    activation checkpointing computes again is no progress and is not counted.)
 
     A product with a matrix of P entries takes 2 P for a token, and backward twice as much as forward: 6 P.
     The matrices of an inter block see each token once, those of an intra block M times, a head's once.
-    Attention adds, at position t, two products of D numbers with each of t + 1 positions. What activation
-    checkpointing computes again is no progress and is not counted."""
+    Attention adds, at position t, two products of D numbers with each of t + 1 positions."""
     D = config.width
     block = 4 * D * D + 3 * D * config.ffn_hidden                        # wqkv and wo; w1, w2 and w3
     runs = config.inter_blocks + (0 if config.separate_heads else config.intra_blocks * len(config.bits))
@@ -421,12 +420,10 @@ def flops_per_image(config):
 
 
 def in_units(numbers, config, args):
-    """The means `numbers`, and what the losses and the speed among them say in other units.
-
-    bits and bits/m: of a token and of its sub-tokens; perplexity: the number of equally likely ids between
-    which one hesitates as much; bits_per_pixel: what the tokens of an image can be compressed to; mfu, model
-    FLOPs utilisation: `flops_per_image` times images/s of a rank, over the peak of its GPU if that is known.
-    """
+    """The means `numbers`, and what the losses and the speed among them say in other units: bits and bits/m,
+    of a token and of its sub-tokens; perplexity, the number of equally likely ids between which one hesitates
+    as much; bits_per_pixel, what tokens can be compressed to; mfu, model FLOPs utilisation:
+    `flops_per_image` times images/s of a rank, over the peak of its GPU if that is known."""
     report = dict(numbers)
     if "loss" in numbers:                                                # not if all steps were skipped
         report.update({name.replace("loss", "bits"): value / math.log(2)
@@ -466,8 +463,8 @@ def draw_samples(model, tokenizer, classes, step, args):
     seeds = [(args.global_seed, i) for i in range(len(labels))]
     batches = sample.generate(model, tokenizer, labels, seeds, sample.How(len(labels), settings))
     captions = [classes[label] for label in labels] if classes else None
-    path = f"{args.results_dir}/samples-{step:08d}.png"
-    pictures.save_samples(path, torch.cat(list(batches)), columns, captions)
+    pictures.save_samples(f"{args.results_dir}/samples-{step:08d}.png", torch.cat(list(batches)), columns,
+                          captions)
 
 
 def print_plan(args, model, made_with, dataset, held_out):

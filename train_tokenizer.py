@@ -196,8 +196,8 @@ def start_from(path, model, discriminator):
 
 
 def build_datasets(args):
-    """(training set, held-out examples to look at) of images or clips. With --init-from, a set that is smaller
-    than --global-batch-size lowers that.
+    """(training set, held-out examples to look at) of images or clips. With --init-from, a set smaller than
+    --global-batch-size lowers that.
 
     The examples are up to eight images, or four clips, from all over the set, always the same: uint8
     (N, 3, *S). One that cannot be read is left out. Raises `UserError` where that leaves none."""

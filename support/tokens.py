@@ -159,9 +159,9 @@ def make_room(path, facts):
 
 
 def fill(path, dataset, indices, tokenizer, args):
-    """Encode the rows that the record has not, each rank its batches; returns those whose images are broken. A
-    batch has the same rows whoever encodes it and after any kill: so an image has the same ids, to the last
-    bit. A collective."""
+    """Encode the rows that the record has not, each rank its batches; returns those whose images are broken.
+    A batch has the same rows whoever encodes it and after any kill: so an image has the same ids, to the
+    last bit. A collective."""
     runtime.print_main(f"encoding {len(indices):,} {dataset.kind}s of {dataset.name} to {path}")
     done = np.fromfile(record_of(path), np.uint8)
     size = max(1, (16 if dataset.view.frames else 64) // (10 if dataset.view.crop == "ten" else 1))
