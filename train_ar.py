@@ -313,9 +313,8 @@ def main(args):
         held_out = tokens.stored(held_out, records["tokenizer"], tokenizer, args, limit=args.val_size)
     if args.dry_run:
         return
-    # The order of the data is a function of (seed, step), so the loader has no state to be saved.
     loader = data.train_loader(dataset, args.global_batch_size, args.global_seed, step, args.accumulation,
-                               args.num_workers if args.online else 0)
+                               args.num_workers if args.online else 0)   # of (seed, step) alone: no state
     ddp_model = runtime.distributed(model, device)
     logger = loops.Logger(args.results_dir, length, step)
     meters = loops.Meters()                                            # means since the last log line
@@ -324,7 +323,6 @@ def main(args):
     while step < length and not stop.agreed:
         lr = learning_rate(step, length, warmup, args)
         optimizer.param_groups[0].update(lr=lr, betas=args.betas)        # as the flags say, even if resumed
-
         # ---- forward and backward: the likelihood of the true ids, eq. 7 ----
         logs = []                                                        # of this step, for the meters
         for micro in range(args.accumulation):
@@ -334,21 +332,18 @@ def main(args):
             # A token of K bits has too many ids for one softmax: it becomes M sub-tokens.
             subtokens = ar_model.ids_to_subtokens(ids.to(device), config.bits)            # M x (B, N)
             labels = labels.to(device).clamp(max=config.num_classes)     # (B,); --unconditional: all 0
-            # Ranks average their gradients in the last backward pass of a step, not in each of them.
-            ddp_model.require_backward_grad_sync = micro == args.accumulation - 1
+            ddp_model.require_backward_grad_sync = micro == args.accumulation - 1  # ranks average once a step
             with runtime.autocast(device, args.mixed_precision):
                 # All true tokens enter at once (teacher forcing), and each position sees those before it.
                 # The loss is a scalar, and `terms` (M,) are the shares of the sub-tokens in it.
                 loss, terms = ddp_model(subtokens, labels, return_loss=True)
                 scaler.scale(loss / args.accumulation).backward()
             logs.append({**{f"loss/{m + 1}": term for m, term in enumerate(terms)}, "loss": loss})
-
         # ---- the optimizer's step, and the EMA that follows; a step that is not finite changes nothing ----
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)  # inf: measure it
         logs.append({"grad_norm": norm})
-        # DDP has averaged the gradients, so their norm, and what follows from it, is the same on every rank.
-        finite = bool(norm.isfinite())                                   # the step's one wait for the device
+        finite = bool(norm.isfinite())                                   # averaged by DDP: equal on all ranks
         step += 1
         if finite:
             scaler.step(optimizer)                                       # optimizer.step(), but for fp16
@@ -363,7 +358,6 @@ def main(args):
             loops.report_skipped(step, step - last_finite, logs, args.results_dir)         # ten: stop
         scaler.update()                                                  # fp16: smaller after an overflow
         optimizer.zero_grad(set_to_none=True)
-
         # ---- logs and checkpoints. A checkpoint's step is always logged, so that no mean is cut in two ----
         stopping = stop.requested(step)                                  # collective: every rank, every step
         saving = stopping or step == length or finite and step % args.checkpoint_every == 0

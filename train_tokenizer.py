@@ -17,8 +17,8 @@ The objective (section 3.2 of the paper, figures from the published settings) is
 
 while the discriminator D learns a hinge loss plus LeCAM. The gradient of the generator (encoder and decoder)
 comes first, then that of the discriminator on the same reconstructions, then both steps. In reading order:
-1. recipes and flags; 2. discriminators; 3. losses; 4. the loop, in `main`; 5. what it reports. Axis letters
-as in tokenizer.py: B batch, C channels, T frames of a clip, H W image, K bits. *S: H, W or T, H, W.
+1. recipes and flags; 2. discriminators; 3. losses; 4. the loop, in `main`; 5. what it reports.
+B batch, C channels, T frames of a clip, H W image, K bits; *S: H, W or T, H, W.
 """
 import argparse
 import copy
@@ -196,11 +196,9 @@ def start_from(path, model, discriminator):
 
 
 def build_datasets(args):
-    """(training set, held-out examples to look at) of images or clips. With --init-from, a set smaller than
-    --global-batch-size lowers that.
-
-    The examples are up to eight images, or four clips, from all over the set, always the same: uint8
-    (N, 3, *S). One that cannot be read is left out. Raises `UserError` where that leaves none."""
+    """(training set, held-out examples to look at: up to eight images or four clips, uint8 (N, 3, *S)). With
+    --init-from, a set smaller than --global-batch-size lowers that. An example that cannot be read is left
+    out; raises `UserError` where that leaves none."""
     require(bool(args.split_list) == bool(args.val_split_list), "--split-list and --val-split-list are a "
             "pair, such as trainlist01.txt and testlist01.txt; give both or neither")
     frames = args.frames if args.preset in video.PRESETS else None

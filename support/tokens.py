@@ -102,7 +102,7 @@ def stored(dataset, made_with, tokenizer, args, limit=None):
             facts["missing"] = fill(path, dataset, indices, tokenizer, args)
         runtime.write_json(header, facts)
         if runtime.is_main():
-            record_of(path).unlink()
+            pathlib.Path(f"{path}.done").unlink()
     return Tokens(open_ids(path, facts), dataset, indices, facts)
 
 
@@ -111,11 +111,9 @@ def header_of(path, count):
     both are made anew. Raises `UserError` for files that are not ours to write over."""
     header = path.with_suffix(".json")
     found = runtime.read_json(header) if header.exists() else {}
-    ours = "tokenizer" in found
-    if not header.exists():
-        ours = not path.exists() or path.stat().st_size in (4 * count, 8 * count)
-    require(ours, f"{header if found else path} is not of these tokens; move it away, or choose another "
-                  f"--tokens, so that it is not written over")
+    blank = not header.exists() and (not path.exists() or path.stat().st_size in (4 * count, 8 * count))
+    require(blank or "tokenizer" in found, f"{header if found else path} is not of these tokens; move it "
+            f"away, or choose another --tokens, so that it is not written over")
     return found if path.exists() else {}
 
 
@@ -128,21 +126,16 @@ def open_ids(path, header):
     return np.memmap(path, f"<u{size // count}", "r", shape=tuple(header["shape"]))
 
 
-def record_of(path):
-    """Where it stands which rows of `path` are stored, as long as some are not."""
-    return path.with_name(f"{path.name}.done")
-
-
 def stored_rows(path, header):
     """The rows of `path` whose ids are there, of a file that is being filled, too: (rows,)."""
     if header["missing"] is None:
-        return np.flatnonzero(np.fromfile(record_of(path), np.uint8, header["shape"][0]))
+        return np.flatnonzero(np.fromfile(f"{path}.done", np.uint8, header["shape"][0]))
     return np.delete(np.arange(header["shape"][0]), header["missing"])
 
 
 def make_room(path, facts):
     """Make the file of ids and its record whole, unless they are; the JSON file last. A collective."""
-    record = record_of(path)
+    record = pathlib.Path(f"{path}.done")
     header = path.with_suffix(".json")
     if runtime.is_main():
         sizes = {path: 4 * math.prod(facts["shape"]), record: facts["shape"][0]}
@@ -163,7 +156,7 @@ def fill(path, dataset, indices, tokenizer, args):
     A batch has the same rows whoever encodes it and after any kill: so an image has the same ids, to the
     last bit. A collective."""
     runtime.print_main(f"encoding {len(indices):,} {dataset.kind}s of {dataset.name} to {path}")
-    done = np.fromfile(record_of(path), np.uint8)
+    done = np.fromfile(f"{path}.done", np.uint8)
     size = max(1, (16 if dataset.view.frames else 64) // (10 if dataset.view.crop == "ten" else 1))
     todo = [row for first in range(0, len(done), size) if not done[first:first + size].all()
             for row in range(first, min(first + size, len(done)))]
@@ -172,7 +165,7 @@ def fill(path, dataset, indices, tokenizer, args):
     loader = data.eval_batches(dataset, indices[todo].tolist(), size, args.num_workers)
     # Neither emptied nor read: of a page of a network disk, two machines then send their own bytes alone.
     writing = {"mode": "wb", "opener": lambda name, flags: os.open(name, flags & ~os.O_TRUNC)}
-    with open(path, **writing) as file, open(record_of(path), **writing) as record:
+    with open(path, **writing) as file, open(f"{path}.done", **writing) as record:
         for x, _, found in tqdm(loader, "encoding", unit="batch", disable=not runtime.is_main() or None):
             ids = encode(tokenizer, x.reshape(-1, 3, *dataset.axes), args.token_precision)
             ids = ids.reshape(len(found), -1).cpu().numpy().astype("<u4")                 # (B, crops * N)
