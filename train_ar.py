@@ -400,12 +400,11 @@ PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "
 
 
 def flops_per_image(config):
-    """Operations of a training step for one image: 0.569, 1.337, 2.474 TFLOP for AR-B, AR-L, AR-XL. (What
-    activation checkpointing computes again is no progress and is not counted.)
-
-    A product with a matrix of P entries takes 2 P for a token, and backward twice as much as forward: 6 P.
-    The matrices of an inter block see each token once, those of an intra block M times, a head's once.
-    Attention adds, at position t, two products of D numbers with each of t + 1 positions."""
+    """Operations of a training step for one image: 0.569, 1.337, 2.474 TFLOP for AR-B, AR-L, AR-XL. A product
+    with a matrix of P entries takes 2 P for a token, and backward twice as much as forward: 6 P. The matrices
+    of an inter block see each token once, those of an intra block M times, a head's once. Attention adds, at
+    position t, two products of D numbers with each of t + 1 positions. What activation checkpointing computes
+    again is no progress and is not counted."""
     D = config.width
     block = 4 * D * D + 3 * D * config.ffn_hidden                        # wqkv and wo; w1, w2 and w3
     runs = config.inter_blocks + (0 if config.separate_heads else config.intra_blocks * len(config.bits))
@@ -456,9 +455,8 @@ def draw_samples(model, tokenizer, classes, step, args):
     settings = ar_model.sampling_settings(len(model.config.bits), cfg_scale=2.0 if classes else 1.0)
     seeds = [(args.global_seed, i) for i in range(len(labels))]
     batches = sample.generate(model, tokenizer, labels, seeds, sample.How(len(labels), settings))
-    captions = [classes[label] for label in labels] if classes else None
     pictures.save_samples(f"{args.results_dir}/samples-{step:08d}.png", torch.cat(list(batches)), columns,
-                          captions)
+                          [classes[label] for label in labels] if classes else None)
 
 
 def print_plan(args, model, made_with, dataset, held_out):

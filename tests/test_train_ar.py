@@ -395,11 +395,12 @@ def test_same_gradient_however_it_is_computed(tmp_path, stage1, monkeypatch, fla
 @pytest.mark.slow
 def test_images_are_learned_and_the_ema_is_validated_on_all_held_out(tmp_path):
     tokenizer = save_tokenizer(tmp_path / "a.pt", save_data(tmp_path / "images", train=2, val=5))
-    train(tmp_path, "--label-dropout", 0, "--tokenizer", tokenizer, "--length", 200, "--lr", 1e-2, "--warmup", 10,
-          "--global-batch-size", 6, "--ema-decay", 0.9)
+    train(tmp_path, "--label-dropout", 0, "--tokenizer", tokenizer, "--length", 200, "--lr", 1e-2,
+          "--warmup", 10, "--global-batch-size", 6, "--ema-decay", 0.9)
     log = logged(tmp_path)
     assert log[1]["loss"] == pytest.approx(6 * math.log(2)) == log[1]["loss/1"] + log[1]["loss/2"]
-    assert [log[1][name] for name in ("bits", "perplexity", "bits_per_pixel")] == pytest.approx([6, 64, 6 / 16])
+    units = [log[1][name] for name in ("bits", "perplexity", "bits_per_pixel")]
+    assert units == pytest.approx([6, 64, 6 / 16])
     assert log[200]["bits"] < 0.5 < 6 < log[200]["val_bits"]             # noise held out cannot be known
     ids, _ = tokens_in(tmp_path, "tokens-val")
     subtokens = ar_model.ids_to_subtokens(torch.from_numpy(ids[:, 0].astype(np.int64)), (3, 3))
