@@ -403,8 +403,7 @@ def flops_per_image(config):
     """Operations of a training step for one image: 0.569, 1.337, 2.474 TFLOP for AR-B, AR-L, AR-XL. A product
     with a matrix of P entries takes 2 P for a token, and backward twice as much as forward: 6 P. The matrices
     of an inter block see each token once, those of an intra block M times, a head's once. Attention adds, at
-    position t, two products of D numbers with each of t + 1 positions. What activation checkpointing computes
-    again is no progress and is not counted."""
+    position t, two products of D numbers with each of t + 1 positions. Recomputed ones count once."""
     D = config.width
     block = 4 * D * D + 3 * D * config.ffn_hidden                        # wqkv and wo; w1, w2 and w3
     runs = config.inter_blocks + (0 if config.separate_heads else config.intra_blocks * len(config.bits))
