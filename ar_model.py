@@ -10,9 +10,9 @@ they belong together; instead a second, much shallower transformer predicts one 
     noise = torch.rand(256, 2, 1, dtype=torch.float64)            # (N, M, B)
     ar_model.sample(model, torch.tensor([207]), noise, settings)  # a golden retriever: 2 x (1, 256)
 
-In reading order: 1. tokens; 2. layers; 3. model (eq. 5 to 7); 4. drawing, at the end the sampler that one
-writes first. Axis letters: B batch, N tokens of an image, M sub-tokens of a token, V = 2^(k_m) entries of a
-sub-vocabulary, D width, H heads, d = D / H, L positions.
+In reading order: 1. tokens; 2. layers; 3. model (eq. 5 to 7); 4. drawing, at the end a sampler as one writes
+it first. B batch, N tokens of an image, M sub-tokens of a token, V = 2^(k_m) entries of a sub-vocabulary, D
+width, H heads, d = D / H, L positions.
 """
 import dataclasses
 import math
@@ -28,8 +28,7 @@ def ids_to_subtokens(ids, bits):
     """Asymmetric token factorisation (section 2.3): ids (...) to a list of M sub-tokens (...), int64.
 
     bits: (6, 12) makes sub-token 1 (0 .. 63) of the first six channels of the tokenizer and sub-token 2
-    (0 .. 4095) of the other twelve, each with its own first channel as bit 0.
-    """
+    (0 .. 4095) of the other twelve, each with its own first channel as bit 0."""
     subtokens = []
     for count in bits:
         subtokens.append(ids & (1 << count) - 1)
@@ -64,8 +63,7 @@ def rope_table(grid, head_dim, base=10000.0):
     The axes of `grid` share the d/2 pairs of a head: on an image the first half turns with the row and the
     second with the column, pair i of p by base^(-i/p) radians a cell; the last axes get what is left over.
     Entry 1 + n is cell n in raster order. Entry 0, of the class token, is all zeros, cos too: not a rotation
-    by nothing but a vanishing query and key, so that everybody attends to the class with the same score 0.
-    """
+    by nothing but a vanishing query and key, so that everybody attends to the class with the same score 0."""
     pairs = head_dim // 2
     cells = torch.cartesian_prod(*(torch.arange(size, dtype=torch.float32) for size in grid))
     angles = []
@@ -104,10 +102,8 @@ class FeedForward(nn.Module):
 
 def attention(q, k, v):
     """Causal softmax(q k^T / sqrt(d)) v for each head, position t seeing 0 .. t: (..., L, H, d), all four.
-
-    Written out for the few sub-tokens of a token: a kernel, made for long sequences, takes twice as long over
-    B x N of 2. (On a GPU it would pad each to 128 positions.)
-    """
+    Written out for the few sub-tokens of a token: a kernel for long sequences takes twice as long over B x N
+    of 2. (On a GPU it would pad each to 128 positions.)"""
     L, _, d = q.shape[-3:]
     if L > 8:
         q, k, v = (each.transpose(-3, -2) for each in (q, k, v))                          # (..., H, L, d)
@@ -255,8 +251,7 @@ class ARModel(nn.Module):
 
         subtokens: M int64 tensors (B, N) in raster order, the m-th in 0 .. 2^(k_m) - 1; labels (B,) int64, of
         which `num_classes` means "no class". Returns M logits (B, N, V), or with `return_loss` what `loss`
-        makes of them. In training mode, labels and activations drop out by torch's global generator.
-        """
+        makes of them. In training mode, labels and activations drop out by torch's global generator."""
         N = subtokens[0].shape[1]
         M = len(self.heads)
         if len(subtokens) != M or N > self.config.tokens:
@@ -290,9 +285,7 @@ class ARModel(nn.Module):
 
 def loss(logits, subtokens):
     """The training objective: the cross entropies of the sub-tokens, added (eq. 7: -log p of a whole token).
-
-    logits M x (B, N, V), subtokens M x (B, N). Returns, in nats, the sum, and its M terms without gradient.
-    """
+    logits M x (B, N, V), subtokens M x (B, N). Returns, in nats, the sum, and M terms without gradient."""
     terms = [F.cross_entropy(guess.flatten(0, 1), true.flatten()) for guess, true in zip(logits, subtokens)]
     return sum(terms), torch.stack(terms).detach()
 
@@ -346,8 +339,7 @@ def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):
     """Logits (..., V) to the probabilities (..., V), float32, from which a sub-token is drawn.
 
     The temperature divides the logits; the `top_k` likeliest entries are kept and normalised; of these the
-    smallest set whose probability reaches `top_p`, one at least. Ties go to the lower index, greedily too.
-    """
+    smallest set whose probability reaches `top_p`, one at least. Ties go to the lower index, greedily too."""
     if temperature < 1e-6:                      # 0 means greedy, and float32 logits hardly resolve more
         one_hot = torch.zeros_like(logits, dtype=torch.float32)
         return one_hot.scatter(-1, logits.argmax(-1, keepdim=True), 1.0)
@@ -370,8 +362,7 @@ def draw(p, noise):
     """An index (B,) int64 from each row of p (B, V): its cumulative sum inverted at `noise` (B,) in [0, 1).
 
     Numbers fixed in advance make every sample a function of its own seed. In float64, noise < 1 stays below
-    the last sum, and an entry of probability 0 adds nothing to it: none is ever drawn.
-    """
+    the last sum, and an entry of probability 0 adds nothing to it: none is ever drawn."""
     sums = p.cumsum(-1, dtype=torch.float64)
     return (sums <= noise.unsqueeze(-1) * sums[:, -1:]).sum(-1)
 
@@ -389,8 +380,7 @@ def sample(model, labels, noise, settings):
 
     model: in eval mode; noise (N, M, B) float64 in [0, 1), a number a draw; settings: M `Settings`. This is
     what one writes first: a pass of the whole model for every draw, in 2B rows, of which the first B know the
-    class and the others do not. What is not drawn yet is 0 and unseen. sample.py draws the same, faster.
-    """
+    class and the others do not. What is not drawn yet is 0 and unseen. sample.py draws the same, faster."""
     N, M, B = noise.shape
     both = torch.cat([labels, torch.full_like(labels, model.config.num_classes)])         # (2B,)
     subtokens = [labels.new_zeros(B, N) for _ in range(M)]

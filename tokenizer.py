@@ -2,12 +2,8 @@
 
 A convolutional encoder shrinks the image, lookup-free quantisation keeps only the sign of each of its K
 output channels, and a convolutional decoder paints the image back from those signs. K signs are one of 2^K
-patterns: a vocabulary of 262,144 costs no codebook at all. In reading order:
-
-    1. quantisation    ids and bits, LFQ (eq. 1, 2), its exact entropy term (eq. 3), VQ (table 3)
-    2. rivals          of those two, and groups: skip at first
-    3. layers          residual block, adaptive GroupNorm, down- and upsampler
-    4. model           encoder, decoder, Tokenizer, presets
+patterns: a vocabulary of 262,144 costs no codebook at all. In reading order: 1. quantisation: LFQ, eq. 1 to
+3, and VQ, table 3; 2. rivals of these two, and groups: skip at first; 3. layers; 4. the model, presets.
 
     python tokenizer.py reconstruct photo.jpg --ckpt in1k-256          # beside the original: support/codec.py
     python tokenizer.py encode photos --output ids.npz                 # and: decode ids.npz --output decoded
@@ -126,13 +122,11 @@ def lfq_entropies(z, tau=0.01, eps=0.0, mean_over_ranks=None, widths=None):
     4 z_k / tau, the log-odds of bit k, so that p_k = sigmoid(4 z_k / tau). Then H(f) is a sum of K binary
     entropies, and the mean of f one matrix product: `mean_over_tokens`.
 
-    mean_over_ranks: averages a tensor over all ranks, without gradient; None for one process.
-    eps: added inside the logarithm of the codebook term; 0 is the true entropy. With the 1e-5 of the
-    published training, a uniform codebook of 2^18 reads 11.19 of 12.48 nats: it stops pulling where ids are
-    rarer than 1e-5. widths: None, or as of `mean_over_parts`, for a bound in place of the exact term.
-    All is fp32, whatever autocast says: 4 z / tau reaches hundreds, where bf16 steps by whole units, and the
-    gradient would be wrong by up to 100 %.
-    """
+    mean_over_ranks: averages a tensor over all ranks, without gradient; None for one process. widths: None,
+    or as of `mean_over_parts`, for a bound. eps: added inside the logarithm of the codebook term; 0 is the
+    true entropy. With the published 1e-5, a uniform codebook of 2^18 reads 11.19 of 12.48 nats: it stops
+    pulling where ids are rarer than 1e-5. All is fp32, whatever autocast says: 4 z / tau reaches hundreds,
+    where bf16 steps by whole units, and the gradient would be wrong by up to 100 %."""
     with torch.autocast(z.device.type, enabled=False):
         a = 4 * z.float() / tau                                            # (N, K) log-odds of each bit
         p1, p0 = torch.sigmoid(a), torch.sigmoid(-a)                       # (N, K); 1 - p1 would cancel
@@ -520,9 +514,9 @@ class Tokenizer(nn.Module):
                              f"{stride}; use multiples of {stride} that make at least two tokens")
 
     def forward(self, images):
-        """All that training needs of images (B, 3, H, W) in [-1, 1]: reconstruction (B, 3, H, W) and z
-        (B, K, h, w), bounded but not yet quantised, both in fp32; q of z's shape; ids (B, h, w). The decoder
-        sees q, while its gradient reaches z as if quantisation had been the identity (straight-through)."""
+        """Of images (B, 3, H, W) in [-1, 1]: reconstruction (B, 3, H, W) and z (B, K, h, w), bounded but not
+        yet quantised, both in fp32; q of z's shape; ids (B, h, w). The decoder sees q, while its gradient
+        reaches z as if quantisation had been the identity (straight-through)."""
         self.check_images(images)
         z = self.quantizer.bound(self.encoder(images).float())            # (B, K, h, w)
         q, ids = self.quantizer(z)                                        # (B, K, h, w), (B, h, w)

@@ -2,6 +2,7 @@
 
     python train_ar.py                                                # toy preset, on what stage I has left
     python train_ar.py --tokenizer runs/video/step-00000900.pt --results-dir runs/video_ar        # of clips
+    python train_ar.py --preset AR-B --dry-run                        # the plan alone: needs no file at all
     torchrun --nproc-per-node=8 train_ar.py --preset AR-B --tokenizer in1k-256 --data-path imagenet \\
         --num-workers 8 --mixed-precision bf16 --compile --resume     # the published recipe
 
@@ -13,17 +14,16 @@ The objective is the likelihood of these ids (eq. 7), each in its M sub-tokens:
 
     loss = mean over tokens t of the sum over m of -log p(x_t^m | class, x_1 .. x_{t-1}, x_t^1 .. x_t^{m-1})
 
-in nats. Divided by log 2, these are the bits that an ideal compressor would need for a token: at most K.
-
-The tokens of a clip are a sequence too, which the paper leaves as future work. In reading order: 1. recipes
-and flags; 2. what it learns from; 3. the loop, in `main`; 4. what it reports. Axis letters: B batch, N tokens
-of an image, M sub-tokens of a token, S side of an image, D width.
+in nats. Divided by log 2, these are the bits that an ideal compressor would need for a token: at most K. In
+reading order: 1. recipes and flags; 2. what it learns from; 3. the loop, in `main`; 4. what it reports.
+B batch, N tokens of an image, M sub-tokens of a token, S side of an image, D width.
 """
 import argparse
 import contextlib
 import copy
 import dataclasses
 import math
+import os
 import warnings
 
 import numpy as np
@@ -33,13 +33,15 @@ import torch.nn as nn
 import ar_model
 import sample
 from support import checkpoints, data, drawn, loops, pictures, runtime, sources, tokens
+from support.pickles import PUBLISHED
+from support.runtime import require
 
 # ---- 1. Recipes and flags ----------------------------------------------------------------------------------
 
 # What `get_args` takes as defaults, beside the preset's model. Published settings: section 4.1 of the paper.
 # Epochs are of whole batches: 1,668 steps for ImageNet, where the official ones have 1,669, the last of 143.
 PUBLISHED_AR_RECIPE = dict(lr=3e-4, length="300ep", warmup="6ep", final_lr=0.1, global_batch_size=768,
-                           betas=(0.9, 0.95), online=True, ten_crop=False, raw_weights=True)
+                           betas=(0.9, 0.95), ema_warmup=True, online=True, raw_weights=True)
 AR_RECIPES = {
     "AR-B": PUBLISHED_AR_RECIPE, "AR-L": PUBLISHED_AR_RECIPE,
     "AR-XL": dict(PUBLISHED_AR_RECIPE, lr=2.4e-4, length="350ep", warmup="7ep"),
@@ -57,7 +59,6 @@ def get_args(argv=None):
     count = runtime.positive_int
     count0 = runtime.non_negative_int
     number = runtime.non_negative_float
-    precisions = runtime.AUTOCAST_DTYPES
     group = parser.add_argument_group("data and preset")
     group.add_argument("--preset", choices=ar_model.PRESETS, default="toy", help="model and recipe")
     group.add_argument("--tokenizer", help="file, or published name as in1k-256 (newest of runs/tokenizer)")
@@ -74,7 +75,7 @@ def get_args(argv=None):
     group.add_argument("--init-from", help="start from this AR model, a file or a published name as AR-B")
     group.add_argument("--unconditional", action="store_true", help="ignore the classes of the data set")
     group.add_argument("--tokens", help="file for stored tokens (tokens.bin in --results-dir)")
-    group.add_argument("--token-precision", choices=precisions, default="fp32", help="tokenizer's autocast")
+    group.add_argument("--token-precision", choices=runtime.AUTOCAST_DTYPES, default="fp32", help="autocast")
     group.add_argument("--results-dir", default="runs/ar", help="for checkpoints, logs and grids of samples")
     crops = group.add_mutually_exclusive_group()
     crops.add_argument("--online", action="store_true", help="encode random crops in every step (AR-B, ..)")
@@ -90,17 +91,14 @@ def get_args(argv=None):
     group.add_argument("--accumulation", type=count, default=1, help="micro-batches a step")
     group.add_argument("--lr", type=number, help="peak learning rate of AdamW")
     group.add_argument("--final-lr", type=runtime.fraction, help="the last one, as a fraction of the peak")
-    group.add_argument("--warmup", type=runtime.duration,
-                       help=f"linear warm-up: steps, or epochs (the preset's {AR_RECIPES[preset]['warmup']}; "
-                            f"with another --length at most a twentieth of it)")
+    group.add_argument("--warmup", type=runtime.duration, help="linear (the preset's; if short, a 20th)")
     group.add_argument("--betas", type=runtime.bounded(float, 0.0, 0.999999), nargs=2, help="of AdamW")
     group.add_argument("--weight-decay", type=number, default=0.05, help="of all parameters")
     group.add_argument("--max-grad-norm", type=number, default=1.0, help="clip gradients (0: do not)")
     group.add_argument("--ema-decay", type=runtime.fraction, default=0.0, help="of an EMA to draw with")
-    group.add_argument("--ema-warmup", action=argparse.BooleanOptionalAction, default=True,
-                       help="let the EMA follow faster in the first steps")
+    group.add_argument("--ema-warmup", action=argparse.BooleanOptionalAction, help="follow faster at first")
     group = parser.add_argument_group("speed and memory")
-    group.add_argument("--mixed-precision", choices=precisions, default="fp32", help="autocast dtype")
+    group.add_argument("--mixed-precision", choices=runtime.AUTOCAST_DTYPES, default="fp32", help="autocast")
     group.add_argument("--compile", action="store_true", help="torch.compile the transformer's blocks")
     group.add_argument("--activation-checkpointing", action="store_true", help="recompute them in backward")
     group.add_argument("--num-workers", type=count0, default=0, help="image loading processes a rank")
@@ -113,124 +111,134 @@ def get_args(argv=None):
     group.add_argument("--checkpoint-every", type=count, default=500, help="steps between checkpoints")
     group.add_argument("--keep", type=count, default=3, help="newest checkpoints that stay, of all written")
     group.add_argument("--dry-run", action="store_true", help="check everything, print the plan and stop")
-    # Of what is not given here, `print_plan` and `settle` choose these three.
-    parser.set_defaults(**{**AR_RECIPES[preset], "warmup": None, "online": False, "raw_weights": None},
-                        split=list(ar_model.PRESETS[preset].bits))
+    chosen_later = {"warmup": None, "online": False, "raw_weights": None}       # in `print_plan`, `settle`
+    parser.set_defaults(**{**AR_RECIPES[preset], **chosen_later}, split=list(ar_model.PRESETS[preset].bits))
     return parser.parse_args(argv)
+
+
+def is_missing(name, args):
+    """Whether --dry-run does without the published file of this name, as it would have to be downloaded."""
+    places = (name, os.path.join(runtime.cache_dir(), PUBLISHED.get(name, ("", name))[1]))
+    return args.dry_run and name in PUBLISHED and not any(map(os.path.exists, places))
 
 
 def settle(args):
     """Choose crops and weights of the tokenizer where no flag does: as the run that --resume continues, else
-    as the recipe, but raw ones for --init-from a published model. Returns the fingerprint of that run's data.
-    """
+    as the recipe, or raw for --init-from a published model. Returns the fingerprint of that run's data."""
     existing = runtime.list_checkpoints(args.results_dir)
-    crops = AR_RECIPES[args.preset]
-    raw = crops["raw_weights"]
+    made = AR_RECIPES[args.preset]
+    raw = made["raw_weights"]
     like = "2:"
     for path in existing if args.resume == "latest" else filter(None, [args.resume]):
         with contextlib.suppress(runtime.UserError):                     # `checkpoints.resume` tells
             saved = checkpoints.read(path)
             if saved.get("format") == checkpoints.AR:
-                crops = {"online": False, "ten_crop": False, **(saved.get("args") or crops)}
+                made = saved.get("args") or made
                 raw = (saved.get("tokenizer") or {}).get("weights") == "raw"
                 like = str((saved.get("dataset") or {}).get("fingerprint", like))
-    if args.init_from and not existing:
-        raw = raw or checkpoints.opened(args.init_from, False)[1].get("source") == "published"
+    if args.init_from and not (existing or raw):
+        raw = is_missing(args.init_from, args) or "source" in checkpoints.opened(args.init_from, False)[1]
     if args.raw_weights is None:
         args.raw_weights = raw
     if not (args.online or args.ten_crop or args.center_crop):
-        args.online = crops["online"]
-        args.ten_crop = crops["ten_crop"]
+        args.online = made.get("online", False)
+        args.ten_crop = made.get("ten_crop", False)
     return like
 
 
 # ---- 2. What it learns from --------------------------------------------------------------------------------
 
+def load_tokenizer(args):
+    """(tokenizer on the CPU, its record for a checkpoint, the flags of its data) of --tokenizer. Of one that
+    `is_missing`, the shape; where there is no other, AR-B, .. are planned with that of in1k-256."""
+    if args.dry_run and args.preset != "toy" and not runtime.list_checkpoints("runs/tokenizer"):
+        args.tokenizer = args.tokenizer or "in1k-256"
+    args.tokenizer = args.tokenizer or str(runtime.latest_checkpoint("runs/tokenizer", "tokenizer"))
+    if is_missing(args.tokenizer, args):
+        name = "in1k-256" if args.tokenizer in ar_model.PRESETS else args.tokenizer      # that inside AR-B
+        with torch.device("meta"):
+            tokenizer = next(kind(presets[name]) for kind, _, presets in checkpoints.FORMATS.values()
+                             if name in presets)
+        return tokenizer, {"path": f"{args.tokenizer}, not downloaded yet", "sha256": None,
+                           "weights": "raw" if args.raw_weights else "EMA"}, {}
+    tokenizer, info = checkpoints.load_tokenizer(args.tokenizer, not args.raw_weights)
+    made_with = {name: info[name] for name in ("path", "weights", "preset")}
+    made_with["sha256"] = checkpoints.weights_hash(tokenizer)
+    return tokenizer.requires_grad_(False), made_with, info["trained_on"]
+
+
 def prepare(args):
     """(tokenizer on the CPU, training data, held-out data or None, `ARConfig`, records of both for a
     checkpoint). Fills in flags that were not given. Raises ValueError for what does not fit together."""
     like = settle(args)
-    args.tokenizer = args.tokenizer or str(runtime.latest_checkpoint("runs/tokenizer", "tokenizer"))
-    tokenizer, info = checkpoints.load_tokenizer(args.tokenizer, not args.raw_weights)
-    tokenizer.requires_grad_(False)
-    made_with = {**{name: info[name] for name in ("path", "weights", "preset")},
-                 "sha256": checkpoints.weights_hash(tokenizer)}
+    tokenizer, made_with, trained_on = load_tokenizer(args)
     frames = tokenizer.config.frames                                     # None: it is a tokenizer of images
-    runtime.require(frames or not (args.frames or args.split_list), f"--tokenizer {args.tokenizer} is of "
-                    f"images, but --frames and --split-list are for clips; leave them out")
-    if args.data_path is None:
-        for name, value in info["trained_on"].items():
-            if getattr(args, name) is None and not (name == "resize" and args.ten_crop and not frames):
-                setattr(args, name, value)                               # ten crops of images bring their own
+    require(frames or not (args.frames or args.split_list), f"--tokenizer {args.tokenizer} is of images, but "
+            f"--frames and --split-list are for clips; leave them out")
+    for name, value in trained_on.items() if args.data_path is None else ():
+        if getattr(args, name) is None and not (name == "resize" and args.ten_crop and not frames):
+            setattr(args, name, value)                                   # ten crops of images bring their own
     args.image_size = args.image_size or tokenizer.config.resolution
     args.frames = args.frames or frames
     sizes = {"frames": args.frames} if frames else {}
     dataclasses.replace(tokenizer.config, resolution=args.image_size, **sizes)    # raises if it cannot be
     dataset, held_out = build_datasets(args)
-    vocabulary = tokenizer.quantizer.vocabulary
-    runtime.require(2 ** sum(args.split) == vocabulary, f"--split {' + '.join(map(str, args.split))} are "
-                    f"{sum(args.split)} bits, but the {vocabulary} ids of --tokenizer {args.tokenizer} have "
-                    f"{math.log2(vocabulary):.4g}; split these (not whole: use --levels, --codebook-size)")
-    grid = tokenizer.config.latent_grid(*dataset.axes)
-    config = runtime.config_from_args(ar_model.PRESETS[args.preset], args, bits=args.split, grid=grid,
+    ids = tokenizer.quantizer.vocabulary
+    require(2 ** sum(args.split) == ids, f"--split {' + '.join(map(str, args.split))} are {sum(args.split)} "
+            f"bits, but the {ids} ids of --tokenizer {args.tokenizer} have {math.log2(ids):.4g}; split these "
+            f"(not whole: use --levels, --codebook-size)")
+    config = runtime.config_from_args(ar_model.PRESETS[args.preset], args, bits=args.split,
+                                      grid=tokenizer.config.latent_grid(*dataset.axes),
                                       num_classes=0 if args.unconditional else len(dataset.classes))
-    record = runtime.on_main(data.fingerprint, dataset, range(len(dataset)), like)
-    records = {"tokenizer": made_with, "dataset": {"length": len(dataset), "fingerprint": record}}
+    fingerprint = runtime.on_main(data.fingerprint, dataset, range(len(dataset)), like)
+    records = {"tokenizer": made_with, "dataset": {"length": len(dataset), "fingerprint": fingerprint}}
     return tokenizer, dataset, held_out, config, records
 
 
 def build_datasets(args):
     """(training set, held-out set or None) of images or clips. Their labels are of the same classes."""
-    runtime.require(args.online or not args.flip, "--flip goes with --online; stored tokens have --ten-crop")
-    runtime.require(bool(args.split_list) == bool(args.val_split_list), "--split-list and --val-split-list "
-                    "are a pair, such as trainlist01.txt and testlist01.txt; give both or neither")
+    require(args.online or not args.flip, "--flip goes with --online; stored tokens have --ten-crop")
+    require(bool(args.split_list) == bool(args.val_split_list), "--split-list and --val-split-list are a "
+            "pair, such as trainlist01.txt and testlist01.txt; give both or neither")
     crop = "random" if args.online else "ten" if args.ten_crop else "center"
     view = data.View(args.image_size, args.frames, crop, args.flip, args.resize)
     dataset = sources.build_dataset(args.data_path, "train", view, args.split_list)
-    view = dataclasses.replace(view, crop="center", flip=False)
     classes = () if args.unconditional else dataset.classes
+    require(classes or args.unconditional, f"--data-path {dataset.name} has no classes; make a subfolder for "
+                                           f"each, or add --unconditional")
+    view = dataclasses.replace(view, crop="center", flip=False)
     held_out = sources.build_dataset(args.val_data_path or args.data_path, "val", view, args.val_split_list,
                                      classes=classes)
     if runtime.on_main(data.same_samples, dataset, held_out):
         runtime.print_main(f"no validation: {dataset.name} has no val/ or test/; see --val-data-path")
         held_out = None
-    if args.unconditional:
-        return dataset, held_out
-    runtime.require(classes, f"--data-path {dataset.name} has no classes; make a subfolder for each, or add "
-                             f"--unconditional")
-    if held_out:
+    elif classes:
         strange = set(held_out.classes or ["(none)"]).difference(classes)
-        runtime.require(not strange, f"{held_out.name}, held out, has classes that {dataset.name} lacks: "
-                        f"{', '.join(sorted(strange)[:5])}; sort them alike, name others with "
-                        f"--val-data-path, or add --unconditional")
-        number = torch.tensor([classes.index(name) for name in held_out.classes])
-        held_out.labels = number[held_out.labels]
+        require(not strange, f"{held_out.name}, held out, has classes that {dataset.name} lacks: "
+                f"{', '.join(sorted(strange)[:5])}; sort them alike, name others with --val-data-path, or "
+                f"add --unconditional")
+        held_out.labels = torch.tensor([classes.index(name) for name in held_out.classes])[held_out.labels]
         held_out.classes = classes
     return dataset, held_out
 
 
 def start_from(path, model, classes, made_with):
-    """Give `model` the weights of any AR model, ours or published, as far as they fit.
-
-    Classes of equal names keep their row of the table. Other sub-tokens start with new embeddings and heads;
-    another grid has another rotary table, which is no weight.
-    """
+    """Give `model` the weights of any AR model, ours or published, as far as they fit: classes of equal names
+    keep their row of the table, other sub-tokens start with new embeddings and heads."""
     source, inner, info = checkpoints.load_ar(path)
     state = source.state_dict()
     known = drawn.class_names(info["classes"], source.config.num_classes)    # ImageNet's of published files,
     classes = drawn.class_names(classes, len(classes))                   # and of a set with its folders
     if known != classes:
+        rows = {label: known.index(name) for label, name in enumerate(classes) if name in known}
         table = model.class_embedding.weight.detach().clone()
-        old = state["class_embedding.weight"]
-        for label, name in enumerate(classes):
-            if name in known:
-                table[label] = old[known.index(name)]
-        table[-1] = old[-1]                                              # of "no class"
+        old = state["class_embedding.weight"].to(table.device)
+        table[[*rows, -1]] = old[[*rows.values(), -1]]                   # the last: "no class"
         state["class_embedding.weight"] = table
-        runtime.print_main(f"start    {len(set(classes) & set(known))} of {len(classes)} classes are known")
+        runtime.print_main(f"start    {len(rows)} of {len(classes)} classes are known")
     # Of published files it is not recorded: they hold the tokenizer itself, with its raw weights.
     theirs = (info["tokenizer"] or {}).get("sha256") or inner and checkpoints.weights_hash(inner)
-    if theirs and theirs != made_with["sha256"]:
+    if theirs and theirs != (made_with["sha256"] or theirs):
         runtime.print_main(f"start    warning: {path} learned tokens by other weights than the "
                            f"{made_with['weights']} ones of {made_with['path']}: what they mean is new to it")
     checkpoints.load_partly(model, state, ("token_embeddings.", "heads."),
@@ -277,7 +285,8 @@ def main(args):
     model = build_model(config, device, args)
     length, warmup = print_plan(args, model, records["tokenizer"], dataset, held_out)
     # ---- everything that the loop changes, and that a checkpoint must therefore hold ----
-    if args.init_from and not runtime.list_checkpoints(args.results_dir):
+    is_new = not runtime.list_checkpoints(args.results_dir)
+    if args.init_from and is_new and not is_missing(args.init_from, args):
         start_from(args.init_from, model, classes, records["tokenizer"])
     # One group of parameters: the published schedule lets all of them decay, even the scales of the norms.
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, args.betas, weight_decay=args.weight_decay,
@@ -289,31 +298,31 @@ def main(args):
         shown = parts["ema"] = copy.deepcopy(model).requires_grad_(False)
     seed = np.random.default_rng((args.global_seed, runtime.rank())).integers(2 ** 63)
     torch.manual_seed(int(seed))                                         # for dropout, a rank's own
-    made_with = {name: records["tokenizer"][name] for name in ("weights", "sha256")}
+    made_with = {name: records["tokenizer"][name] for name in ("weights", "sha256")
+                 if records["tokenizer"][name]}                          # --dry-run may not know the hash
     saved = checkpoints.resume(args, parts, MUST_STAY, config=dataclasses.asdict(config), tokenizer=made_with,
                                dataset=records["dataset"])
     step = saved.get("step", 0)
     skipped = saved.get("skipped", 0)                                    # steps that were not finite
-    lock = None if args.dry_run else runtime.lock(args.results_dir)      # held until `main` ends
-    tokenizer.to(device)
+    if not args.dry_run:
+        lock = runtime.lock(args.results_dir)                            # held until `main` ends
+        tokenizer.to(device)
     if not args.online:
-        dataset = tokens.stored(dataset, records, tokenizer, args)
+        dataset = tokens.stored(dataset, records["tokenizer"], tokenizer, args)
     if held_out:
-        held_out = tokens.stored(held_out, records, tokenizer, args, held_out=True)
+        held_out = tokens.stored(held_out, records["tokenizer"], tokenizer, args, limit=args.val_size)
     if args.dry_run:
         return
-    # The order of the data is a function of (seed, step), so the loader has no state to be saved.
     loader = data.train_loader(dataset, args.global_batch_size, args.global_seed, step, args.accumulation,
-                               args.num_workers if args.online else 0)
+                               args.num_workers if args.online else 0)   # of (seed, step) alone: no state
     ddp_model = runtime.distributed(model, device)
     logger = loops.Logger(args.results_dir, length, step)
     meters = loops.Meters()                                            # means since the last log line
-    in_a_row = 0                                                         # steps skipped just now
+    last_finite = step
     stop = runtime.StopRequest()
     while step < length and not stop.agreed:
         lr = learning_rate(step, length, warmup, args)
         optimizer.param_groups[0].update(lr=lr, betas=args.betas)        # as the flags say, even if resumed
-
         # ---- forward and backward: the likelihood of the true ids, eq. 7 ----
         logs = []                                                        # of this step, for the meters
         for micro in range(args.accumulation):
@@ -323,21 +332,18 @@ def main(args):
             # A token of K bits has too many ids for one softmax: it becomes M sub-tokens.
             subtokens = ar_model.ids_to_subtokens(ids.to(device), config.bits)            # M x (B, N)
             labels = labels.to(device).clamp(max=config.num_classes)     # (B,); --unconditional: all 0
-            # Ranks average their gradients in the last backward pass of a step, not in each of them.
-            ddp_model.require_backward_grad_sync = micro == args.accumulation - 1
+            ddp_model.require_backward_grad_sync = micro == args.accumulation - 1  # ranks average once a step
             with runtime.autocast(device, args.mixed_precision):
                 # All true tokens enter at once (teacher forcing), and each position sees those before it.
                 # The loss is a scalar, and `terms` (M,) are the shares of the sub-tokens in it.
                 loss, terms = ddp_model(subtokens, labels, return_loss=True)
                 scaler.scale(loss / args.accumulation).backward()
             logs.append({**{f"loss/{m + 1}": term for m, term in enumerate(terms)}, "loss": loss})
-
         # ---- the optimizer's step, and the EMA that follows; a step that is not finite changes nothing ----
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)  # inf: measure it
         logs.append({"grad_norm": norm})
-        # DDP has averaged the gradients, so their norm, and what follows from it, is the same on every rank.
-        finite = bool(norm.isfinite())                                   # the step's one wait for the device
+        finite = bool(norm.isfinite())                                   # averaged by DDP: equal on all ranks
         step += 1
         if finite:
             scaler.step(optimizer)                                       # optimizer.step(), but for fp16
@@ -345,15 +351,13 @@ def main(args):
                 decay = min(args.ema_decay, step / (step + 9)) if args.ema_warmup else args.ema_decay
                 now = [p.detach() for p in model.parameters()]           # or the EMA would grow a graph
                 torch._foreach_lerp_(list(shown.parameters()), now, 1 - decay)
-            in_a_row = 0
+            last_finite = step
             meters.update(*logs)                                         # a skipped step spoils no mean
         else:
             skipped += 1
-            in_a_row += 1
-            loops.report_skipped(step, in_a_row, logs, args.results_dir)   # stops after ten in a row
+            loops.report_skipped(step, step - last_finite, logs, args.results_dir)         # ten: stop
         scaler.update()                                                  # fp16: smaller after an overflow
         optimizer.zero_grad(set_to_none=True)
-
         # ---- logs and checkpoints. A checkpoint's step is always logged, so that no mean is cut in two ----
         stopping = stop.requested(step)                                  # collective: every rank, every step
         saving = stopping or step == length or finite and step % args.checkpoint_every == 0
@@ -371,10 +375,8 @@ def main(args):
                 "format": checkpoints.format_of(model),
                 "preset": args.preset,
                 "step": step,
-                "model": model.state_dict(),
-                "ema": shown.state_dict() if args.ema_decay else {},
-                "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(),
+                "ema": {},                                               # unless there is one among the parts
+                **{name: part.state_dict() for name, part in parts.items()},
                 "config": dataclasses.asdict(config),
                 **records,                                               # "tokenizer" and "dataset"
                 "first_stage": {"format": checkpoints.format_of(tokenizer), "model": tokenizer.state_dict(),
@@ -398,13 +400,10 @@ PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "
 
 
 def flops_per_image(config):
-    """Operations of a training step for one image: 0.569, 1.337, 2.474 TFLOP for AR-B, AR-L, AR-XL.
-
-    A product with a matrix of P entries takes 2 P for a token, and backward twice as much as forward: 6 P.
-    The matrices of an inter block see each token once, those of an intra block M times, a head's once.
-    Attention adds, at position t, two products of D numbers with each of t + 1 positions. What activation
-    checkpointing computes again is no progress and is not counted.
-    """
+    """Operations of a training step for one image: 0.569, 1.337, 2.474 TFLOP for AR-B, AR-L, AR-XL. A product
+    with a matrix of P entries takes 2 P for a token, and backward twice as much as forward: 6 P. The matrices
+    of an inter block see each token once, those of an intra block M times, a head's once. Attention adds, at
+    position t, two products of D numbers with each of t + 1 positions. Recomputed ones count once."""
     D = config.width
     block = 4 * D * D + 3 * D * config.ffn_hidden                        # wqkv and wo; w1, w2 and w3
     runs = config.inter_blocks + (0 if config.separate_heads else config.intra_blocks * len(config.bits))
@@ -413,12 +412,10 @@ def flops_per_image(config):
 
 
 def in_units(numbers, config, args):
-    """The means `numbers`, and what the losses and the speed among them say in other units.
-
-    bits and bits/m: of a token and of its sub-tokens; perplexity: the number of equally likely ids between
-    which one hesitates as much; bits_per_pixel: what the tokens of an image can be compressed to; mfu, model
-    FLOPs utilisation: `flops_per_image` times images/s of a rank, over the peak of its GPU if that is known.
-    """
+    """The means `numbers`, and what the losses and the speed among them say in other units: bits and bits/m,
+    of a token and of its sub-tokens; perplexity, the number of equally likely ids between which one hesitates
+    as much; bits_per_pixel, what tokens can be compressed to; mfu, model FLOPs utilisation:
+    `flops_per_image` times images/s of a rank, over the peak of its GPU if that is known."""
     report = dict(numbers)
     if "loss" in numbers:                                                # not if all steps were skipped
         report.update({name.replace("loss", "bits"): value / math.log(2)
@@ -457,42 +454,35 @@ def draw_samples(model, tokenizer, classes, step, args):
     settings = ar_model.sampling_settings(len(model.config.bits), cfg_scale=2.0 if classes else 1.0)
     seeds = [(args.global_seed, i) for i in range(len(labels))]
     batches = sample.generate(model, tokenizer, labels, seeds, sample.How(len(labels), settings))
-    captions = [classes[label] for label in labels] if classes else None
-    path = f"{args.results_dir}/samples-{step:08d}.png"
-    pictures.save_samples(path, torch.cat(list(batches)), columns, captions)
+    pictures.save_samples(f"{args.results_dir}/samples-{step:08d}.png", torch.cat(list(batches)), columns,
+                          [classes[label] for label in labels] if classes else None)
 
 
 def print_plan(args, model, made_with, dataset, held_out):
-    """Say what is about to happen, before anything takes time. Returns (steps, those of the warm-up).
-
-    A run that is shorter than its recipe's, say to fine-tune, has no use for the whole of its warm-up.
-    """
+    """Say what is about to happen, before anything takes time. Returns (steps, those of the warm-up)."""
     config = model.config
     batch = args.global_batch_size
-    epoch = len(dataset) // batch                                        # steps
-    runtime.require(epoch, f"--global-batch-size {batch} is more than the {len(dataset)} {dataset.kind}s of "
-                           f"{dataset.name}; lower it")
     recipe = AR_RECIPES[args.preset]
+    epoch = len(dataset) // batch                                        # steps
+    require(epoch, f"--global-batch-size {batch} is more than the {len(dataset)} {dataset.kind}s of "
+                   f"{dataset.name}; lower it")
     length = runtime.to_steps(args.length, epoch)
-    runtime.require(length, f"--length {args.length} is 0 steps of {batch} {dataset.kind}s; give at least 1")
+    require(length, f"--length {args.length} is 0 steps of {batch} {dataset.kind}s; give at least 1")
     warmup = runtime.to_steps(args.warmup or recipe["warmup"], epoch)
-    shorter = ""
-    if args.warmup is None and args.length != recipe["length"] and warmup > length // 20:
-        warmup = length // 20
-        shorter = ", a twentieth of --length"
+    if args.warmup is None and args.length != recipe["length"]:          # or a short run would only warm up
+        warmup = min(warmup, length // 20)
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    grid = " x ".join(map(str, config.grid))
-    bits = " + ".join(map(str, config.bits))
+    token = " x ".join(map(str, config.grid)) + " of " + " + ".join(map(str, config.bits)) + " bits"
     runtime.print_facts(
         ("model", f"{args.preset}: {parameters:.2f} M parameters, {config.num_classes or 'no'} classes"),
-        ("tokens", f"{grid} of {bits} bits, by {made_with['path']} ({made_with['weights']} weights), of "
-                   f"{dataset.view.crop} crops"),
-        ("data", f"{dataset.name}, {len(dataset):,} {dataset.kind}s, {len(held_out or ()):,} held out"),
+        ("tokens", f"{token}, by {made_with['path']} ({made_with['weights']} weights)"),
+        ("data", f"{dataset.name}, {dataset.view.crop} crops of {len(dataset):,} {dataset.kind}s, "
+                 f"{len(held_out or ()):,} held out"),
         ("batch", f"{batch} = {runtime.world_size()} ranks x {args.accumulation} micro-batches x "
-                  f"{loops.micro_batch_size(batch, args.accumulation)}, a step of "
-                  f"{batch * flops_per_image(config) / 1e12:.3g} TFLOP"),
+                  f"{loops.micro_batch_size(batch, args.accumulation)}, {batch * config.tokens:,} tokens, "
+                  f"{batch * flops_per_image(config) / 1e12:.3g} TFLOP a step"),
         ("length", f"{length:,} steps = {length * batch / len(dataset):.1f} epochs"),
-        ("lr", f"{args.lr:g}, warm-up {warmup:,} steps{shorter}"))
+        ("lr", f"{args.lr:g}, warm-up {warmup:,} steps"))
     return length, warmup
 
 

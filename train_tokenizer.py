@@ -17,8 +17,8 @@ The objective (section 3.2 of the paper, figures from the published settings) is
 
 while the discriminator D learns a hinge loss plus LeCAM. The gradient of the generator (encoder and decoder)
 comes first, then that of the discriminator on the same reconstructions, then both steps. In reading order:
-1. recipes and flags; 2. discriminators; 3. losses; 4. the loop, in `main`; 5. what it reports. Axis letters
-as in tokenizer.py: B batch, C channels, T frames of a clip, H W image, K bits. *S: H, W or T, H, W.
+1. recipes and flags; 2. discriminators; 3. losses; 4. the loop, in `main`; 5. what it reports.
+B batch, C channels, T frames of a clip, H W image, K bits; *S: H, W or T, H, W.
 """
 import argparse
 import copy
@@ -32,6 +32,7 @@ import torch.nn.functional as F
 import tokenizer
 import video
 from support import checkpoints, data, loops, metrics, pictures, runtime, sources
+from support.runtime import require
 
 # ---- 1. Recipes and flags, and what they describe ----------------------------------------------------------
 
@@ -76,8 +77,7 @@ def get_args(argv=None):
     weight = runtime.non_negative_float
     group = parser.add_argument_group("data and preset")
     group.add_argument("--preset", choices=TOKENIZER_PRESETS, default="toy", help="model and recipe")
-    group.add_argument("--data-path", help="folder of images or clips, tar shards as in "
-                                           "'shards-{000..127}.tar', generated or generated-plain")
+    group.add_argument("--data-path", help="folder, 'shards-{000..127}.tar', generated, generated-plain")
     group.add_argument("--val-data-path", help="held-out ones, if --data-path has no val/ or test/")
     group.add_argument("--split-list", help="of clips: official UCF-101 list of those to train on")
     group.add_argument("--val-split-list", help="of clips: official UCF-101 list of the held-out ones")
@@ -98,24 +98,19 @@ def get_args(argv=None):
     group.add_argument("--lecam-weight", type=weight, help="LeCAM regularisation of the discriminator")
     group.add_argument("--entropy-weight", type=weight, help="entropy term, eq. 3")
     group.add_argument("--entropy", choices=tokenizer.JOINT_BITS, default="exact", help="of the codebook: "
-                       "all bits of a group together, or 9 bits or single bits as if these were independent")
+                       "of all bits together, or of 9 bits or single ones as if these were independent")
     group.add_argument("--tau", type=runtime.bounded(float, 1e-6), help="temperature of eq. 3 (bsq: a K-th)")
-    group.add_argument("--entropy-eps", type=weight, help="added inside the logarithm of the codebook's "
-                                                          "entropy: ids rarer than this are pulled less")
-    group.add_argument("--entropy-anneal-steps", type=count0, default=0,
-                       help="steps in which --entropy-weight falls from three times itself (MAGVIT-v2)")
+    group.add_argument("--entropy-eps", type=weight, help="in the codebook's logarithm: rare ids pull less")
+    group.add_argument("--entropy-anneal-steps", type=count0, default=0, help="from three times its weight")
     group.add_argument("--commitment-weight", type=weight, help="pull of z towards its q")
     group.add_argument("--weights-dir", help="where VGG's weights are (~/.cache/open-magvit2)")
     group = parser.add_argument_group("optimisation")
     group.add_argument("--length", type=runtime.duration, help="steps, or epochs as in 270ep")
     group.add_argument("--global-batch-size", type=count, help="images or clips a step, over all ranks")
-    group.add_argument("--accumulation", type=count, default=1,
-                       help="micro-batches a step; entropy and LeCAM then see one micro-batch at a time")
+    group.add_argument("--accumulation", type=count, default=1, help="micro-batches; entropy, LeCAM see one")
     group.add_argument("--lr", type=weight, help="peak learning rate of both Adam optimizers")
-    group.add_argument("--lr-schedule", choices=("constant", "milestones", "cosine", "linear"),
-                       help="shape of the learning rate after the warm-up")
-    group.add_argument("--milestones", type=runtime.duration, nargs="*",
-                       help="of the schedule of that name: steps or epochs from which on it is a tenth")
+    group.add_argument("--lr-schedule", choices=("constant", "milestones", "cosine", "linear"), help="shape")
+    group.add_argument("--milestones", type=runtime.duration, nargs="*", help="from each on, a tenth of --lr")
     group.add_argument("--final-lr", type=runtime.fraction, help="last learning rate, a fraction of the peak")
     group.add_argument("--warmup", type=runtime.duration, help=f"steps or epochs in which the learning rate "
                        f"rises from 0 ({recipe['warmup']}; of another --length at most a twentieth)")
@@ -132,8 +127,7 @@ def get_args(argv=None):
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to train")
     group = parser.add_argument_group("run")
     group.add_argument("--global-seed", type=count0, default=0, help="weights, order and crops")
-    group.add_argument("--resume", nargs="?", const="latest",
-                       help="continue the newest checkpoint of --results-dir, if any, or the file named here")
+    group.add_argument("--resume", nargs="?", const="latest", help="continue --results-dir, or this file")
     group.add_argument("--log-every", type=count, default=50, help="steps between status lines")
     group.add_argument("--checkpoint-every", type=count, default=500, help="steps between checkpoints")
     group.add_argument("--keep", type=count, default=3, help="newest checkpoints that stay, of all written")
@@ -152,10 +146,10 @@ def build_networks(args, device):
     if args.gan_weight > 0:
         discriminator = DISCRIMINATORS[args.discriminator]()
         kind = f"--discriminator {args.discriminator}"
-        runtime.require(clips == isinstance(discriminator, PatchGAN3D), f"{kind} does not fit --preset "
-                        f"{args.preset}: patchgan-3d judges clips, the others images")
-        runtime.require(config.resolution >= discriminator.smallest, f"{kind} needs --image-size "
-                        f"{discriminator.smallest}; or use --discriminator blurpool, or --gan-weight 0")
+        require(clips == isinstance(discriminator, PatchGAN3D), f"{kind} does not fit --preset "
+                f"{args.preset}: patchgan-3d judges clips, the others images")
+        require(config.resolution >= discriminator.smallest, f"{kind} needs --image-size "
+                f"{discriminator.smallest}; or use --discriminator blurpool, or --gan-weight 0")
     if args.init_from and not runtime.list_checkpoints(args.results_dir):
         start_from(args.init_from, model, discriminator)
     if args.freeze:                                                      # EMA and tokens then stay, too
@@ -164,7 +158,7 @@ def build_networks(args, device):
     perceptual = None
     if args.perceptual_weight > 0 and not args.dry_run:
         try:
-            perceptual, _ = checkpoints.load_network("lpips-vgg", args.weights_dir)
+            perceptual = checkpoints.load_network("lpips-vgg", args.weights_dir)[0].to(device)
         except runtime.UserError as error:
             raise runtime.UserError(f"no perceptual loss: {error}; or train without: --perceptual-weight 0")
     model.encoder.checkpointing = model.decoder.checkpointing = args.activation_checkpointing
@@ -173,8 +167,6 @@ def build_networks(args, device):
         layout = torch.channels_last_3d if clips else torch.channels_last
     for network in filter(None, (model, discriminator)):
         network.to(device=device, memory_format=layout)
-    if perceptual:
-        perceptual.to(device)
     if args.compile:
         # Separate graphs with fixed shapes; the quantiser stays outside, it is small and needs fp32.
         for network in filter(None, (model.encoder, model.decoder, discriminator, perceptual)):
@@ -185,10 +177,8 @@ def build_networks(args, device):
 
 
 def start_from(path, model, discriminator):
-    """Give both networks the weights of any tokenizer, ours or published, as far as they fit.
-
-    A tokenizer of clips takes one of images, inflated. Other ids need other layers around them.
-    """
+    """Give both networks the weights of any tokenizer, ours or published, as far as they fit. A tokenizer of
+    clips takes one of images, inflated. Other ids need other layers around them."""
     source, info = checkpoints.load_tokenizer(path)
     state = source.state_dict()
     what = f"the {info['weights']} weights of {path} ({info['preset']})"
@@ -206,26 +196,26 @@ def start_from(path, model, discriminator):
 
 
 def build_datasets(args):
-    """(training set, some of the held-out set to look at) of images or clips."""
-    runtime.require(bool(args.split_list) == bool(args.val_split_list), "--split-list and --val-split-list "
-                    "are a pair, such as trainlist01.txt and testlist01.txt; give both or neither")
+    """(training set, held-out examples to look at: up to eight images or four clips, uint8 (N, 3, *S)). With
+    --init-from, a set smaller than --global-batch-size lowers that. An example that cannot be read is left
+    out; raises `UserError` where that leaves none."""
+    require(bool(args.split_list) == bool(args.val_split_list), "--split-list and --val-split-list are a "
+            "pair, such as trainlist01.txt and testlist01.txt; give both or neither")
     frames = args.frames if args.preset in video.PRESETS else None
     view = data.View(args.resolution, frames, "random", args.flip, args.resize)
     dataset = sources.build_dataset(args.data_path, "train", view, args.split_list)
+    passes = runtime.world_size() * args.accumulation
+    most = len(dataset) // passes * passes
+    if args.init_from and args.global_batch_size > len(dataset) and most:
+        runtime.print_main(f"--global-batch-size {args.global_batch_size} is lowered to {most}, as "
+                           f"{dataset.name} has {len(dataset)} {dataset.kind}s")
+        args.global_batch_size = most
     view = replace(view, crop="center", flip=False)
     held_out = sources.build_dataset(args.val_data_path or args.data_path, "val", view, args.val_split_list)
-    return dataset, examples_of(held_out)
-
-
-def examples_of(held_out):
-    """Up to eight held-out images, or four clips, from all over the set, always the same: uint8 (N, 3, *S).
-
-    One that cannot be read is left out. Raises `UserError` where that leaves none.
-    """
-    items = [held_out[i] for i in data.evenly_spaced(8 if held_out.kind == "image" else 4, len(held_out))]
+    items = [held_out[i] for i in data.evenly_spaced(4 if frames else 8, len(held_out))]
     if not any(items):
         held_out.raise_if_broken()
-    return torch.stack([item[0] for item in items if item])
+    return dataset, torch.stack([item[0] for item in items if item])
 
 
 # ---- 2. Discriminators -------------------------------------------------------------------------------------
@@ -234,8 +224,7 @@ class PatchGAN(nn.Module):
     """PatchGAN (Isola et al., 2017): a map of logits, each of which judges one overlapping patch.
 
     BatchNorm's statistics are those of one rank and of one batch (all real or all fake), as in the published
-    training. They are the one thing here that depends on how many ranks share a global batch.
-    """
+    training. They are the one thing here that depends on how many ranks share a global batch."""
     smallest = 24                                  # pixels a side, below which no patch is left
 
     def __init__(self, conv=nn.Conv2d, norm=nn.BatchNorm2d, kernel=4, strides=(2, 2, 2, 1)):
@@ -353,8 +342,7 @@ def objective(terms, args, step, model):
     """Section 3.2, whole: the sum of all `terms`, each times its flag --NAME-weight (or as in own_terms).
 
     The entropy term of the original MAGVIT-v2 starts three times heavier, for a codebook that opens up before
-    it settles (--entropy-anneal-steps); VQGAN balances the GAN by gradients at the decoder's last layer.
-    """
+    it settles (--entropy-anneal-steps); VQGAN balances the GAN by gradients at the decoder's last layer."""
     weights = {}
     for name in terms:
         weights[name] = model.quantizer.own_terms.get(name, getattr(args, f"{name}_weight", None))
@@ -507,7 +495,6 @@ def main(args):
         if saving:
             path = runtime.save_checkpoint(args.results_dir, step, {
                 "format": checkpoints.format_of(model),
-                "preset": args.preset,
                 "step": step,
                 **{name: part.state_dict() for name, part in parts.items()},     # with D's, if there is one
                 "config": asdict(model.config),
@@ -533,10 +520,10 @@ def print_plan(args, model, discriminator, dataset):
     """Say what is about to happen, before anything takes time. Returns steps: length, warm-up, milestones."""
     batch = args.global_batch_size
     epoch = len(dataset) // batch                                        # steps
-    runtime.require(epoch, f"--global-batch-size {batch} is more than the {len(dataset)} {dataset.kind}s of "
-                           f"{dataset.name}; lower it")
+    require(epoch, f"--global-batch-size {batch} is more than the {len(dataset)} {dataset.kind}s of "
+                   f"{dataset.name}; lower it")
     length = runtime.to_steps(args.length, epoch)
-    runtime.require(length, f"--length {args.length} is 0 steps of {batch} {dataset.kind}s; give at least 1")
+    require(length, f"--length {args.length} is 0 steps of {batch} {dataset.kind}s; give at least 1")
     recipe = TOKENIZER_RECIPES[args.preset]
     warmup = runtime.to_steps(args.warmup or recipe["warmup"], epoch)
     if args.warmup is None and args.length != recipe["length"]:          # or a short run would only warm up
@@ -572,10 +559,8 @@ def reconstructed(examples, model):
 def usage_report(usage, quantizer):
     """How evenly the ids are used, of `Quantizer.count`s on this rank; sets the counts to 0. A collective.
 
-    usage: the fraction of all ids that occurred since the last report; perplexity: the number of equally used
-    ids of the same entropy (both are means over groups); bit_balance: for each bit, the fraction of tokens
-    that have it set. A bit that is (almost) always or never set is dead: it halves the codebook.
-    """
+    usage and perplexity: see `metrics.codebook_usage`; bit_balance: for each bit, the fraction of tokens that
+    have it set. A bit that is (almost) always or never set is dead: it halves the codebook."""
     counts = runtime.all_reduce_sum(usage)
     usage.zero_()
     if not counts.any():                                                 # all steps were skipped

@@ -40,8 +40,7 @@ class CausalConv3d(nn.Conv3d):
     zeros. Space is padded inside the convolution, at no cost.
 
     Padding time costs a copy (none with --compile, where the activation before it writes into the padded
-    tensor). The backward pass keeps the copy instead of the original, not both.
-    """
+    tensor). The backward pass keeps the copy instead of the original, not both."""
 
     def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, bias=True):
         super().__init__(in_channels, out_channels, kernel_size, stride, (0, padding, padding), bias=bias)
@@ -69,8 +68,7 @@ def drop_second_frame(x):
     """x (B, C, 2T, H, W) to frames 0, 2, 3, ...: (B, C, 2T - 1, H, W).
 
     On the way down the first frame was alone under its kernel, so on the way up it becomes one frame, not
-    two.
-    """
+    two."""
     return torch.cat([x[:, :, :1], x[:, :, 2:]], dim=2)
 
 
@@ -145,8 +143,7 @@ PRESETS = {
 class VideoTokenizer(tokenizer.Tokenizer):
     """Encoder, quantiser and decoder of clips. An image is a clip of one frame: `images[:, :, None]`.
 
-    Everything but shapes is inherited: `forward`, `encode` (clips to ids (B, t, h, w)) and `decode`.
-    """
+    Everything but shapes is inherited: `forward`, `encode` (clips to ids (B, t, h, w)) and `decode`."""
     conv = CausalConv3d
     pool = CausalAvgPool
     upsamplers = UPSAMPLERS
@@ -176,8 +173,7 @@ def inflate(image_state, video_model):
     image_state: its state_dict, raw or EMA. A 2D kernel becomes the last slice in time of the 3D one, the
     slice that meets the present frame, and the past starts at zero. An upsampler that doubles time has twice
     the channels, as (dt, dy, dx, C): both of its frames start as the image's. All else is copied. On one
-    frame the result is the image tokenizer; of a clip, it sees each frame by itself (but for the norms).
-    """
+    frame the result is the image tokenizer; of a clip, it sees each frame by itself (but for the norms)."""
     own = video_model.state_dict()
     state = {}
     for name, tensor in image_state.items():

@@ -30,17 +30,13 @@ def tiny(**changes):
     return tokenizer.Tokenizer(dataclasses.replace(TINY, **changes))
 
 
-def golden_tokenizer():
-    config = tokenizer.TokenizerConfig(resolution=32, channels=32, blocks=1, mid_blocks=1)
-    return fill_module(tokenizer.Tokenizer(config), "")
-
-
 # ---- the published function -------------------------------------------------------------------------------
 
 def test_encoder_ids_and_decoder_equal_the_official_ones():
-    expected, model = golden("image_tokenizer"), golden_tokenizer()
+    expected = golden("image_tokenizer")
+    config = tokenizer.TokenizerConfig(resolution=32, channels=32, blocks=1, mid_blocks=1)
     with torch.no_grad():
-        reconstruction, z, q, ids = model(expected["x"])
+        reconstruction, z, q, ids = fill_module(tokenizer.Tokenizer(config), "")(expected["x"])
     torch.testing.assert_close(z, expected["encoder_out"], atol=1e-5, rtol=0)
     torch.testing.assert_close(reconstruction, expected["reconstruction"], atol=1e-5, rtol=0)
     assert torch.equal(ids.flatten(1), expected["index"])
@@ -54,15 +50,13 @@ def test_entropy_terms_and_gradient_equal_the_official_ones():
     z = expected["z"].requires_grad_()
     per_token, codebook = tokenizer.lfq_entropies(z.movedim(1, -1).reshape(-1, 12), eps=1e-5)
     (per_token - codebook).backward()
+    q, ids = tokenizer.LFQ(tokenizer.TokenizerConfig(bits=12))(expected["z"].detach())
     for value, name in ((per_token, "per_sample_entropy"), (codebook, "codebook_entropy"),
-                        (per_token - codebook, "entropy_loss")):
+                        (per_token - codebook, "entropy_loss"), ((z - q).square().mean(), "commitment")):
         assert math.isclose(value.item(), expected[name].item(), rel_tol=1e-6)
     largest = expected["entropy_grad"].abs().max()
     assert (z.grad - expected["entropy_grad"]).abs().max() <= 2e-5 * largest
-    q, ids = tokenizer.LFQ(tokenizer.TokenizerConfig(bits=12))(expected["z"].detach())
     assert torch.equal(ids.flatten(), expected["index"])
-    commitment = (expected["z"] - q).square().mean().item()
-    assert math.isclose(commitment, expected["commitment"].item(), rel_tol=1e-6)
 
 
 # ---- ids and q --------------------------------------------------------------------------------------------
@@ -71,15 +65,10 @@ def test_id_is_the_sum_of_powers_of_two_of_positive_channels():
     z = torch.tensor([0.5, -0.1, 0.0, 2.0]).view(1, 4, 1, 1)
     q, ids = tokenizer.LFQ(tokenizer.TokenizerConfig(bits=4))(z)
     assert q.flatten().tolist() == [1, -1, -1, 1] and ids.item() == 1 + 8               # 0 counts as negative
-    every = torch.arange(2 ** 18)
-    assert torch.equal(tokenizer.bits_to_ids(tokenizer.ids_to_bits(every, 18)), every)
-
-
-def test_reversed_bits_are_ids_with_channel_0_highest():
-    assert tokenizer.reverse_bits(torch.tensor([0, 1, 6, 8, 15]), 4).tolist() == [0, 8, 6, 1, 15]
     every = torch.randperm(2 ** 18)
-    back = tokenizer.reverse_bits(every, 18)
-    assert not torch.equal(back, every) and torch.equal(tokenizer.reverse_bits(back, 18), every)
+    assert torch.equal(tokenizer.bits_to_ids(tokenizer.ids_to_bits(every, 18)), every)
+    assert tokenizer.reverse_bits(torch.tensor([0, 1, 6, 8, 15]), 4).tolist() == [0, 8, 6, 1, 15]
+    assert torch.equal(tokenizer.reverse_bits(tokenizer.reverse_bits(every, 18), 18), every)
 
 
 @pytest.mark.parametrize("changes", [{"bits": 6}, {"bits": 7, "quantizer": "bsq"},
@@ -99,13 +88,6 @@ def test_values_and_ids_are_those_of_vector_quantize_pytorch(changes):
     torch.testing.assert_close(their_q, q, atol=1e-6, rtol=0)
     assert torch.equal(their_ids, order(ids))
     torch.testing.assert_close(theirs.indices_to_codes(order(ids)), q, atol=1e-6, rtol=0)
-
-
-def test_decode_of_encode_is_the_forward_reconstruction():
-    for changes in ({}, {"patch": 2}, *OTHERS):
-        model = tiny(**changes)
-        x = torch.rand(2, 3, 16, 24) * 2 - 1
-        assert torch.equal(model.decode(model.encode(x)), model(x)[0])
 
 
 @pytest.mark.parametrize("changes", [{}, *OTHERS])
@@ -159,11 +141,9 @@ def test_one_matrix_moves_the_whole_codebook_of_simvq():
     simvq = tiny(quantizer="simvq").quantizer
     before = simvq.entries().detach()
     z = torch.randn(1, simvq.channels, 1, 1)
-    terms, _ = simvq.losses(z, simvq(z)[0], 0.1, 0, None)                  # of a single entry
-    terms["codebook"].backward()
+    simvq.losses(z, simvq(z)[0], 0.1, 0, None)[0]["codebook"].backward()   # of a single entry
     assert [name for name, p in simvq.named_parameters() if p.grad is not None] == ["linear.weight"]
-    with torch.no_grad():
-        simvq.linear.weight -= simvq.linear.weight.grad
+    torch.optim.SGD(simvq.parameters(), lr=1).step()
     assert ((simvq.entries() - before).norm(dim=1) > 0).all()
 
 
@@ -196,23 +176,16 @@ def test_the_mean_over_tokens_is_that_of_the_whole_table():
     torch.testing.assert_close(tokenizer.mean_over_tokens(p1, 1 - p1), table.mean(0), atol=1e-14, rtol=0)
 
 
-def test_a_uniform_codebook_reads_as_documented():
-    z = torch.zeros(2, 18)                                                 # all ids are equally likely
-    assert tokenizer.lfq_entropies(z)[1].item() == pytest.approx(12.48, abs=0.005)
-    assert tokenizer.lfq_entropies(z, eps=1e-5)[1].item() == pytest.approx(11.19, abs=0.005)
-
-
 @pytest.mark.parametrize("bits", [3, 10])
 def test_entropy_on_the_sphere_equals_the_dense_softmax(bits):
     bsq = tokenizer.BSQ(tokenizer.TokenizerConfig(bits=bits))
     z = bsq.bound(torch.randn(1, bits, 40, generator=torch.Generator().manual_seed(bits)))
     codebook = bsq.ids_to_q(torch.arange(2 ** bits)[None])[0].double()     # (K, 2^K)
     p = torch.softmax(-torch.cdist(z[0].T.double(), codebook.T).square() / 0.05, dim=1)
-    mean = p.mean(0)
-    expected = [-torch.xlogy(p, p).sum(1).mean() / math.log(2), -torch.xlogy(mean, mean).sum() / math.log(2)]
+    expected = torch.stack([torch.special.entr(p).sum(1).mean(), torch.special.entr(p.mean(0)).sum()])
     _, report = bsq.losses(z, bsq(z)[0], 0.05, 0.0, None)
-    for value, dense in zip(report.values(), expected, strict=True):
-        torch.testing.assert_close(value.double(), dense, atol=1e-6, rtol=1e-6)
+    found = torch.stack(list(report.values())).double()
+    torch.testing.assert_close(found, expected / math.log(2), atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("quantizer", ["lfq", "bsq"])
@@ -251,7 +224,9 @@ def test_parts_taken_for_independent_bound_the_entropy_and_meet_it_where_they_ar
 
 
 def test_entropy_bounds_are_met_at_their_extremes():
-    assert tokenizer.lfq_entropies(torch.zeros(8, 18))[0].item() == pytest.approx(18 * math.log(2))
+    uniform = [value.item() for value in tokenizer.lfq_entropies(torch.zeros(8, 18))]
+    assert uniform == pytest.approx([18 * math.log(2)] * 2)                # all ids are equally likely
+    assert tokenizer.lfq_entropies(torch.zeros(8, 18), eps=1e-5)[1].item() == pytest.approx(11.19, abs=0.005)
     every_q = tokenizer.ids_to_bits(torch.arange(2 ** 10), 10) * 2.0 - 1
     per_token, codebook = tokenizer.lfq_entropies(every_q)
     assert per_token.item() < 1e-6 and codebook.item() == pytest.approx(10 * math.log(2), rel=1e-6)
@@ -259,10 +234,10 @@ def test_entropy_bounds_are_met_at_their_extremes():
 
 def test_entropy_is_fp32_under_autocast_and_finite():
     z = torch.randn(64, 18, generator=torch.Generator().manual_seed(0))
-    plain = [v.item() for v in tokenizer.lfq_entropies(z)]
+    plain = tokenizer.lfq_entropies(z)
     with torch.autocast("cpu", torch.bfloat16):
         mixed = tokenizer.lfq_entropies(z)
-        assert all(v.dtype == torch.float32 for v in mixed) and [v.item() for v in mixed] == plain
+    assert plain == mixed and all(value.dtype == torch.float32 for value in mixed)
     huge = (z * 50).requires_grad_()
     per_token, codebook = tokenizer.lfq_entropies(huge)
     (per_token - codebook).backward()
@@ -280,11 +255,6 @@ def test_depth_to_space_is_dcr_and_invertible():
                          ((1, 2, 2), (1, 8, 2, 3, 4))):
         x = torch.randn(shape)
         assert torch.equal(tokenizer.space_to_depth(tokenizer.depth_to_space(x, block), block), x)
-
-
-def test_group_norms_have_the_published_eps():
-    norms = [m for m in tokenizer.Tokenizer(TINY).modules() if isinstance(m, torch.nn.GroupNorm)]
-    assert norms and all(m.eps == 1e-6 and m.num_groups == 32 for m in norms)
 
 
 @pytest.mark.parametrize("changes", [
@@ -346,35 +316,21 @@ def test_foreign_ids_and_what_overflows_are_clear_errors():
     ({"bits": 33, "groups": 3}, "1 to 32"), ({"bits": 32}, "24"), ({"bits": 0}, "bits 0"),
     ({"levels": ()}, "levels"), ({"levels": (1, 2)}, "levels")])
 def test_impossible_configs_are_clear_errors(changes, problem):
-    with pytest.raises(ValueError, match=problem):
-        dataclasses.replace(TINY, **changes)
+    refused(problem, dataclasses.replace, TINY, **changes, kind=ValueError)
 
 
-@pytest.mark.parametrize("changes", [{}, *OTHERS])
+@pytest.mark.parametrize("changes", [{}, {"patch": 2}, *OTHERS])
 def test_ids_of_any_integer_dtype_are_decoded_in_the_models_own_dtype(changes):
     model = tiny(**changes)
-    ids = torch.randint(37, (1, 4, 4))
-    expected = model.decode(ids)
-    for dtype in (torch.uint8, torch.int32, torch.uint32):
+    x = torch.rand(2, 3, 16, 24) * 2 - 1
+    ids = model.encode(x)
+    expected = model(x)[0]
+    for dtype in (torch.uint8, torch.int32, torch.uint32, torch.int64):
         assert torch.equal(model.decode(ids.to(dtype)), expected)
     refused("integers", model.decode, ids.float(), kind=ValueError)
     half = model.bfloat16()
     assert half.decode(ids).dtype == torch.bfloat16
-    assert half.encode(torch.rand(1, 3, 16, 16).bfloat16()).shape == (1, 8, 8)
-
-
-def test_a_new_quantizer_is_a_class_and_an_entry(monkeypatch):
-    class Ternary(tokenizer.LFQ):
-        """As LFQ, with a term of its own."""
-        own_terms = {"roundness": 0.5}
-
-        def losses(self, z, q, tau, eps, mean_over_ranks, entropy="exact"):
-            return {"roundness": (z.abs() - 1).square().mean()}, {"health": z.detach().mean()}
-
-    monkeypatch.setitem(tokenizer.QUANTIZERS, "ternary", Ternary)
-    model = tokenizer.Tokenizer(tokenizer.TokenizerConfig(**{**vars(TINY), "quantizer": "ternary"}))
-    _, z, q, _ = model(torch.rand(1, 3, 16, 16))
-    assert list(model.quantizer.losses(z, q, 0.1, 0, None)[0]) == ["roundness"]
+    assert half.encode(x.bfloat16()).shape == ids.shape
 
 
 def test_mean_over_ranks_changes_the_value_but_not_the_gradient():

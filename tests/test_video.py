@@ -54,11 +54,11 @@ def test_17_frames_become_5_steps_and_17_frames():
     assert config.time_stride == 4 and config.downsampling == 8
     others = dataclasses.replace(TINY, channel_multipliers=(1, 1, 2, 2), time_strides=())
     assert [stride[0] for stride in others.strides] == [1, 1, 2]           # other multipliers bring their own
-    model, sizes, handles = random_model(config), {}, []
+    model, sizes = random_model(config), {}
     for part, levels in (("encoder", model.encoder.down), ("decoder", model.decoder.up)):
         for i, level in enumerate(levels):
-            handles.append(level.block[0].register_forward_hook(
-                lambda m, x, y, key=(part, i): sizes.update({key: tuple(y.shape[2:])})))
+            level.block[0].register_forward_hook(
+                lambda m, x, y, key=(part, i): sizes.update({key: tuple(y.shape[2:])}))
     ids = model.encode(clip(17))
     assert ids.shape == (1, 5, 2, 2) and model.decode(ids).shape == (1, 3, 17, 16, 16)
     # T 17 -> 17 -> 9 -> 5, and 5 -> 9 -> 17 -> 17: levels are numbered from the shallowest in both.
@@ -72,8 +72,7 @@ def test_every_1_plus_4k_frames_come_back(config):
     for frames in (1, 5, 9, 13, 17):
         x = clip(frames, 32, 16)
         ids = model.encode(x)
-        assert ids.shape[1] == 1 + (frames - 1) // 4
-        assert model.decode(ids).shape == x.shape
+        assert ids.shape[1] == 1 + (frames - 1) // 4 and model.decode(ids).shape == x.shape
 
 
 @pytest.mark.parametrize("changes", [
@@ -91,14 +90,13 @@ def test_switches_keep_the_length_of_a_clip_and_train_all_parameters(changes):
 
 def test_wrong_clips_and_configs_are_clear_errors():
     model = video.VideoTokenizer(TINY)
-    for x in (clip(4), clip(5, 12), clip(1)[:, :, 0], clip(5)[:, :1], clip(1, 8, 8)):
-        with pytest.raises(ValueError):
-            model.encode(x)
+    for x, problem in ((clip(4), "4 frames"), (clip(5, 12), "12 x 16"), (clip(1)[:, :, 0], "T, H, W"),
+                       (clip(5)[:, :1], "RGB"), (clip(1, 8, 8), "two tokens")):
+        refused(problem, model.encode, x, kind=ValueError)
     refused("t, h, w", model.decode, torch.zeros(1, 4, 4, dtype=torch.long), kind=ValueError)
     refused("another tokenizer", model.decode, torch.full((1, 2, 2, 2), 64), kind=ValueError)
     for changes in ({"frames": 6}, {"time_strides": (2,)}, {"time_strides": (3, 2, 2)}, {"frames": 0}):
-        with pytest.raises(ValueError):
-            dataclasses.replace(TINY, **changes)
+        refused("frames|time-strides", dataclasses.replace, TINY, **changes, kind=ValueError)
 
 
 # ---- depth to space in three dimensions -------------------------------------------------------------------
@@ -138,10 +136,7 @@ def with_fixed_norms(model):
     return model
 
 
-CAUSAL = {"published": {}, "nearest": {"upsampler": "nearest"}, "average": {"downsampler": "average"}}
-
-
-@pytest.mark.parametrize("changes", CAUSAL.values(), ids=CAUSAL)
+@pytest.mark.parametrize("changes", [{}, {"upsampler": "nearest"}, {"downsampler": "average"}])
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
 def test_a_changed_frame_or_token_changes_nothing_before_it(part, changes):
     model = with_fixed_norms(random_model(dataclasses.replace(TINY, frames=9, **changes)))
@@ -162,11 +157,9 @@ def test_a_changed_frame_or_token_changes_nothing_before_it(part, changes):
 def test_group_norm_couples_frames_as_documented():
     model = random_model(TINY)
     x = clip(5)
-    changed = x.clone()
-    changed[:, :, 4] = 0
     with torch.no_grad():
-        assert not torch.equal(model.encoder(x)[:, :, 0], model.encoder(changed)[:, :, 0])
-    assert "GroupNorm" in video.__doc__
+        z, changed = model.encoder(x), model.encoder(torch.cat([x[:, :, :4], 0 * x[:, :, 4:]], dim=2))
+    assert not torch.equal(z[:, :, 0], changed[:, :, 0])
 
 
 def test_one_frame_takes_the_short_way_to_the_same():
