@@ -41,7 +41,7 @@ import sample
 from support import checkpoints, data, loops, metrics, pictures, runtime, sets, sources
 from support.checkpoints import RANDOM_LABEL
 from support.runtime import require
-from support.sets import MOMENTS, SPATIAL, Chosen
+from support.sets import FRECHET, Chosen
 
 # ---- 1. The metrics, and the record of a measurement -------------------------------------------------------
 
@@ -58,7 +58,6 @@ class Metric:
     command: str                       # whose --metrics has it (None: it comes along with another)
     judge: object                      # function of uint8 originals and reconstructions, or a network's name
     note: str                          # measured on what, and by which definition where others have another
-    moments: tuple = None              # what of two sets it is the Frechet distance of
     least: int = 1                     # pixels a side that it needs; of clips, if I3D judges, frames
 
 
@@ -67,27 +66,26 @@ SETS = "{n} samples, {real} {others}, "
 NEAR = "{n} samples, {near} {others}, "
 METRICS = {
     "psnr": Metric("PSNR (dB)", "{:.2f}", REC, metrics.psnr, "{pixels}, {mean}, of dB, not of errors"),
-    "ssim": Metric("SSIM", "{:.4f}", REC, metrics.ssim, "{pixels}, {mean}, uniform 7 x 7 windows", least=7),
-    "lpips-vgg": Metric("LPIPS (VGG)", "{:.4f}", REC, "lpips-vgg", "{floats}, mean over all", least=32),
-    "lpips-alex": Metric("LPIPS (Alex)", "{:.4f}", REC, "lpips-alex", "{floats}, mean over all", least=32),
+    "ssim": Metric("SSIM", "{:.4f}", REC, metrics.ssim, "{pixels}, {mean}, uniform 7 x 7 windows", 7),
+    "lpips-vgg": Metric("LPIPS (VGG)", "{:.4f}", REC, "lpips-vgg", "{floats}, mean over all", 32),
+    "lpips-alex": Metric("LPIPS (Alex)", "{:.4f}", REC, "lpips-alex", "{floats}, mean over all", 32),
     "usage": Metric("codebook usage", "{:.2%}", REC, None, "{tokens} tokens, {codebook}, {over}"),
     "perplexity": Metric("perplexity", "{:.1f}", None, None, "e^entropy of the ids, {codebook}"),
     "bits_per_pixel": Metric("bits per pixel", "{:.4f}", None, None, "{bits:g} bits a token"),
     "rfid": Metric("rFID", "{:.3f}", REC, "inception",
-                   "{floats}, {n} images, resize {resize_rule} (pytorch-fid's, not ADM's)", MOMENTS),
+                   "{floats}, {n} images, resize {resize_rule} (pytorch-fid's, not ADM's)"),
     "rfid-reference": Metric("FID of reconstructions against {reference}", "{:.3f}", None, "inception",
-                             "{pixels}, {n} images, resize tf1 (ADM's, not pytorch-fid's)", MOMENTS),
-    "rfvd": Metric("rFVD", "{:.2f}", REC, "i3d", "{pixels}, {n} clips of {frames} frames, logits, float64",
-                   MOMENTS, 9),
+                             "{pixels}, {n} images, resize tf1 (ADM's, not pytorch-fid's)"),
+    "rfvd": Metric("rFVD", "{:.2f}", REC, "i3d", "{pixels}, {n} clips of {frames} frames, logits, float64", 9),
     "rfvd-float32": Metric("rFVD, float32", "{:.2f}", None, "i3d", "with the official script's roundings"),
-    "fid": Metric("FID", "{:.3f}", GEN, "inception", SETS + "resize tf1 (ADM's, not pytorch-fid's)", MOMENTS),
-    "sfid": Metric("sFID", "{:.3f}", GEN, "inception", SETS + "resize tf1 (ADM's)", SPATIAL),
+    "fid": Metric("FID", "{:.3f}", GEN, "inception", SETS + "resize tf1 (ADM's, not pytorch-fid's)"),
+    "sfid": Metric("sFID", "{:.3f}", GEN, "inception", SETS + "resize tf1 (ADM's)"),
     "inception_score": Metric("Inception Score", "{:.2f}", GEN, "inception", "{blocks}, logits without bias"),
     "precision": Metric("precision", "{:.4f}", GEN, "inception", NEAR + "k = 3, {digits}"),
     "recall": Metric("recall", "{:.4f}", GEN, "inception", NEAR + "k = 3, {digits}"),
     "kid": Metric("KID", "{:.5f}", GEN, "inception", NEAR + "{subsets}, not times 1,000"),
     "mind": Metric("MIND", "{:.3f}", GEN, "inception", "{pairs} samples, as many {others}, 1,000 directions"),
-    "fvd": Metric("FVD", "{:.2f}", GEN, "i3d", SETS + "{frames} frames, logits, float64", MOMENTS, 9),
+    "fvd": Metric("FVD", "{:.2f}", GEN, "i3d", SETS + "{frames} frames, logits, float64", 9),
     "fvd-float32": Metric("FVD, float32", "{:.2f}", None, "i3d", "with the official script's roundings"),
     "tokens": Metric("token distance", "{:.4f}", GEN, None,
                      "{each} samples, as many {others}, {tokens} tokens, half the sum of |p - q|"),
@@ -152,7 +150,7 @@ def report(path, values, facts, record):
         rows.append([name, metric.format.format(values[key]), note, label])
         value = values[key] if math.isfinite(values[key]) else str(values[key])
         entries[key] = {"value": value, "measured_on": note, "label": label}
-        if metric.moments and facts["n"] < 2 * sets.WIDTHS[metric.judge][0]:
+        if key in FRECHET and facts["n"] < 2 * sets.WIDTHS[metric.judge][0]:
             print(f"warning: {name} of {facts['n']} samples is biased upwards (it wants two for each of "
                   f"{sets.WIDTHS[metric.judge][0]} features); compare it only with that of equally many")
     print()
@@ -198,7 +196,7 @@ def reconstruction(args, device):
     references = {}
     for key in asked:
         judge = networks.get(METRICS[key].judge, METRICS[key].judge)
-        if METRICS[key].moments:
+        if key in FRECHET:
             its = "tf1" if key == "rfid-reference" else rule             # ADM's rule beside ADM's file
             references[key] = sets.statistics_of(compared[key], judge, its, official, args.output)
             streams[key] = sets.FeatureStream(judge, its, range(len(samples)) if key == "rfvd" else ())
@@ -208,8 +206,7 @@ def reconstruction(args, device):
     if runtime.is_main():
         values, facts = summarise(found, asked, chosen.about, part, official)
         for key, real in references.items():
-            moments = {key: METRICS[key].moments}
-            values.update(sets.frechet_distances(moments, real, found[key], official))
+            values.update(sets.frechet(key, real, found[key], official))
         report(output, values, {**facts, "resize_rule": rule, "reference": args.reference}, record)
         paint(found["examples"], output.with_suffix(".png"))
 
@@ -332,7 +329,7 @@ def summarise(found, asked, about, part, official):
              "codebook": f"{groups} codebooks of {size}" if groups > 1 else f"a codebook of {size}",
              "over": f"{n} {'clip' if about['frames'] else 'image'}s of {about['name']}, {part}"}
     values = {}
-    for key in [key for key in asked if METRICS[key].judge and not METRICS[key].moments]:
+    for key in [key for key in asked if METRICS[key].judge and key not in FRECHET]:
         means = [some.mean() for some in found[key].split(batch if callable(METRICS[key].judge) else 1)]
         values[key] = float(torch.stack(means).mean())
     if "usage" in asked:
@@ -400,8 +397,7 @@ def generation(args, device):
         drawn = stream.finish()
         if runtime.is_main():
             require(drawn["n"] == n, f"{n - drawn['n']} of {n} samples in {path} are broken; make them again")
-            moments = {key: METRICS[key].moments for key in asked}
-            distances, found = sets.distances(moments, reference, drawn, official, device, args.global_seed)
+            distances, found = sets.distances(asked, reference, drawn, official, device, args.global_seed)
             values.update(distances)
             facts.update(found)
     if runtime.is_main():
