@@ -1,8 +1,8 @@
 """Measuring: how faithful is a tokenizer, how good are generated samples, and the paper's tables.
 
 A number without its protocol is no result. Most disputes over "your FID" are about the resize rule, the
-reference set, the rounding or the number of images, so all of these are printed beside each number and stored
-in a JSON. Where the official scripts have a quirk, there are two protocols:
+reference set, the rounding or the number of images, so these are printed beside each number and stored in a
+JSON. Where the official scripts have a quirk, there are two protocols:
 
     clean      what one would do today: pixels rounded to uint8 as an image file holds them, means over images
     official   what produced the published numbers, quirks included
@@ -16,10 +16,10 @@ in a JSON. Where the official scripts have a quirk, there are two protocols:
     python evaluate.py make-reference --data-path imagenet --image-size 256
     python evaluate.py table 4 --imagenet imagenet
 
-Images and clips go the same way: an image is a clip of one frame. Results of any number of ranks agree to 12
-digits. Some metrics need networks to be downloaded; --allow-random-weights tries the machinery out without,
-and marks what it prints as not comparable. support/metrics.py explains the metrics, support/sets.py compares
-sets with them. Axis letters: B samples of a batch, N of a set, T frames, H W their size.
+An image is a clip of one frame. Results of any number of ranks agree to 12 digits. Some metrics need networks
+to be downloaded; --allow-random-weights tries the machinery out without, and marks what it prints as not
+comparable. support/metrics.py explains the metrics, support/sets.py compares sets with them. Axis letters: B
+samples of a batch, N of a set, T frames, H W their size.
 """
 import argparse
 import contextlib
@@ -145,7 +145,6 @@ def report(path, values, facts, record):
         metric = METRICS[key]
         name = metric.name.format(**facts)
         note = metric.note.format(**facts)
-        require(not math.isnan(values[key]), f"{name} is not a number, measured on {note}")
         label = RANDOM_LABEL if record["networks"].get(metric.judge) == RANDOM_LABEL else ""
         rows.append([name, metric.format.format(values[key]), note, label])
         value = values[key] if math.isfinite(values[key]) else str(values[key])
@@ -272,8 +271,7 @@ def measure(model, chosen, judges, streams, official, precision):
     """The measuring loop: every sample goes through the tokenizer once and is seen by every metric.
 
     Returns {metric: its value for each readable sample (n,), or what its stream finds}, the samples' "pixels"
-    (n,), the "counts" of ids, and "examples", of each rank {index: uint8 original, reconstruction}. A
-    collective."""
+    (n,), the "counts" of ids, and "examples", {index: uint8 original, reconstruction}. A collective."""
     multiple = 1
     if chosen.samples.view.crop == "original":             # officially 16 whatever the stride is
         multiple = math.lcm(16 if official else 1, model.config.downsampling)
@@ -288,7 +286,7 @@ def measure(model, chosen, judges, streams, official, precision):
         x = pictures.to_float(originals.to(device))                      # (B, 3, [T,] H, W)
         y, ids = reconstruct(model, x, multiple, precision)              # as x, (B, [t,] h, w)
         # clean: every metric sees the pixels that an image file would hold. official: truncated ones, the
-        # originals too (levels 1 to 95 lose one: up to 0.04 dB), and networks see floats.
+        # originals too (levels 1 to 95 lose one: up to 0.04 dB), and LPIPS and rFID see floats.
         real = pictures.to_uint8(x, truncate=official)
         made = pictures.to_uint8(y, truncate=official)
         if not official:
@@ -300,16 +298,16 @@ def measure(model, chosen, judges, streams, official, precision):
             each = judge(*map(metrics.as_frames, pair))                  # (B * T,)
             sums[key].index_add_(0, indices, each.double().view(len(x), -1).mean(1)[:n].cpu())
         counts += model.quantizer.count(ids[:n])
-        for stream in streams.values():
-            seen = made if stream.rule == "tf1" else sets.shown(y, stream.network, official)
-            stream.add(seen, n, indices)
+        for key, stream in streams.items():
+            stream.add((y + 1) / 2 if official and key == "rfid" else made, n, indices)
         for j, index in enumerate(indices.tolist()):
             if index in to_show:
                 examples[index] = [originals[j].clone(), made[j].cpu().clone()]
     sums = {key: runtime.all_reduce_sum(each) for key, each in sums.items()}
     times = sums.pop("times")
     found = [index for index in sorted(chosen.order) if times[index]]
-    return {"counts": runtime.all_reduce_sum(counts), "examples": runtime.gather_objects(examples),
+    examples = {index: pair for some in runtime.gather_objects(examples) for index, pair in some.items()}
+    return {"counts": runtime.all_reduce_sum(counts), "examples": examples,
             **{key: each[found] / times[found] for key, each in sums.items()},
             **{key: stream.finish() for key, stream in streams.items()}}
 
@@ -340,7 +338,7 @@ def summarise(found, asked, about, part, official):
 
 def paint(examples, path):
     """Write the "examples" of `measure`, originals above their reconstructions."""
-    pairs = [pair for _, pair in sorted(pair for some in examples for pair in some.items())]
+    pairs = [examples[index] for index in sorted(examples)]
     sides = [min(256, *[original.shape[axis] for original, _ in pairs]) for axis in (-2, -1)]
     cropped = torch.stack([TF.center_crop(pair[k], sides) for k in (0, 1) for pair in pairs])
     written = pictures.save_samples(path, cropped, len(pairs))
@@ -358,13 +356,14 @@ def generation(args, device):
         axes = samples.axes
         count = args.num_samples or len(samples)
     else:
-        axes = axes_of(model, tokenizer)
+        *steps, rows, columns = model.config.grid
+        frames = [1 + (t - 1) * tokenizer.config.time_stride for t in steps]
+        axes = (*frames, rows * tokenizer.config.downsampling, columns * tokenizer.config.downsampling)
         count = args.num_samples or (50_000 if info["source"] == "published" else 5_000)
     real, others = real_samples(args, info["trained_on"], axes, count)
-    wanted = args.metrics or ["tokens"]                                  # which downloads nothing
-    if not args.metrics and (args.reference or not model):
-        wanted = [key for key in metrics_for(GEN, real.samples.kind) if key != "tokens"]
-    asked = metrics_for(GEN, real.samples.kind, wanted)
+    untold = not model or args.reference and not args.metrics            # ids: nobody's, or not asked for
+    asked = metrics_for(GEN, real.samples.kind, args.metrics or ["all" if untold else "tokens"])
+    asked = [key for key in asked if not (untold and key == "tokens")]
     check_size(axes, path or info["path"], asked)
     networks = load_networks(asked, args, device)
     if not path:
@@ -414,7 +413,7 @@ def drawing_model(args):
         require(not given, f"--samples {args.samples} is drawn already, without {', '.join(given)}")
         drawn_by = record_of(args.samples).get("checkpoint")
         path = drawn_by.get("path", "") if isinstance(drawn_by, dict) else ""
-        if not (ckpt or os.path.exists(path) or {"tokens", "all"} & set(args.metrics)):
+        if not (ckpt or os.path.exists(path) or "tokens" in args.metrics):
             return None, None, {"trained_on": NOTHING}
         ckpt = ckpt or path
     return checkpoints.load_pair(ckpt, args.tokenizer, not args.raw_weights)
@@ -424,13 +423,6 @@ def record_of(path):
     """What sample.py has written down beside an npz file; {} where there is nothing."""
     beside = pathlib.Path(os.path.splitext(os.path.abspath(path))[0] + ".json")
     return runtime.read_json(beside) if beside.is_file() else {}
-
-
-def axes_of(model, tokenizer):
-    """The axes ([T,] H, W) of what a model draws."""
-    *steps, rows, columns = model.config.grid
-    frames = [1 + (t - 1) * tokenizer.config.time_stride for t in steps]
-    return (*frames, rows * tokenizer.config.downsampling, columns * tokenizer.config.downsampling)
 
 
 def real_samples(args, trained_on, axes, count):
@@ -561,7 +553,7 @@ def get_args(argv=None):
     p.add_argument("--samples", help="npz with arr_0, or folder of images; not given: drawn from --ckpt")
     p.add_argument("--reference", help="npz, ADM's or of make-reference; not given: made of --data-path")
     p.add_argument("--metrics", nargs="+", choices=names[GEN], default=[], help="not given: tokens; the rest"
-                   " with --reference, or where nothing tells which model has drawn --samples")
+                   " with --reference. Without tokens where nothing tells which model has drawn --samples")
     sample.add_drawing_flags(p)                            # with --batch-size
     add_flags(p, "what the model was trained on", "of both: those in --samples, or 5,000 drawn, but no more "
               "than the model learned from; of a published one 50,000")

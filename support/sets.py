@@ -196,13 +196,6 @@ class FeatureStream:
         return arrays
 
 
-def shown(x, network, official):
-    """What a network of sets sees of x in [-1, 1]: uint8; officially truncated, or for rFID floats 0 .. 1."""
-    if official and network.name == "inception":
-        return (x + 1) / 2
-    return pictures.to_uint8(x, truncate=official)
-
-
 # ---- 3. Statistics that are made once ----------------------------------------------------------------------
 
 def short_hash(value):
@@ -233,8 +226,9 @@ def statistics_of(real, network, rule, official, folder, path=None):
         runtime.check_writable(path.parent)
         stream.kept = {real.order[k] for k in data.evenly_spaced(None if given else 10_000, len(real.order))}
         for x, n, indices in real.batches("real"):
-            if rule != "tf1":                                          # as reconstructions are shown to it
-                x = shown(pictures.to_float(x.to(stream.device)), network, official)
+            if official and rule != "tf1":                             # as it sees reconstructions
+                x = pictures.to_float(x.to(stream.device))
+                x = (x + 1) / 2 if network.name == "inception" else pictures.to_uint8(x, truncate=True)
             stream.add(x, n, indices)
         arrays = stream.finish()
         if runtime.is_main():
