@@ -35,8 +35,7 @@ class Cache:
     """Keys and values of one block for all tokens so far: a slot for the class and each token but the last.
 
     Static buffers. One tensor a block, as compilers copy a stacked one at every write; zeros, as a masked
-    slot that holds NaN would spoil the sum.
-    """
+    slot that holds NaN would spoil the sum."""
 
     def __init__(self, like, rows, heads, slots, head_dim):
         self.keys = like.new_zeros(rows, heads, slots, head_dim)
@@ -60,8 +59,7 @@ def last_within_token(q, keys, values):
     From its q, m keys and 1 + m values, each (R, H, d). The context's key is zero (its rotary entry is), so
     its score is 0 and its value v_0 the start. Every sub-token of score s then pulls the result towards its
     value by its share of the softmax so far, e^s / (e^total + e^s) = sigmoid(s - total). With M = 2 that is
-    one gate a head and no kernel at all: v_0 + sigmoid(q k / sqrt(d)) (v_1 - v_0).
-    """
+    one gate a head and no kernel at all: v_0 + sigmoid(q k / sqrt(d)) (v_1 - v_0)."""
     attended = values[0]
     total = 0.0                                 # log of the softmax's denominator: e^0 for the context
     for k, v in zip(keys, values[1:]):
@@ -90,8 +88,7 @@ def prepare_for_sampling(model, dtype=torch.float32):
     """Turn `model`, on its final device, into its fastest form for sampling: never to train or save again.
 
     Weights in `dtype`, packed on a CPU; rotary table and heads in float32, as logits of bfloat16 carry 8
-    bits, and guidance magnifies their rounding. Returns the model, in eval mode.
-    """
+    bits, and guidance magnifies their rounding. Returns the model, in eval mode."""
     rope = model.rope
     model.to(dtype).eval().requires_grad_(False)
     model.heads.float()
@@ -223,8 +220,7 @@ class Sampler:
 
         kept: M int64 tensors (n,), sub-tokens that all begin with; the rest is drawn. told: called after each
         token. A sample depends on its label and seed, not on its neighbours; but products of another batch
-        size differ in their last bits and can tip a draw.
-        """
+        size differ in their last bits and can tip a draw."""
         no_class = self.model.config.num_classes
         labels = torch.as_tensor(labels, device=self.x.device)
         require(0 <= int(labels.min()) and int(labels.max()) <= no_class,
@@ -269,8 +265,7 @@ def generate(model, tokenizer, labels, seeds, how, kept=()):
 
     model: an ARModel, best of `prepare_for_sampling`; tokenizer: that of its tokens, on its device; labels,
     seeds and kept: see `Sampler`. The last batch is filled up and cut again, as products of another size
-    round differently: a sample depends on label, seed, batch size and its place in the batch alone.
-    """
+    round differently: a sample depends on label, seed, batch size and its place in the batch alone."""
     labels = torch.as_tensor(labels)
     device = model.class_embedding.weight.device
     at_once = 4 if tokenizer.config.frames else how.batch_size     # a clip's activations take 20 times more
@@ -326,15 +321,12 @@ def how_from_args(args, model, info, count, looking=False):
 
 
 def in_words(settings):
-    """M `ar_model.Settings` as one says them, a value for all sub-tokens or one for each: text."""
-    columns = []
-    for setting in settings:
-        entries = f"the {setting.top_k} likeliest entries" if setting.top_k else "all entries"
-        if setting.top_p < 1:
-            entries += f" up to a probability of {setting.top_p:g}"
-        columns.append([f"{setting.cfg_scale:g}", f"{setting.temperature:g}", entries])
-    said = [" / ".join(column if len(set(column)) > 1 else column[:1]) for column in zip(*columns)]
-    return "guidance {}, temperature {}, {}".format(*said)
+    """M `ar_model.Settings` by the names of their flags, a value for each sub-token: text."""
+    said = []
+    for field in dataclasses.fields(ar_model.Settings):
+        values = [f"{getattr(setting, field.name):g}" for setting in settings]
+        said.append(f"{field.name.replace('_', '-')} {' '.join(values)}")
+    return ", ".join(said)
 
 
 def get_args(argv=None):
