@@ -76,7 +76,8 @@ METRICS = {
                    "{floats}, {n} images, resize {resize_rule} (pytorch-fid's, not ADM's)"),
     "rfid-reference": Metric("FID of reconstructions against {reference}", "{:.3f}", None, "inception",
                              "{pixels}, {n} images, resize tf1 (ADM's, not pytorch-fid's)"),
-    "rfvd": Metric("rFVD", "{:.2f}", REC, "i3d", "{pixels}, {n} clips of {frames} frames, logits, float64", 9),
+    "rfvd": Metric("rFVD", "{:.2f}", REC, "i3d",
+                   "{pixels}, {n} clips of {frames} frames, logits, float64", 9),
     "rfvd-float32": Metric("rFVD, float32", "{:.2f}", None, "i3d", "with the official script's roundings"),
     "fid": Metric("FID", "{:.3f}", GEN, "inception", SETS + "resize tf1 (ADM's, not pytorch-fid's)"),
     "sfid": Metric("sFID", "{:.3f}", GEN, "inception", SETS + "resize tf1 (ADM's)"),
@@ -110,8 +111,7 @@ def check_size(axes, what, asked):
     for key in asked:
         least = METRICS[key].least
         size, unit = (axes[0], "frames") if METRICS[key].judge == "i3d" else (min(axes[-2:]), "pixels a side")
-        require(size >= least, f"{what}: --metrics {key} needs {least} {unit} or more, not {size}; leave one "
-                               f"or the other out")
+        require(size >= least, f"{what}: --metrics {key} needs {least} {unit} or more, not {size}; leave it out")
 
 
 def load_networks(asked, args, device):
@@ -149,13 +149,12 @@ def report(path, values, facts, record):
         rows.append([name, metric.format.format(values[key]), note, label])
         value = values[key] if math.isfinite(values[key]) else str(values[key])
         entries[key] = {"value": value, "measured_on": note, "label": label}
-        if key in FRECHET and facts["n"] < 2 * sets.WIDTHS[metric.judge][0]:
-            print(f"warning: {name} of {facts['n']} samples is biased upwards (it wants two for each of "
-                  f"{sets.WIDTHS[metric.judge][0]} features); compare it only with that of equally many")
+        if key in FRECHET and facts["n"] < 2 * sets.WIDTHS[metric.judge][0]:         # two for each feature
+            print(f"warning: {name} of {facts['n']} samples is biased upwards; compare it with equally many")
     print()
     loops.print_table(rows, ["metric", "value", "measured on", ""])
-    date = datetime.datetime.now().isoformat()
-    runtime.write_json(path, {"metrics": entries, "n": facts["n"], **record, "date": date})
+    record = {**record, "date": datetime.datetime.now().isoformat()}
+    runtime.write_json(path, {"metrics": entries, "n": facts["n"], **record})
     print(f"\nwritten to {path}")
 
 
@@ -215,8 +214,7 @@ def held_out(args, config, trained_on):
 
     Protocol official, for clips: random crops of the training split, filled up to 10,000 with randomly chosen
     ones of the same (463 of UCF-101's 9,537), as in the script that the published rFVD of 16 came from."""
-    require(not (config.frames and args.original_resolution),
-            "--original-resolution is for tokenizers of images")
+    require(not (config.frames and args.original_resolution), "--original-resolution is for images")
     crop = "original" if args.original_resolution else "center"
     split = args.split or "val"
     if config.frames and args.protocol == "official":
@@ -374,7 +372,7 @@ def generation(args, device):
     order = data.evenly_spaced(args.num_samples, len(samples))
     n = len(order)
     require(min(n, len(real.order)) > 3, f"{path} holds {n} samples, there are {len(real.order)} {others}; "
-            f"generation metrics need four or more of each")
+                                         f"four or more of each are needed")
     about = {"path": path, "axes": list(axes), "sha256": sha256}
     made = Chosen(samples, order, about, args.batch_size, args.num_workers)
     output, record = plan(args, path, networks, samples=about, sampling=record_of(path), reference=real.about,
@@ -429,8 +427,7 @@ def real_samples(args, trained_on, axes, count):
     """(`Chosen`, its name) to compare samples of these axes with: --reference, or `count` as of `choose`."""
     if args.reference:
         return sets.reference(args.reference, axes, args.batch_size), f"in {args.reference}"
-    require(axes[-1] == axes[-2], f"samples are of {list(axes)}, but real ones are cropped to squares; make "
-                                  f"square ones, or give a --reference")
+    require(axes[-1] == axes[-2], f"samples are of {list(axes)}; make square ones, or give a --reference")
     view = data.View(axes[-1], axes[0] if len(axes) == 3 else None, resize=args.resize)
     real = choose(args, trained_on, args.split or "train", view, count, args.batch_size)
     part = sets.part_of(real.samples, trained_on)

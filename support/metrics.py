@@ -94,8 +94,8 @@ def total_variation(counts, others):
 
 # ---- 2. LPIPS ----------------------------------------------------------------------------------------------
 
-LPIPS_TAPS = {"vgg": (3, 8, 15, 22, 29), "alex": (1, 4, 7, 9, 11)}    # ReLU layers in torchvision's .features
-LPIPS_WIDTHS = {"vgg": (64, 128, 256, 512, 512), "alex": (64, 192, 384, 256, 256)}
+# Which ReLU layers in torchvision's .features are looked at, and their channels.
+LPIPS_TAPS = {"vgg": {3: 64, 8: 128, 15: 256, 22: 512, 29: 512}, "alex": {1: 64, 4: 192, 7: 384, 9: 256, 11: 256}}
 
 
 class LPIPS(nn.Module):
@@ -108,11 +108,11 @@ class LPIPS(nn.Module):
         super().__init__()
         build = {"vgg": torchvision.models.vgg16, "alex": torchvision.models.alexnet}[net]
         self.taps = LPIPS_TAPS[net]
-        self.features = build(weights=None).features[:self.taps[-1] + 1]
+        self.features = build(weights=None).features[:max(self.taps) + 1]
         for layer in self.features:
             if isinstance(layer, nn.ReLU):
                 layer.inplace = False                            # or it would overwrite what the tap has kept
-        self.heads = nn.ParameterList(torch.rand(1, width, 1, 1) for width in LPIPS_WIDTHS[net])
+        self.heads = nn.ParameterList(torch.rand(1, width, 1, 1) for width in self.taps.values())
         self.register_buffer("shift", torch.tensor([-.030, -.088, -.188]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("scale", torch.tensor([.458, .448, .450]).view(1, 3, 1, 1), persistent=False)
         self.eval().requires_grad_(False)
@@ -315,8 +315,8 @@ def check_finite(*sets):
     """Raise `UserError` where features are NaN or infinite: comparisons, clamps and `max` would hide it."""
     for i, features in enumerate(sets, 1):
         wrong = torch.as_tensor(features).isfinite().logical_not().nonzero().tolist()
-        require(not wrong, f"features of set {i} are not finite, first at {wrong[:1]}; an image or a weight is "
-                           f"damaged, or half precision overflowed")
+        require(not wrong, f"features of set {i} are not finite, first at {wrong[:1]}; an image or a weight "
+                           f"is damaged, or half precision overflowed")
 
 
 def check_sets(x, y, least=2):

@@ -63,9 +63,8 @@ class Npz(sources.Samples):
             (N, *self.shape), fortran, dtype = np.lib.format.read_array_header_1_0(self.file)
         self.start = self.file.tell()
         fits = dtype == np.uint8 and len(self.shape) in (3, 4) and self.shape[-1] == 3
-        require(fits and not fortran, f"{path}: arr_0 is {dtype} {[N, *self.shape]}, not uint8 (N, H, W, 3) or "
-                f"(N, T, H, W, 3) in C order; convert it by (x * 255).round().astype('uint8') or by "
-                f".transpose(0, 2, 3, 1)")
+        require(fits and not fortran, f"{path}: arr_0 is {dtype} {[N, *self.shape]}, not uint8 (N, [T,] H, W, "
+                f"3); convert it by (x * 255).round().astype('uint8') or .transpose(0, 2, 3, 1)")
         *frames, _, width, _ = self.shape
         view = data.View(width, *frames, crop="original")
         super().__init__(str(path), [], [f"{path}[{i}]" for i in range(N)], [0] * N, view)
@@ -121,7 +120,7 @@ def reference(path, axes, batch_size):
     """`Chosen`: all of an npz file, to be compared with samples of these axes ([T,] H, W)."""
     samples = Npz(path)
     require(samples.axes == tuple(axes), f"--reference {path} is of images of {samples.axes}, not {axes}; "
-            f"compare sets of one size (make-reference has --image-size)")
+                                         f"give one of that size (make-reference has --image-size)")
     about = {**samples.arrays["settings"], "path": path, "sha256": runtime.on_main(runtime.sha256_of, path)}
     return Chosen(samples, range(len(samples)), about, batch_size)
 
@@ -129,11 +128,11 @@ def reference(path, axes, batch_size):
 def part_of(samples, trained_on):
     """Which part of a data set `samples` are, in words that promise no more than is known of a model that was
     trained on the paths `trained_on`. What it has learned is known by what is in it, not by a name."""
-    learned = None
-    if trained_on["data_path"] is not None:                # else it is a published one
-        with contextlib.suppress(runtime.UserError):       # the data may have moved away
-            own = sources.build_dataset(trained_on["data_path"], "train", samples.view,
-                                        trained_on["split_list"])
+    path = trained_on["data_path"]
+    learned = None                                         # unknown: published, or the data have moved away
+    with contextlib.suppress(runtime.UserError):
+        if path is not None:
+            own = sources.build_dataset(path, "train", samples.view, trained_on["split_list"])
             learned = runtime.on_main(data.same_samples, own, samples)
     if learned:
         return f"training {samples.kind}s"
@@ -208,7 +207,7 @@ def statistics_of(real, network, rule, official, folder, path=None):
     in `folder` named after all that they depend on; on rank 0. A collective.
 
     With features, and of images these, of up to 10,000, for ADM's own evaluator to read. ADM's files bring
-    statistics of ImageNet's training set, and 10,000 images, whose features are computed here. rule: of
+    statistics of all of ImageNet, and 10,000 images, whose features are computed here. rule: of
     `metrics.inception_input`; not "tf1" where originals are compared with their reconstructions."""
     given = real.samples.arrays if isinstance(real.samples, Npz) else {}
     if given.get("settings"):

@@ -52,7 +52,7 @@ def test_it_draws_the_tokens_of_the_plain_sampler(shape, values):
     for bucket in (1, 4):
         sampler = Sampler(model, 3, settings, bucket=bucket)
         assert max(sampler.lengths) == shape.tokens and all(n > t for t, n in enumerate(sampler.lengths))
-        sampler.caches[0].keys.fill_(1e4)                               # rubbish behind the position
+        sampler.caches[0][0].fill_(1e4)                                 # rubbish behind the position
         assert equal(sampler(labels, range(3)), expected)
     assert equal(fast(sample.prepare_for_sampling(model), labels, settings), expected)
 
@@ -118,11 +118,11 @@ def test_weights_that_are_not_finite_draw_nothing():
 def test_buffers_are_allocated_once_and_as_large_as_needed():
     model, labels = build(small_config()), torch.tensor([0, 1])
     guided, free = (Sampler(model, 2, sampling_settings(2, cfg_scale=scale)) for scale in (2.0, 1.0))
-    pointers = [tensor.data_ptr() for cache in guided.caches for tensor in vars(cache).values()]
+    pointers = [tensor.data_ptr() for cache in guided.caches for tensor in cache]
     guided(labels, [0, 1])
-    assert pointers == [tensor.data_ptr() for cache in guided.caches for tensor in vars(cache).values()]
+    assert pointers == [tensor.data_ptr() for cache in guided.caches for tensor in cache]
     assert len(pointers) == 2 * 2
-    for keys, values in (vars(cache).values() for cache in guided.caches):        # class, all tokens but one
+    for keys, values in guided.caches:                              # class, all tokens but one
         assert keys.shape == values.shape == (4, 2, 15, 24)
         assert not keys[:, :, 0].any() and keys[:, :, 1:].any(dim=-1).all() and values.any(dim=-1).all()
     expected = free(labels, [0, 1])
