@@ -111,7 +111,7 @@ def check_size(axes, what, asked):
     for key in asked:
         least = METRICS[key].least
         size, unit = (axes[0], "frames") if METRICS[key].judge == "i3d" else (min(axes[-2:]), "pixels a side")
-        require(size >= least, f"{what}: --metrics {key} needs {least} {unit} or more, not {size}; leave it out")
+        require(size >= least, f"{what}: --metrics {key} needs {least} {unit} or more, not {size}")
 
 
 def load_networks(asked, args, device):
@@ -126,26 +126,19 @@ def load_networks(asked, args, device):
     return networks
 
 
-def plan(args, subject, networks, **record):
-    """(path, content so far) of the JSON about `subject`, a path: other settings, other names."""
-    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
-    record = {"command": args.command, "protocol": args.protocol, **record, "arguments": vars(args),
-              "networks": {name: network.source for name, network in networks.items()}, "versions": versions}
-    name = re.sub(r"[^\w.^-]", "_", pathlib.Path(os.path.abspath(subject)).stem, flags=re.ASCII)[:80]
-    return pathlib.Path(args.output, f"{args.command}-{name}-{sets.short_hash(record)}.json"), record
+def report(args, subject, networks, values, facts, **record):
+    """Print `values` {metric: number} about `subject`, a path, and write them to a JSON, of which the path is
+    returned: other settings, other names. Rank 0 only.
 
-
-def report(path, values, facts, record):
-    """Print `values` {metric: number} and write them to `path` with their `record`. Rank 0 only.
-
-    facts: what fills in the texts of `METRICS`, and "n", the number of samples."""
+    facts: what fills in the texts of `METRICS`, and "n", the number of samples. record: further settings."""
     entries = {}
     rows = []
     for key in [key for key in METRICS if key in values]:
         metric = METRICS[key]
         name = metric.name.format(**facts)
         note = metric.note.format(**facts)
-        label = RANDOM_LABEL if record["networks"].get(metric.judge) == RANDOM_LABEL else ""
+        random = metric.judge in networks and networks[metric.judge].source == RANDOM_LABEL
+        label = RANDOM_LABEL if random else ""
         rows.append([name, metric.format.format(values[key]), note, label])
         value = values[key] if math.isfinite(values[key]) else str(values[key])
         entries[key] = {"value": value, "measured_on": note, "label": label}
@@ -153,9 +146,15 @@ def report(path, values, facts, record):
             print(f"warning: {name} of {facts['n']} samples is biased upwards; compare it with equally many")
     print()
     loops.print_table(rows, ["metric", "value", "measured on", ""])
-    record = {**record, "date": datetime.datetime.now().isoformat()}
-    runtime.write_json(path, {"metrics": entries, "n": facts["n"], **record})
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
+    record = {"command": args.command, "protocol": args.protocol, **record, "arguments": vars(args),
+              "networks": {name: network.source for name, network in networks.items()}, "versions": versions}
+    name = re.sub(r"[^\w.^-]", "_", pathlib.Path(os.path.abspath(subject)).stem, flags=re.ASCII)[:80]
+    path = pathlib.Path(args.output, f"{args.command}-{name}-{sets.short_hash(record)}.json")
+    date = datetime.datetime.now().isoformat()
+    runtime.write_json(path, {"metrics": entries, "n": facts["n"], **record, "date": date})
     print(f"\nwritten to {path}")
+    return path
 
 
 # ---- 2. Reconstruction: what a sample loses on its way through the tokens (tables 3, 4 and 6) --------------
@@ -183,8 +182,6 @@ def reconstruction(args, device):
     rule = "half-pixel-antialiased" if antialias else "half-pixel"
     part = sets.part_of(samples, info["trained_on"])
     info["sha256"] = runtime.on_main(checkpoints.weights_hash, model)
-    output, record = plan(args, info["path"], networks, checkpoint=info, data=chosen.about, part=part,
-                          resize_rule=rule)
     runtime.print_facts(
         ("data", f"{len(chosen.order)} {samples.kind}s of {samples.name}, {part}, size {size}"),
         ("protocol", f"{args.protocol}, tokenizer in {args.mixed_precision}, metrics in fp32, "
@@ -205,8 +202,10 @@ def reconstruction(args, device):
         values, facts = summarise(found, asked, chosen.about, part, official)
         for key, real in references.items():
             values.update(sets.frechet(key, real, found[key], official))
-        report(output, values, {**facts, "resize_rule": rule, "reference": args.reference}, record)
-        paint(found["examples"], output.with_suffix(".png"))
+        facts.update(resize_rule=rule, reference=args.reference)
+        path = report(args, info["path"], networks, values, facts, checkpoint=info, data=chosen.about,
+                      part=part, resize_rule=rule)
+        paint(found["examples"], path.with_suffix(".png"))
 
 
 def held_out(args, config, trained_on):
@@ -375,8 +374,6 @@ def generation(args, device):
                                          f"four or more of each are needed")
     about = {"path": path, "axes": list(axes), "sha256": sha256}
     made = Chosen(samples, order, about, args.batch_size, args.num_workers)
-    output, record = plan(args, path, networks, samples=about, sampling=record_of(path), reference=real.about,
-                          tokenizer=info["tokenizer"] if "tokens" in asked else None)
     runtime.print_facts(("samples", f"{path}, {n} of {' x '.join(map(str, axes))}"),
                         ("real", f"{len(real.order)} {others}"),
                         ("protocol", f"{args.protocol}, {runtime.world_size()} x {device.type}"))
@@ -398,7 +395,8 @@ def generation(args, device):
             values.update(distances)
             facts.update(found)
     if runtime.is_main():
-        report(output, values, facts, record)
+        report(args, path, networks, values, facts, samples=about, sampling=record_of(path),
+               reference=real.about, tokenizer=info["tokenizer"] if "tokens" in asked else None)
 
 
 def drawing_model(args):

@@ -95,7 +95,8 @@ def total_variation(counts, others):
 # ---- 2. LPIPS ----------------------------------------------------------------------------------------------
 
 # Which ReLU layers in torchvision's .features are looked at, and their channels.
-LPIPS_TAPS = {"vgg": {3: 64, 8: 128, 15: 256, 22: 512, 29: 512}, "alex": {1: 64, 4: 192, 7: 384, 9: 256, 11: 256}}
+LPIPS_TAPS = {"vgg": {3: 64, 8: 128, 15: 256, 22: 512, 29: 512},
+              "alex": {1: 64, 4: 192, 7: 384, 9: 256, 11: 256}}
 
 
 class LPIPS(nn.Module):

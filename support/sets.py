@@ -12,6 +12,7 @@ import json
 import math
 import os
 import pathlib
+import weakref
 import zipfile
 
 import numpy as np
@@ -58,13 +59,14 @@ class Npz(sources.Samples):
         self.arrays, self.file = read_npz(path)
         require(self.file, f"{path} holds no array arr_0, only {', '.join(self.arrays)}; statistics alone do "
                            f"not tell by which network and resize rule they were made")
+        weakref.finalize(self, self.file.close)
         with decoding():
             np.lib.format.read_magic(self.file)
             (N, *self.shape), fortran, dtype = np.lib.format.read_array_header_1_0(self.file)
         self.start = self.file.tell()
         fits = dtype == np.uint8 and len(self.shape) in (3, 4) and self.shape[-1] == 3
         require(fits and not fortran, f"{path}: arr_0 is {dtype} {[N, *self.shape]}, not uint8 (N, [T,] H, W, "
-                f"3); convert it by (x * 255).round().astype('uint8') or .transpose(0, 2, 3, 1)")
+                f"3) in C order; convert it by (x * 255).round().astype('uint8') or .transpose(0, 2, 3, 1)")
         *frames, _, width, _ = self.shape
         view = data.View(width, *frames, crop="original")
         super().__init__(str(path), [], [f"{path}[{i}]" for i in range(N)], [0] * N, view)
@@ -176,8 +178,8 @@ class FeatureStream:
         self.parts.append({name: each[:n].cpu()[kept] for name, each in found.items()})
 
     def finish(self):
-        """{name: array} on rank 0, elsewhere {}: n, the moments under ADM's names, and what was kept, in order
-        of indices. A collective."""
+        """{name: array} on rank 0, elsewhere {}: n, the moments under ADM's names, and what was kept, in the
+        order of indices. A collective."""
         for moments in self.moments:
             moments.n = int(runtime.all_reduce_sum(torch.tensor(moments.n)))
             moments.total = runtime.all_reduce_sum(moments.total)
@@ -256,7 +258,7 @@ def frechet(key, reference, made, official):
 
 
 def distances(asked, reference, made, official, device, seed):
-    """({metric: value}, facts about them) of samples and real ones, statistics as of `FeatureStream.finish`."""
+    """({metric: value}, facts about them) of samples and real ones, by what `FeatureStream.finish` gives."""
     n = made["n"]
     real = int(reference["n"]) if "n" in reference else "an unknown number of"
     if real != n:
