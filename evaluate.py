@@ -142,8 +142,9 @@ def report(args, subject, networks, values, facts, **record):
         rows.append([name, metric.format.format(values[key]), note, label])
         value = values[key] if math.isfinite(values[key]) else str(values[key])
         entries[key] = {"value": value, "measured_on": note, "label": label}
-        if key in FRECHET and facts["n"] < 2 * sets.WIDTHS[metric.judge][0]:         # two for each feature
-            print(f"warning: {name} of {facts['n']} samples is biased upwards; compare it with equally many")
+        if key in FRECHET and facts["n"] < 2 * sets.WIDTHS[metric.judge][0]:
+            print(f"warning: {name} of {facts['n']} samples, fewer than two for each feature, is biased "
+                  f"upwards; compare it with that of equally many")
     print()
     loops.print_table(rows, ["metric", "value", "measured on", ""])
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}

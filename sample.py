@@ -144,7 +144,8 @@ class Sampler:
         self.graphs = {}
         if compile:                             # the pieces, and then the whole step for every length
             self.pieces = [torch.compile(piece, fullgraph=True, dynamic=False) for piece in self.pieces]
-            for length in self.lengths:         # warm-up: compiles, and lets libraries allocate workspaces
+            # Warm-up: compiles, and lets libraries allocate their workspaces.
+            for length in sources.watched(self.lengths, "compiling", unit="steps"):
                 self.step(length)
             pool = torch.cuda.graph_pool_handle()               # the graphs share their scratch memory
             for length in sorted(set(self.lengths)):
@@ -302,11 +303,12 @@ def how_from_args(args, model, info, count, looking=False):
 
 
 def in_words(settings):
-    """M `ar_model.Settings` by the names of their flags, a value for each sub-token: text."""
+    """M `ar_model.Settings` by the names of their flags, a value for all sub-tokens or one for each: text."""
     said = []
     for field in dataclasses.fields(ar_model.Settings):
         values = [f"{getattr(setting, field.name):g}" for setting in settings]
-        said.append(f"{field.name.replace('_', '-')} {' '.join(values)}")
+        shown = values if len(set(values)) > 1 else values[:1]
+        said.append(" ".join([field.name.replace("_", "-"), *shown]))
     return ", ".join(said)
 
 

@@ -1,5 +1,4 @@
 """evaluate.py as people use it: its commands on tiny data, on several ranks, with right and wrong input."""
-import dataclasses
 import functools
 import json
 import pathlib
@@ -12,18 +11,15 @@ import helpers
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, refused, run_script, stored
+from helpers import ROOT, refused, run_script
 from PIL import Image
 
 import ar_model
 import evaluate
 import sample
 import tokenizer
-import video
 from support import checkpoints, data, metrics, pictures, runtime, sets, sources
 
-SMALL = {"channels": 32, "channel_multipliers": (1, 1), "blocks": 1, "mid_blocks": 0, "patch": 2, "bits": 6}
-CLIPS = video.VideoTokenizerConfig(resolution=32, frames=9, time_strides=(2,), **SMALL)
 RANDOM = ("--allow-random-weights", "--batch-size", "4")
 LABEL = checkpoints.RANDOM_LABEL
 call = functools.partial(helpers.call, evaluate)
@@ -71,29 +67,13 @@ def write_images(folder, count, size=(20, 20)):
         Image.new("RGB", size, (10 * i, 0, 0)).save(f"{folder}/{i:02}.png")
 
 
-def save(path, model, **more):
-    """A checkpoint of an untrained model."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(stored(model, **more), path)
-    return path
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Checkpoints of untrained tokenizers of 16 x 16 and 9 x 32 x 32, and of a transformer of 16 x 16."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("files") / "runs"
-    stage1 = tokenizer.Tokenizer(tokenizer.TokenizerConfig(resolution=16, **SMALL))
-    clips = video.VideoTokenizer(CLIPS)
-    config = ar_model.ARConfig(width=32, heads=2, inter_blocks=1, intra_blocks=1, bits=(3, 3), grid=(4, 4),
-                               num_classes=3)
-    inner = {"format": checkpoints.format_of(stage1), "config": dataclasses.asdict(stage1.config),
-             "model": stage1.state_dict()}
-    record = {"path": "x", "weights": "raw", "preset": "custom", "sha256": checkpoints.weights_hash(stage1)}
-    return {"images": save(folder / "tokenizer" / "step-00000003.pt", stage1),
-            "clips": save(folder / "clips.pt", clips),
-            "ar": save(folder / "ar" / "step-00000003.pt", ar_model.ARModel(config), classes=list("abc"),
-                       tokenizer=record, first_stage=inner)}
+    """Checkpoints of untrained tokenizers of images and of clips, and of a transformer for each."""
+    folder = tmp_path_factory.mktemp("files")
+    ar, images = helpers.save_pair(folder / "images")
+    clips_ar, clips = helpers.save_pair(folder / "clips", clips=True)
+    return {"images": images, "clips": clips, "ar": ar, "clips_ar": clips_ar}
 
 
 class Quick(torch.nn.Module):
@@ -182,7 +162,7 @@ from test_evaluate import Quick
 def call(flags):
     evaluate.main(evaluate.get_args((flags + " --allow-random-weights --batch-size 2 --output out").split()))
 
-images, clips, ar = sys.argv[1:]
+images, clips, ar, _ = sys.argv[1:]
 metrics.FIDInception = metrics.I3D = Quick
 call(f"reconstruction --ckpt {images} --num-samples 5 --image-size 32 --metrics rfid lpips-alex")
 call("generation --samples samples.npz --reference reference.npz")
@@ -324,8 +304,9 @@ def test_original_resolution_pads_with_grey_and_crops_back(protocol, place, monk
 # ---- what is measured: defaults, files, drawing ------------------------------------------------------------
 
 @pytest.mark.slow
-def test_without_flags_it_judges_what_training_left(files, monkeypatch, capsys):
-    monkeypatch.chdir(files["images"].parents[2])
+def test_without_flags_it_judges_what_training_left(files, place, capsys):
+    pathlib.Path("runs/tokenizer").mkdir(parents=True)
+    shutil.copy(files["images"], "runs/tokenizer/step-00000003.pt")
     evaluate.main(evaluate.get_args([]))
     result, = results()
     assert values(result).keys() == {"psnr", "ssim", "usage", "perplexity", "bits_per_pixel"}
@@ -357,9 +338,10 @@ def test_official_clips_are_10000_of_the_training_split(files, place, monkeypatc
     args = evaluate.get_args(["reconstruction", "--protocol", "official", "--data-path", "generated"])
     monkeypatch.setattr(data, "fingerprint", lambda *more: "")
     build = sources.build_dataset
+    config = checkpoints.load_tokenizer(files["clips"])[0].config
     for length, twice in ((9_537, 463), (20_000, 0)):                  # UCF-101's; a larger one
         monkeypatch.setattr(sources, "build_dataset", lambda *more: build(*more, length=length))
-        order = evaluate.held_out(args, CLIPS, evaluate.NOTHING).order
+        order = evaluate.held_out(args, config, evaluate.NOTHING).order
         assert len(order) == 10_000 and len(set(order)) == 10_000 - twice
 
 
@@ -397,7 +379,7 @@ def test_tokens_tell_apart_without_a_network_and_say_what_real_ones_have(files, 
     chosen = np.random.default_rng(0).permutation(len(dataset))[:120]
     real = torch.stack([dataset[i][0] for i in chosen])
     with torch.no_grad():
-        p, q, r = [model.encode(pictures.to_float(x)).flatten().bincount(minlength=64) / (60 * 16)
+        p, q, r = [model.encode(pictures.to_float(x)).flatten().bincount(minlength=64) / (60 * 4)
                    for x in (made["bad"].movedim(-1, 1), real[:60], real[60:])]
     assert values(bad) == pytest.approx({"tokens": float((p - q).abs().sum()) / 2,
                                          "tokens-real": float((r - q).abs().sum()) / 2}, rel=1e-5)
@@ -408,15 +390,11 @@ def test_tokens_tell_apart_without_a_network_and_say_what_real_ones_have(files, 
 
 
 def test_tokens_of_clips_and_of_unnamed_models(files, place):
-    write_samples("clips.npz", 4, (9, 32, 32))
-    refused("no AR model", generate, "clips.npz", "--metrics", "tokens")
-    refused("image|clip", generate, "clips.npz", "--metrics", "tokens", "--ckpt", files["ar"], kind=ValueError)
-    stored, clips = torch.load(files["ar"]), torch.load(files["clips"])
-    config = {**stored["config"], "grid": (5, 16, 16)}
-    model = ar_model.ARModel(ar_model.ARConfig(**config))
-    inner = {name: clips[name] for name in ("format", "config", "model")}
-    torch.save({**stored, "config": config, "model": model.state_dict(), "first_stage": inner}, "ar.pt")
-    assert 0 < values(generate("clips.npz", "--metrics", "tokens", "--ckpt", "ar.pt"))["tokens"] <= 1
+    write_samples("clips.npz", 4, (9, 16, 16))
+    flags = ("clips.npz", "--metrics", "tokens")
+    refused("no AR model", generate, *flags)
+    refused("image|clip", generate, *flags, "--ckpt", files["ar"], kind=ValueError)
+    assert 0 < values(generate(*flags, "--ckpt", files["clips_ar"]))["tokens"] <= 1
     assert values(generate("clips.npz", "--metrics", "all")).keys() == {"fvd"}         # needs no model
 
 
