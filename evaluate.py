@@ -206,7 +206,11 @@ def reconstruction(args, device):
         facts.update(resize_rule=rule, reference=args.reference)
         path = report(args, info["path"], networks, values, facts, checkpoint=info, data=chosen.about,
                       part=part, resize_rule=rule)
-        paint(found["examples"], path.with_suffix(".png"))
+        pairs = [found["examples"][index] for index in sorted(found["examples"])]
+        sides = [min(256, *[original.shape[axis] for original, _ in pairs]) for axis in (-2, -1)]
+        cropped = torch.stack([TF.center_crop(pair[k], sides) for k in (0, 1) for pair in pairs])
+        written = pictures.save_samples(path.with_suffix(".png"), cropped, len(pairs))
+        print(f"originals above reconstructions: {', '.join(map(str, written))}")
 
 
 def held_out(args, config, trained_on):
@@ -268,15 +272,14 @@ def reconstruct(model, x, multiple, precision):
 def measure(model, chosen, judges, streams, official, precision):
     """The measuring loop: every sample goes through the tokenizer once and is seen by every metric.
 
-    Returns {metric: its value for each readable sample (n,), or what its stream finds}, the samples' "pixels"
-    (n,), the "counts" of ids, and "examples", {index: uint8 original, reconstruction}. A collective."""
+    Returns on rank 0 {metric: its value for each readable sample (n,), or what its stream finds}, "pixels" of
+    samples (n,), "counts" of ids, and "examples", {index: uint8 original, reconstruction}. A collective."""
     multiple = 1
     if chosen.samples.view.crop == "original":             # officially 16 whatever the stride is
         multiple = math.lcm(16 if official else 1, model.config.downsampling)
     device = next(model.parameters()).device
     counts = model.quantizer.count(torch.zeros(0, dtype=torch.long, device=device))
-    # For each sample of the data set, as lists that grow would fragment the memory.
-    sums = {key: torch.zeros(len(chosen.samples)).double() for key in ("times", "pixels", *judges)}
+    parts = []
     examples = {}                                                        # from all over the set, to look at
     to_show = [chosen.order[k] for k in data.evenly_spaced(8, len(chosen.order))]
     for originals, n, indices in chosen.batches("measuring"):
@@ -289,24 +292,19 @@ def measure(model, chosen, judges, streams, official, precision):
         made = pictures.to_uint8(y, truncate=official)
         if not official:
             y = pictures.to_float(made)
-        sums["times"].index_add_(0, indices, torch.ones(n, dtype=torch.float64))
-        sums["pixels"].index_add_(0, indices, torch.full((n,), x[0, 0].numel(), dtype=torch.float64))
+        parts.append({"index": indices, "pixels": torch.full((n,), x[0, 0].numel())})
         for key, judge in judges.items():
             pair = (x, y) if isinstance(judge, torch.nn.Module) else (real, made)
             each = judge(*map(metrics.as_frames, pair))                  # (B * T,)
-            sums[key].index_add_(0, indices, each.double().view(len(x), -1).mean(1)[:n].cpu())
+            parts[-1][key] = each.double().view(len(x), -1).mean(1)[:n].cpu()
         counts += model.quantizer.count(ids[:n])
         for key, stream in streams.items():
             stream.add((y + 1) / 2 if official and key == "rfid" else made, n, indices)
         for j, index in enumerate(indices.tolist()):
             if index in to_show:
                 examples[index] = [originals[j].clone(), made[j].cpu().clone()]
-    sums = {key: runtime.all_reduce_sum(each) for key, each in sums.items()}
-    times = sums.pop("times")
-    found = [index for index in sorted(chosen.order) if times[index]]
     examples = {index: pair for some in runtime.gather_objects(examples) for index, pair in some.items()}
-    return {"counts": runtime.all_reduce_sum(counts), "examples": examples,
-            **{key: each[found] / times[found] for key, each in sums.items()},
+    return {"counts": runtime.all_reduce_sum(counts), "examples": examples, **sets.gathered(parts),
             **{key: stream.finish() for key, stream in streams.items()}}
 
 
@@ -330,17 +328,8 @@ def summarise(found, asked, about, part, official):
         values[key] = float(torch.stack(means).mean())
     if "usage" in asked:
         values.update(metrics.codebook_usage(found["counts"]))
-        values["bits_per_pixel"] = float(bits * tokens / found["pixels"].sum())
+        values["bits_per_pixel"] = bits * tokens / int(found["pixels"].sum())
     return values, facts
-
-
-def paint(examples, path):
-    """Write the "examples" of `measure`, originals above their reconstructions."""
-    pairs = [examples[index] for index in sorted(examples)]
-    sides = [min(256, *[original.shape[axis] for original, _ in pairs]) for axis in (-2, -1)]
-    cropped = torch.stack([TF.center_crop(pair[k], sides) for k in (0, 1) for pair in pairs])
-    written = pictures.save_samples(path, cropped, len(pairs))
-    print(f"originals above reconstructions: {', '.join(map(str, written))}")
 
 
 # ---- 3. Generation: do samples look like real ones, and like all of them (table 5)? ------------------------

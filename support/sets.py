@@ -64,9 +64,9 @@ class Npz(sources.Samples):
             np.lib.format.read_magic(self.file)
             (N, *self.shape), fortran, dtype = np.lib.format.read_array_header_1_0(self.file)
         self.start = self.file.tell()
-        fits = dtype == np.uint8 and len(self.shape) in (3, 4) and self.shape[-1] == 3
-        require(fits and not fortran, f"{path}: arr_0 is {dtype} {[N, *self.shape]}, not uint8 (N, [T,] H, W, "
-                f"3) in C order; convert it by (x * 255).round().astype('uint8') or .transpose(0, 2, 3, 1)")
+        require(dtype == np.uint8 and not fortran and len(self.shape) in (3, 4) and self.shape[-1] == 3,
+                f"{path}: arr_0 is {dtype} {[N, *self.shape]}; make it uint8 (N, [T,] H, W, 3) in C order, by "
+                f"(x * 255).round().astype('uint8') or .transpose(0, 2, 3, 1)")
         *frames, _, width, _ = self.shape
         view = data.View(width, *frames, crop="original")
         super().__init__(str(path), [], [f"{path}[{i}]" for i in range(N)], [0] * N, view)
@@ -146,19 +146,27 @@ def part_of(samples, trained_on):
 
 # ---- 2. What a network makes of them -----------------------------------------------------------------------
 
+def gathered(parts):
+    """All ranks' `parts`, dicts of tensors (n, ...), joined, in the order of their "index": {name: tensor
+    (N, ...)} on rank 0, elsewhere {}. A collective."""
+    ranks = [None] * runtime.world_size() if runtime.is_main() else None
+    dist.gather_object(parts, ranks)
+    parts = [part for rank in ranks or () for part in rank]
+    joined = {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else ())}
+    return {name: tensor[joined["index"].argsort(stable=True)] for name, tensor in joined.items()}
+
+
+@dataclasses.dataclass
 class FeatureStream:
-    """Sends samples through the network of a metric of sets, and keeps what distances of sets need.
+    """Sends samples through the network of a metric of sets, and keeps what distances of sets need."""
+    network: torch.nn.Module
+    rule: str = "tf1"                  # of `metrics.inception_input`
+    kept: object = ()                  # of which indices to keep features and logits
+    pixels: bool = False               # and the images themselves
 
-    rule: of `metrics.inception_input`. kept: of which indices to keep features and logits; pixels: and the
-    images themselves."""
-
-    def __init__(self, network, rule="tf1", kept=(), pixels=False):
-        self.network = network
-        self.rule = rule
-        self.kept = kept
-        self.pixels = pixels
-        self.device = next(network.parameters()).device
-        self.moments = [metrics.Moments(D, self.device) for D in WIDTHS[network.name]]     # [1]: for sFID
+    def __post_init__(self):
+        self.device = next(self.network.parameters()).device
+        self.moments = [metrics.Moments(D, self.device) for D in WIDTHS[self.network.name]]
         self.parts = []
 
     @torch.no_grad()
@@ -178,22 +186,15 @@ class FeatureStream:
         self.parts.append({name: each[:n].cpu()[kept] for name, each in found.items()})
 
     def finish(self):
-        """{name: array} on rank 0, elsewhere {}: n, the moments under ADM's names, and what was kept, in the
-        order of indices. A collective."""
-        for moments in self.moments:
+        """{name: array} on rank 0, elsewhere {}: n, the moments under ADM's names, and what was kept. A
+        collective."""
+        arrays = {name: tensor.numpy() for name, tensor in gathered(self.parts).items()}
+        for names, moments in zip((MOMENTS, SPATIAL), self.moments):   # of I3D there are no spatial ones
             moments.n = int(runtime.all_reduce_sum(torch.tensor(moments.n)))
             moments.total = runtime.all_reduce_sum(moments.total)
             moments.outer = runtime.all_reduce_sum(moments.outer)
-        ranks = [None] * runtime.world_size() if runtime.is_main() else None
-        dist.gather_object(self.parts, ranks)
-        if not runtime.is_main():
-            return {}
-        parts = [part for rank in ranks for part in rank]
-        joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        order = joined["index"].argsort(stable=True)
-        arrays = {name: tensor[order].numpy() for name, tensor in joined.items()}
-        for names, moments in zip((MOMENTS, SPATIAL), self.moments):
-            arrays.update(zip(names, moments.mean_and_covariance()), n=moments.n)
+            if runtime.is_main():
+                arrays.update(zip(names, moments.mean_and_covariance()), n=moments.n)
         return arrays
 
 
