@@ -142,7 +142,8 @@ def draw(claim, sources, path):
     laws = power_laws(claim, sources[0])
     xs = claim.x if isinstance(claim.x, list) else [claim.x]
     numbers = xs[0] in claim.figures or isinstance(claim.settings[0][xs[0]], (int, float))
-    shown = [(x, quantity) for x in xs for quantity in claim.figures if quantity not in (*xs, "flops")]
+    left_out = (*xs, "flops", "tokens-real")                 # the last is a property of the data alone
+    shown = [(x, quantity) for x in xs for quantity in claim.figures if quantity not in left_out]
     figure, panels = pyplot.subplots(1, len(shown), squeeze=False,
                                      figsize=(3.1 * len(shown), 3.4 if numbers else 4.4))
     for panel, (x, quantity) in zip(panels[0], shown):
