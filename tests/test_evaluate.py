@@ -1,6 +1,7 @@
 """evaluate.py as people use it: its commands on tiny data, on several ranks, with right and wrong input."""
 import functools
 import json
+import math
 import pathlib
 import shlex
 import shutil
@@ -17,7 +18,6 @@ from PIL import Image
 import ar_model
 import evaluate
 import sample
-import tokenizer
 from support import checkpoints, data, metrics, pictures, runtime, sets, sources
 
 RANDOM = ("--allow-random-weights", "--batch-size", "4")
@@ -116,8 +116,10 @@ def test_metrics_are_those_of_frames_features_and_ids(files, place, kind, protoc
     clips = kind == "clips"
     official = protocol == "official"
     distance = "rfvd" if clips else "rfid"
+    reference = torch.from_numpy(write_samples("reference.npz", 6)).movedim(-1, 1)
+    more = () if clips else ("--reference", "reference.npz")
     result = reconstruct(files[kind], "--num-samples", 6, "--metrics", "psnr", "ssim", "usage", distance,
-                         "--protocol", protocol, "--split", "val", "--image-size", 32, *RANDOM[:-1], 6)
+                         "--protocol", protocol, "--split", "val", "--image-size", 32, *RANDOM[:-1], 6, *more)
     model, _ = checkpoints.load_tokenizer(files[kind])
     view = data.View(32, 9 if clips else None, "random" if official and clips else "center")
     dataset = sources.build_dataset(None, "val", view)
@@ -141,6 +143,9 @@ def test_metrics_are_those_of_frames_features_and_ids(files, place, kind, protoc
         else:
             pair = [(x + 1) / 2, (y + 1) / 2] if official else [real, made]
             features = [network(metrics.inception_input(each, "half-pixel"))[0] for each in pair]
+            both = [network(metrics.inception_input(each, "tf1"))[0] for each in (reference, made)]
+            assert measured["rfid-reference"] == pytest.approx(expected_frechet(*both), rel=1e-5)
+            assert "tf1" in measured_on(result, "rfid-reference")
     assert measured[distance] == pytest.approx(expected_frechet(*features), rel=1e-5)
     assert measured["usage"] == len(ids.unique()) / 64
     assert f"{ids.numel()} tokens, a codebook of 64, 6 {kind} of generated, val split" in measured_on(
@@ -194,39 +199,23 @@ def test_one_two_and_three_ranks_measure_the_same(files, place):
 
 
 @pytest.mark.slow
-def test_originals_statistics_are_reused_and_give_the_same_rfid(files, place, monkeypatch):
+def test_originals_statistics_are_reused_and_references_are_of_the_same_size(files, place, monkeypatch):
     seen = []
     forward = Quick.forward
     monkeypatch.setattr(Quick, "forward", lambda self, x: seen.append(len(x)) or forward(self, x))
-    before, after = [reconstruct(files["images"], "--num-samples", 4, "--metrics", "rfid", *RANDOM)
-                     for _ in range(2)]
+    flags = (files["images"], "--num-samples", 4, "--metrics", "rfid", *RANDOM)
+    before, after = [reconstruct(*flags) for _ in range(2)]
     assert seen == [4, 4, 4] and values(after) == values(before)
     assert len(results()) == 1                                         # the same run has the same file
     assert len(list(pathlib.Path("runs/evaluation/references").glob("*.npz"))) == 1
-
-
-@pytest.mark.slow
-def test_the_fid_against_a_reference_is_one_of_its_own_name_and_rule(files, place):
-    pixels = write_samples("reference.npz", 6)
-    call("make-reference", "--image-size", 32, "--split", "val", "--num-samples", 5, "--reference", "own.npz",
-         *RANDOM)
-    first, second = [reconstruct(files["images"], "--num-samples", 6, "--image-size", 32, "--metrics", "rfid",
-                                 "--reference", reference, *RANDOM, "--batch-size", 6)
-                     for reference in ("reference.npz", "own.npz")]
-    model, _ = checkpoints.load_tokenizer(files["images"])
-    dataset = sources.build_dataset(None, "val", data.View(32))
-    x = torch.stack([dataset[i][0] for i in data.evenly_spaced(6, 1000)])
-    real = torch.from_numpy(pixels).movedim(-1, 1)
-    with torch.no_grad():
-        made = pictures.to_uint8(model.decode(model.encode(pictures.to_float(x))))
-        features = [metrics.randomise(Quick())(metrics.inception_input(each, "tf1"))[0]
-                    for each in (real, made)]
-    assert values(first)["rfid-reference"] == pytest.approx(expected_frechet(*features), rel=1e-5)
-    assert values(first)["rfid"] == values(second)["rfid"] != values(second)["rfid-reference"] > 0
-    assert "tf1" in measured_on(first, "rfid-reference")
-    for more, words in ((["--original-resolution"], "--reference is for images of one size"),
-                        ([], "own.npz is of images of .32, 32., not .16, 16.")):
-        refused(words, reconstruct, files["images"], *more, "--reference", "own.npz", *RANDOM)
+    for size in (16, 32):
+        call("make-reference", "--image-size", size, "--split", "val", "--num-samples", 5, "--reference",
+             f"{size}.npz", *RANDOM)
+    again = values(reconstruct(*flags, "--reference", "16.npz"))
+    assert again["rfid"] == values(before)["rfid"] != again["rfid-reference"] > 0
+    for more, words in ((("--original-resolution",), "--reference is for images of one size"),
+                        ((), "32.npz is of images of .32, 32., not .16, 16.")):
+        refused(words, reconstruct, *flags, *more, "--reference", "32.npz")
 
 
 @pytest.mark.parametrize("trained, more, part, resize", [
@@ -261,42 +250,30 @@ def test_the_grid_shows_samples_from_all_over_the_set(files, place):
     assert grid[50, 50::98, 0].tolist() == [10 * k for k in data.evenly_spaced(8, 20)]      # tiles of 96 + 2
 
 
-class Identity(torch.nn.Module):
-    """A tokenizer with a token for each 16 x 16 pixels that gives back what it gets."""
-
-    def __init__(self):
-        super().__init__()
-        self.config = tokenizer.TokenizerConfig(bits=4)
-        self.quantizer = tokenizer.LFQ(self.config)
-        self.parameter = torch.nn.Parameter(torch.zeros(()))
-        self.seen = []
-
-    def encode(self, images):
-        """Remember the padded images."""
-        self.seen.append(images)
-        return torch.zeros(len(images), images.shape[2] // 16, images.shape[3] // 16, dtype=torch.long)
-
-    def decode(self, ids):
-        """The images that were encoded last."""
-        return self.seen[-1]
-
-
-@pytest.mark.parametrize("protocol", ["clean", "official"])
-def test_original_resolution_pads_with_grey_and_crops_back(protocol, place, monkeypatch):
-    for i, (height, width) in enumerate(((40, 33), (32, 48), (17, 21))):
-        pixels = np.random.default_rng(i).integers(0, 256, (height, width, 3), dtype=np.uint8)
+@pytest.mark.parametrize("protocol, multiple", [("clean", 8), ("official", 16)])
+def test_original_resolution_pads_with_grey_and_crops_back(files, place, monkeypatch, protocol, multiple):
+    sizes = ((40, 33), (32, 48), (17, 21))
+    for i, size in enumerate(sizes):
+        pixels = np.random.default_rng(i).integers(0, 256, (*size, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(f"{i}.png")
-    model = Identity()
-    info = {"path": "x.pt", "preset": "custom", "weights": "raw", "trained_on": evaluate.NOTHING}
+    model, info = checkpoints.load_tokenizer(files["images"])
+    seen = []
+
+    def encode(x):
+        seen.append(x)
+        return torch.zeros(1, x.shape[2] // 8, x.shape[3] // 8, dtype=torch.long)
+    monkeypatch.setattr(model, "encode", encode)
+    monkeypatch.setattr(model, "decode", lambda ids: seen[-1])
     monkeypatch.setattr(checkpoints, "load_tokenizer", lambda *more: (model, info))
     result = reconstruct("x.pt", "--original-resolution", "--protocol", protocol, "--data-path", ".")
-    assert [tuple(x.shape[2:]) for x in model.seen] == [(48, 48), (32, 48), (32, 32)]
-    padded = torch.ones(48, 48)
-    padded[4:44, 7:40] = 0                                             # of 15 columns 7 and 8
-    assert not (model.seen[0] * padded).any()
-    tokens = 3 * 3 + 2 * 3 + 2 * 2
+    padded = [tuple(math.ceil(side / multiple) * multiple for side in size) for size in sizes]
+    assert [tuple(x.shape[2:]) for x in seen] == padded
+    border = torch.ones(padded[0])
+    border[(padded[0][0] - 40) // 2:, (padded[0][1] - 33) // 2:][:40, :33] = 0
+    assert border.any() and not (seen[0] * border).any()
+    tokens = sum(height * width // 64 for height, width in padded)
     assert values(result)["ssim"] == 1 and f"{tokens} tokens" in measured_on(result, "usage")
-    assert values(result)["bits_per_pixel"] == pytest.approx(4 * tokens / (1320 + 1536 + 357))
+    assert values(result)["bits_per_pixel"] == pytest.approx(6 * tokens / (1320 + 1536 + 357))
     text = next(pathlib.Path("runs/evaluation").glob("*.json")).read_text()           # infinity is valid JSON
     assert json.loads(text, parse_constant=pytest.fail)["metrics"]["psnr"]["value"] == "inf"
 
