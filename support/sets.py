@@ -65,7 +65,7 @@ class Npz(sources.Samples):
             (N, *self.shape), fortran, dtype = np.lib.format.read_array_header_1_0(self.file)
         self.start = self.file.tell()
         require(dtype == np.uint8 and not fortran and len(self.shape) in (3, 4) and self.shape[-1] == 3,
-                f"{path}: arr_0 is {dtype} {[N, *self.shape]}; make it uint8 (N, [T,] H, W, 3) in C order, by "
+                f"{path}: arr_0 is {dtype} {[N, *self.shape]}; make it uint8 (N, [T,] H, W, 3) in C order by "
                 f"(x * 255).round().astype('uint8') or .transpose(0, 2, 3, 1)")
         *frames, _, width, _ = self.shape
         view = data.View(width, *frames, crop="original")

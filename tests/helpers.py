@@ -75,7 +75,7 @@ def stored(model, /, **more):
 
 
 def save_pair(folder, clips=False, seed=0, classes=("ant", "bee", "cat"), bits=(3, 3)):
-    """(AR checkpoint, that of its tokenizer) with random weights, of 16 x 16 images or of nine such frames."""
+    """(AR checkpoint, that of its tokenizer) with random weights, of 16 x 16 images or nine frames."""
     torch.manual_seed(seed)
     shape = {"resolution": 16, "channels": 32, "channel_multipliers": (1, 1, 1), "blocks": 1, "mid_blocks": 0,
              "patch": 2, "bits": 6}
