@@ -59,7 +59,7 @@ class Npz(sources.Samples):
         self.arrays, self.file = read_npz(path)
         require(self.file, f"{path} holds no array arr_0, only {', '.join(self.arrays)}; statistics alone do "
                            f"not tell by which network and resize rule they were made")
-        weakref.finalize(self, self.file.close)
+        weakref.finalize(self, self.file.close)            # for who holds an error's traceback holds this, too
         with decoding():
             np.lib.format.read_magic(self.file)
             (N, *self.shape), fortran, dtype = np.lib.format.read_array_header_1_0(self.file)
@@ -210,7 +210,7 @@ def statistics_of(real, network, rule, official, folder, path=None):
     in `folder` named after all that they depend on; on rank 0. A collective.
 
     With features, and of images these, of up to 10,000, for ADM's own evaluator to read. ADM's files bring
-    statistics of all of ImageNet, and 10,000 images, whose features are computed here. rule: of
+    statistics of ImageNet's training set, and 10,000 images, whose features are computed here. rule: of
     `metrics.inception_input`; not "tf1" where originals are compared with their reconstructions."""
     given = real.samples.arrays if isinstance(real.samples, Npz) else {}
     if given.get("settings"):
