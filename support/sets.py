@@ -59,7 +59,7 @@ class Npz(sources.Samples):
         self.arrays, self.file = read_npz(path)
         require(self.file, f"{path} holds no array arr_0, only {', '.join(self.arrays)}; statistics alone do "
                            f"not tell by which network and resize rule they were made")
-        weakref.finalize(self, self.file.close)            # for who holds an error's traceback holds this, too
+        weakref.finalize(self, self.file.close)            # an error's traceback would hold it open
         with decoding():
             np.lib.format.read_magic(self.file)
             (N, *self.shape), fortran, dtype = np.lib.format.read_array_header_1_0(self.file)
