@@ -328,7 +328,7 @@ def summarise(found, asked, about, part, official):
         values[key] = float(torch.stack(means).mean())
     if "usage" in asked:
         values.update(metrics.codebook_usage(found["counts"]))
-        values["bits_per_pixel"] = bits * tokens / int(found["pixels"].sum())
+        values["bits_per_pixel"] = float(bits * tokens / found["pixels"].double().sum())
     return values, facts
 
 
