@@ -1,8 +1,8 @@
 """Measuring: how faithful is a tokenizer, how good are generated samples, and the paper's tables.
 
 A number without its protocol is no result. Most disputes over "your FID" are about the resize rule, the
-reference set, the rounding or the number of images, so all of these are printed beside each number and stored
-in a JSON. Where the official scripts have a quirk, there are two protocols:
+reference set, the rounding or the number of images, so these are printed beside each number and stored in a
+JSON. Where the official scripts have a quirk, there are two protocols:
 
     clean      what one would do today: pixels rounded to uint8 as an image file holds them, means over images
     official   what produced the published numbers, quirks included
@@ -16,10 +16,10 @@ in a JSON. Where the official scripts have a quirk, there are two protocols:
     python evaluate.py make-reference --data-path imagenet --image-size 256
     python evaluate.py table 4 --imagenet imagenet
 
-Images and clips go the same way: an image is a clip of one frame. Results of any number of ranks agree to 12
-digits. Some metrics need networks to be downloaded; --allow-random-weights tries the machinery out without,
-and marks what it prints as not comparable. support/metrics.py explains the metrics, support/sets.py compares
-sets with them. Axis letters: B samples of a batch, N of a set, T frames, H W their size.
+An image is a clip of one frame. Results of any number of ranks agree to 12 digits. Some metrics need networks
+to be downloaded; --allow-random-weights tries the machinery out without, and marks what it prints as not
+comparable. support/metrics.py explains the metrics, support/sets.py compares sets with them. Axis letters: B
+samples of a batch, N of a set, T frames, H W their size.
 """
 import argparse
 import contextlib
@@ -41,7 +41,7 @@ import sample
 from support import checkpoints, data, loops, metrics, pictures, runtime, sets, sources
 from support.checkpoints import RANDOM_LABEL
 from support.runtime import require
-from support.sets import MOMENTS, SPATIAL, Chosen
+from support.sets import FRECHET, Chosen
 
 # ---- 1. The metrics, and the record of a measurement -------------------------------------------------------
 
@@ -58,7 +58,6 @@ class Metric:
     command: str                       # whose --metrics has it (None: it comes along with another)
     judge: object                      # function of uint8 originals and reconstructions, or a network's name
     note: str                          # measured on what, and by which definition where others have another
-    moments: tuple = None              # what of two sets it is the Frechet distance of
     least: int = 1                     # pixels a side that it needs; of clips, if I3D judges, frames
 
 
@@ -67,27 +66,27 @@ SETS = "{n} samples, {real} {others}, "
 NEAR = "{n} samples, {near} {others}, "
 METRICS = {
     "psnr": Metric("PSNR (dB)", "{:.2f}", REC, metrics.psnr, "{pixels}, {mean}, of dB, not of errors"),
-    "ssim": Metric("SSIM", "{:.4f}", REC, metrics.ssim, "{pixels}, {mean}, uniform 7 x 7 windows", least=7),
-    "lpips-vgg": Metric("LPIPS (VGG)", "{:.4f}", REC, "lpips-vgg", "{floats}, mean over all", least=32),
-    "lpips-alex": Metric("LPIPS (Alex)", "{:.4f}", REC, "lpips-alex", "{floats}, mean over all", least=32),
+    "ssim": Metric("SSIM", "{:.4f}", REC, metrics.ssim, "{pixels}, {mean}, uniform 7 x 7 windows", 7),
+    "lpips-vgg": Metric("LPIPS (VGG)", "{:.4f}", REC, "lpips-vgg", "{floats}, mean over all", 32),
+    "lpips-alex": Metric("LPIPS (Alex)", "{:.4f}", REC, "lpips-alex", "{floats}, mean over all", 32),
     "usage": Metric("codebook usage", "{:.2%}", REC, None, "{tokens} tokens, {codebook}, {over}"),
     "perplexity": Metric("perplexity", "{:.1f}", None, None, "e^entropy of the ids, {codebook}"),
     "bits_per_pixel": Metric("bits per pixel", "{:.4f}", None, None, "{bits:g} bits a token"),
     "rfid": Metric("rFID", "{:.3f}", REC, "inception",
-                   "{floats}, {n} images, resize {resize_rule} (pytorch-fid's, not ADM's)", MOMENTS),
+                   "{floats}, {n} images, resize {resize_rule} (pytorch-fid's, not ADM's)"),
     "rfid-reference": Metric("FID of reconstructions against {reference}", "{:.3f}", None, "inception",
-                             "{pixels}, {n} images, resize tf1 (ADM's, not pytorch-fid's)", MOMENTS),
-    "rfvd": Metric("rFVD", "{:.2f}", REC, "i3d", "{pixels}, {n} clips of {frames} frames, logits, float64",
-                   MOMENTS, 9),
+                             "{pixels}, {n} images, resize tf1 (ADM's, not pytorch-fid's)"),
+    "rfvd": Metric("rFVD", "{:.2f}", REC, "i3d",
+                   "{pixels}, {n} clips of {frames} frames, logits, float64", 9),
     "rfvd-float32": Metric("rFVD, float32", "{:.2f}", None, "i3d", "with the official script's roundings"),
-    "fid": Metric("FID", "{:.3f}", GEN, "inception", SETS + "resize tf1 (ADM's, not pytorch-fid's)", MOMENTS),
-    "sfid": Metric("sFID", "{:.3f}", GEN, "inception", SETS + "resize tf1 (ADM's)", SPATIAL),
+    "fid": Metric("FID", "{:.3f}", GEN, "inception", SETS + "resize tf1 (ADM's, not pytorch-fid's)"),
+    "sfid": Metric("sFID", "{:.3f}", GEN, "inception", SETS + "resize tf1 (ADM's)"),
     "inception_score": Metric("Inception Score", "{:.2f}", GEN, "inception", "{blocks}, logits without bias"),
     "precision": Metric("precision", "{:.4f}", GEN, "inception", NEAR + "k = 3, {digits}"),
     "recall": Metric("recall", "{:.4f}", GEN, "inception", NEAR + "k = 3, {digits}"),
     "kid": Metric("KID", "{:.5f}", GEN, "inception", NEAR + "{subsets}, not times 1,000"),
     "mind": Metric("MIND", "{:.3f}", GEN, "inception", "{pairs} samples, as many {others}, 1,000 directions"),
-    "fvd": Metric("FVD", "{:.2f}", GEN, "i3d", SETS + "{frames} frames, logits, float64", MOMENTS, 9),
+    "fvd": Metric("FVD", "{:.2f}", GEN, "i3d", SETS + "{frames} frames, logits, float64", 9),
     "fvd-float32": Metric("FVD, float32", "{:.2f}", None, "i3d", "with the official script's roundings"),
     "tokens": Metric("token distance", "{:.4f}", GEN, None,
                      "{each} samples, as many {others}, {tokens} tokens, half the sum of |p - q|"),
@@ -112,8 +111,7 @@ def check_size(axes, what, asked):
     for key in asked:
         least = METRICS[key].least
         size, unit = (axes[0], "frames") if METRICS[key].judge == "i3d" else (min(axes[-2:]), "pixels a side")
-        require(size >= least, f"{what}: --metrics {key} needs {least} {unit} or more, not {size}; leave one "
-                               f"or the other out")
+        require(size >= least, f"{what}: --metrics {key} needs {least} {unit} or more, not {size}")
 
 
 def load_networks(asked, args, device):
@@ -128,38 +126,36 @@ def load_networks(asked, args, device):
     return networks
 
 
-def plan(args, subject, networks, **record):
-    """(path, content so far) of the JSON about `subject`, a path: other settings, other names."""
-    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
-    record = {"command": args.command, "protocol": args.protocol, **record, "arguments": vars(args),
-              "networks": {name: network.source for name, network in networks.items()}, "versions": versions}
-    name = re.sub(r"[^\w.^-]", "_", pathlib.Path(os.path.abspath(subject)).stem, flags=re.ASCII)[:80]
-    return pathlib.Path(args.output, f"{args.command}-{name}-{sets.short_hash(record)}.json"), record
+def report(args, subject, networks, values, facts, **record):
+    """Print `values` {metric: number} about `subject`, a path, and write them to a JSON, of which the path is
+    returned: other settings, other names. Rank 0 only.
 
-
-def report(path, values, facts, record):
-    """Print `values` {metric: number} and write them to `path` with their `record`. Rank 0 only.
-
-    facts: what fills in the texts of `METRICS`, and "n", the number of samples."""
+    facts: what fills in the texts of `METRICS`, and "n", the number of samples. record: further settings."""
     entries = {}
     rows = []
     for key in [key for key in METRICS if key in values]:
         metric = METRICS[key]
         name = metric.name.format(**facts)
         note = metric.note.format(**facts)
-        require(not math.isnan(values[key]), f"{name} is not a number, measured on {note}")
-        label = RANDOM_LABEL if record["networks"].get(metric.judge) == RANDOM_LABEL else ""
+        random = metric.judge in networks and networks[metric.judge].source == RANDOM_LABEL
+        label = RANDOM_LABEL if random else ""
         rows.append([name, metric.format.format(values[key]), note, label])
         value = values[key] if math.isfinite(values[key]) else str(values[key])
         entries[key] = {"value": value, "measured_on": note, "label": label}
-        if metric.moments and facts["n"] < 2 * sets.WIDTHS[metric.judge][0]:
-            print(f"warning: {name} of {facts['n']} samples is biased upwards (it wants two for each of "
-                  f"{sets.WIDTHS[metric.judge][0]} features); compare it only with that of equally many")
+        if key in FRECHET and facts["n"] < 2 * sets.WIDTHS[metric.judge][0]:
+            print(f"warning: {name} of {facts['n']} samples, fewer than two for each feature, is biased "
+                  f"upwards; compare it with that of equally many")
     print()
     loops.print_table(rows, ["metric", "value", "measured on", ""])
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
+    record = {"command": args.command, "protocol": args.protocol, **record, "arguments": vars(args),
+              "networks": {name: network.source for name, network in networks.items()}, "versions": versions}
+    name = re.sub(r"[^\w.^-]", "_", pathlib.Path(os.path.abspath(subject)).stem, flags=re.ASCII)[:80]
+    path = pathlib.Path(args.output, f"{args.command}-{name}-{sets.short_hash(record)}.json")
     date = datetime.datetime.now().isoformat()
     runtime.write_json(path, {"metrics": entries, "n": facts["n"], **record, "date": date})
     print(f"\nwritten to {path}")
+    return path
 
 
 # ---- 2. Reconstruction: what a sample loses on its way through the tokens (tables 3, 4 and 6) --------------
@@ -187,8 +183,6 @@ def reconstruction(args, device):
     rule = "half-pixel-antialiased" if antialias else "half-pixel"
     part = sets.part_of(samples, info["trained_on"])
     info["sha256"] = runtime.on_main(checkpoints.weights_hash, model)
-    output, record = plan(args, info["path"], networks, checkpoint=info, data=chosen.about, part=part,
-                          resize_rule=rule)
     runtime.print_facts(
         ("data", f"{len(chosen.order)} {samples.kind}s of {samples.name}, {part}, size {size}"),
         ("protocol", f"{args.protocol}, tokenizer in {args.mixed_precision}, metrics in fp32, "
@@ -198,7 +192,7 @@ def reconstruction(args, device):
     references = {}
     for key in asked:
         judge = networks.get(METRICS[key].judge, METRICS[key].judge)
-        if METRICS[key].moments:
+        if key in FRECHET:
             its = "tf1" if key == "rfid-reference" else rule             # ADM's rule beside ADM's file
             references[key] = sets.statistics_of(compared[key], judge, its, official, args.output)
             streams[key] = sets.FeatureStream(judge, its, range(len(samples)) if key == "rfvd" else ())
@@ -208,10 +202,15 @@ def reconstruction(args, device):
     if runtime.is_main():
         values, facts = summarise(found, asked, chosen.about, part, official)
         for key, real in references.items():
-            moments = {key: METRICS[key].moments}
-            values.update(sets.frechet_distances(moments, real, found[key], official))
-        report(output, values, {**facts, "resize_rule": rule, "reference": args.reference}, record)
-        paint(found["examples"], output.with_suffix(".png"))
+            values.update(sets.frechet(key, real, found[key], official))
+        facts.update(resize_rule=rule, reference=args.reference)
+        path = report(args, info["path"], networks, values, facts, checkpoint=info, data=chosen.about,
+                      part=part, resize_rule=rule)
+        pairs = [found["examples"][index] for index in sorted(found["examples"])]
+        sides = [min(256, *[original.shape[axis] for original, _ in pairs]) for axis in (-2, -1)]
+        cropped = torch.stack([TF.center_crop(pair[k], sides) for k in (0, 1) for pair in pairs])
+        written = pictures.save_samples(path.with_suffix(".png"), cropped, len(pairs))
+        print(f"originals above reconstructions: {', '.join(map(str, written))}")
 
 
 def held_out(args, config, trained_on):
@@ -219,8 +218,7 @@ def held_out(args, config, trained_on):
 
     Protocol official, for clips: random crops of the training split, filled up to 10,000 with randomly chosen
     ones of the same (463 of UCF-101's 9,537), as in the script that the published rFVD of 16 came from."""
-    require(not (config.frames and args.original_resolution),
-            "--original-resolution is for tokenizers of images")
+    require(not (config.frames and args.original_resolution), "--original-resolution is for images")
     crop = "original" if args.original_resolution else "center"
     split = args.split or "val"
     if config.frames and args.protocol == "official":
@@ -274,16 +272,14 @@ def reconstruct(model, x, multiple, precision):
 def measure(model, chosen, judges, streams, official, precision):
     """The measuring loop: every sample goes through the tokenizer once and is seen by every metric.
 
-    Returns {metric: its value for each readable sample (n,), or what its stream finds}, the samples' "pixels"
-    (n,), the "counts" of ids, and "examples", of each rank {index: uint8 original, reconstruction}. A
-    collective."""
+    Returns on rank 0 {metric: its value for each readable sample (n,), or what its stream finds}, "pixels" of
+    samples (n,), "counts" of ids, and "examples", {index: uint8 original, reconstruction}. A collective."""
     multiple = 1
     if chosen.samples.view.crop == "original":             # officially 16 whatever the stride is
         multiple = math.lcm(16 if official else 1, model.config.downsampling)
     device = next(model.parameters()).device
     counts = model.quantizer.count(torch.zeros(0, dtype=torch.long, device=device))
-    # For each sample of the data set, as lists that grow would fragment the memory.
-    sums = {key: torch.zeros(len(chosen.samples)).double() for key in ("times", "pixels", *judges)}
+    parts = []
     examples = {}                                                        # from all over the set, to look at
     to_show = [chosen.order[k] for k in data.evenly_spaced(8, len(chosen.order))]
     for originals, n, indices in chosen.batches("measuring"):
@@ -291,29 +287,24 @@ def measure(model, chosen, judges, streams, official, precision):
         x = pictures.to_float(originals.to(device))                      # (B, 3, [T,] H, W)
         y, ids = reconstruct(model, x, multiple, precision)              # as x, (B, [t,] h, w)
         # clean: every metric sees the pixels that an image file would hold. official: truncated ones, the
-        # originals too (levels 1 to 95 lose one: up to 0.04 dB), and networks see floats.
+        # originals too (levels 1 to 95 lose one: up to 0.04 dB), and LPIPS and rFID see floats.
         real = pictures.to_uint8(x, truncate=official)
         made = pictures.to_uint8(y, truncate=official)
         if not official:
             y = pictures.to_float(made)
-        sums["times"].index_add_(0, indices, torch.ones(n, dtype=torch.float64))
-        sums["pixels"].index_add_(0, indices, torch.full((n,), x[0, 0].numel(), dtype=torch.float64))
+        parts.append({"index": indices, "pixels": torch.full((n,), x[0, 0].numel())})
         for key, judge in judges.items():
             pair = (x, y) if isinstance(judge, torch.nn.Module) else (real, made)
             each = judge(*map(metrics.as_frames, pair))                  # (B * T,)
-            sums[key].index_add_(0, indices, each.double().view(len(x), -1).mean(1)[:n].cpu())
+            parts[-1][key] = each.double().view(len(x), -1).mean(1)[:n].cpu()
         counts += model.quantizer.count(ids[:n])
-        for stream in streams.values():
-            seen = made if stream.rule == "tf1" else sets.shown(y, stream.network, official)
-            stream.add(seen, n, indices)
+        for key, stream in streams.items():
+            stream.add((y + 1) / 2 if official and key == "rfid" else made, n, indices)
         for j, index in enumerate(indices.tolist()):
             if index in to_show:
                 examples[index] = [originals[j].clone(), made[j].cpu().clone()]
-    sums = {key: runtime.all_reduce_sum(each) for key, each in sums.items()}
-    times = sums.pop("times")
-    found = [index for index in sorted(chosen.order) if times[index]]
-    return {"counts": runtime.all_reduce_sum(counts), "examples": runtime.gather_objects(examples),
-            **{key: each[found] / times[found] for key, each in sums.items()},
+    examples = {index: pair for some in runtime.gather_objects(examples) for index, pair in some.items()}
+    return {"counts": runtime.all_reduce_sum(counts), "examples": examples, **sets.gathered(parts),
             **{key: stream.finish() for key, stream in streams.items()}}
 
 
@@ -332,22 +323,13 @@ def summarise(found, asked, about, part, official):
              "codebook": f"{groups} codebooks of {size}" if groups > 1 else f"a codebook of {size}",
              "over": f"{n} {'clip' if about['frames'] else 'image'}s of {about['name']}, {part}"}
     values = {}
-    for key in [key for key in asked if METRICS[key].judge and not METRICS[key].moments]:
+    for key in [key for key in asked if METRICS[key].judge and key not in FRECHET]:
         means = [some.mean() for some in found[key].split(batch if callable(METRICS[key].judge) else 1)]
         values[key] = float(torch.stack(means).mean())
     if "usage" in asked:
         values.update(metrics.codebook_usage(found["counts"]))
-        values["bits_per_pixel"] = float(bits * tokens / found["pixels"].sum())
+        values["bits_per_pixel"] = float(bits * tokens / found["pixels"].double().sum())
     return values, facts
-
-
-def paint(examples, path):
-    """Write the "examples" of `measure`, originals above their reconstructions."""
-    pairs = [pair for _, pair in sorted(pair for some in examples for pair in some.items())]
-    sides = [min(256, *[original.shape[axis] for original, _ in pairs]) for axis in (-2, -1)]
-    cropped = torch.stack([TF.center_crop(pair[k], sides) for k in (0, 1) for pair in pairs])
-    written = pictures.save_samples(path, cropped, len(pairs))
-    print(f"originals above reconstructions: {', '.join(map(str, written))}")
 
 
 # ---- 3. Generation: do samples look like real ones, and like all of them (table 5)? ------------------------
@@ -361,13 +343,14 @@ def generation(args, device):
         axes = samples.axes
         count = args.num_samples or len(samples)
     else:
-        axes = axes_of(model, tokenizer)
+        *steps, rows, columns = model.config.grid
+        frames = [1 + (t - 1) * tokenizer.config.time_stride for t in steps]
+        axes = (*frames, rows * tokenizer.config.downsampling, columns * tokenizer.config.downsampling)
         count = args.num_samples or (50_000 if info["source"] == "published" else 5_000)
     real, others = real_samples(args, info["trained_on"], axes, count)
-    wanted = args.metrics or ["tokens"]                                  # which downloads nothing
-    if not args.metrics and (args.reference or not model):
-        wanted = [key for key in metrics_for(GEN, real.samples.kind) if key != "tokens"]
-    asked = metrics_for(GEN, real.samples.kind, wanted)
+    untold = not model or args.reference and not args.metrics            # ids: nobody's, or not asked for
+    asked = metrics_for(GEN, real.samples.kind, args.metrics or ["all" if untold else "tokens"])
+    asked = [key for key in asked if not (untold and key == "tokens")]
     check_size(axes, path or info["path"], asked)
     networks = load_networks(asked, args, device)
     if not path:
@@ -378,11 +361,9 @@ def generation(args, device):
     order = data.evenly_spaced(args.num_samples, len(samples))
     n = len(order)
     require(min(n, len(real.order)) > 3, f"{path} holds {n} samples, there are {len(real.order)} {others}; "
-            f"generation metrics need four or more of each")
+                                         f"four or more of each are needed")
     about = {"path": path, "axes": list(axes), "sha256": sha256}
     made = Chosen(samples, order, about, args.batch_size, args.num_workers)
-    output, record = plan(args, path, networks, samples=about, sampling=record_of(path), reference=real.about,
-                          tokenizer=info["tokenizer"] if "tokens" in asked else None)
     runtime.print_facts(("samples", f"{path}, {n} of {' x '.join(map(str, axes))}"),
                         ("real", f"{len(real.order)} {others}"),
                         ("protocol", f"{args.protocol}, {runtime.world_size()} x {device.type}"))
@@ -400,12 +381,12 @@ def generation(args, device):
         drawn = stream.finish()
         if runtime.is_main():
             require(drawn["n"] == n, f"{n - drawn['n']} of {n} samples in {path} are broken; make them again")
-            moments = {key: METRICS[key].moments for key in asked}
-            distances, found = sets.distances(moments, reference, drawn, official, device, args.global_seed)
+            distances, found = sets.distances(asked, reference, drawn, official, device, args.global_seed)
             values.update(distances)
             facts.update(found)
     if runtime.is_main():
-        report(output, values, facts, record)
+        report(args, path, networks, values, facts, samples=about, sampling=record_of(path),
+               reference=real.about, tokenizer=info["tokenizer"] if "tokens" in asked else None)
 
 
 def drawing_model(args):
@@ -418,7 +399,7 @@ def drawing_model(args):
         require(not given, f"--samples {args.samples} is drawn already, without {', '.join(given)}")
         drawn_by = record_of(args.samples).get("checkpoint")
         path = drawn_by.get("path", "") if isinstance(drawn_by, dict) else ""
-        if not (ckpt or os.path.exists(path) or {"tokens", "all"} & set(args.metrics)):
+        if not (ckpt or os.path.exists(path) or "tokens" in args.metrics):
             return None, None, {"trained_on": NOTHING}
         ckpt = ckpt or path
     return checkpoints.load_pair(ckpt, args.tokenizer, not args.raw_weights)
@@ -430,19 +411,11 @@ def record_of(path):
     return runtime.read_json(beside) if beside.is_file() else {}
 
 
-def axes_of(model, tokenizer):
-    """The axes ([T,] H, W) of what a model draws."""
-    *steps, rows, columns = model.config.grid
-    frames = [1 + (t - 1) * tokenizer.config.time_stride for t in steps]
-    return (*frames, rows * tokenizer.config.downsampling, columns * tokenizer.config.downsampling)
-
-
 def real_samples(args, trained_on, axes, count):
     """(`Chosen`, its name) to compare samples of these axes with: --reference, or `count` as of `choose`."""
     if args.reference:
         return sets.reference(args.reference, axes, args.batch_size), f"in {args.reference}"
-    require(axes[-1] == axes[-2], f"samples are of {list(axes)}, but real ones are cropped to squares; make "
-                                  f"square ones, or give a --reference")
+    require(axes[-1] == axes[-2], f"samples are of {list(axes)}; make square ones, or give a --reference")
     view = data.View(axes[-1], axes[0] if len(axes) == 3 else None, resize=args.resize)
     real = choose(args, trained_on, args.split or "train", view, count, args.batch_size)
     part = sets.part_of(real.samples, trained_on)
@@ -565,7 +538,7 @@ def get_args(argv=None):
     p.add_argument("--samples", help="npz with arr_0, or folder of images; not given: drawn from --ckpt")
     p.add_argument("--reference", help="npz, ADM's or of make-reference; not given: made of --data-path")
     p.add_argument("--metrics", nargs="+", choices=names[GEN], default=[], help="not given: tokens; the rest"
-                   " with --reference, or where nothing tells which model has drawn --samples")
+                   " with --reference. Without tokens where nothing tells which model has drawn --samples")
     sample.add_drawing_flags(p)                            # with --batch-size
     add_flags(p, "what the model was trained on", "of both: those in --samples, or 5,000 drawn, but no more "
               "than the model learned from; of a published one 50,000")

@@ -1,7 +1,7 @@
 """Every metric as a lecture: what it sees, what it misses, what has caught people, what others print for it.
 
 Pure functions on tensors, and the networks behind some of them, with random weights: checkpoints.py fills in
-the published ones. B images, T frames of a clip, N of a set, H W their size, D features. Errors: ValueErrors.
+the published ones. B images, T frames of a clip, N of a set, H W their size, D features.
 """
 import numpy as np
 import scipy.linalg
@@ -10,57 +10,40 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 
+from support.runtime import require
+
 # ---- 1. Pixels and ids: what one image and its reconstruction, or one bag of tokens, can tell --------------
-
-def check(condition, text):
-    """Raise ValueError(text) unless `condition` holds."""
-    if not condition:
-        raise ValueError(text)
-
-
-def check_finite(*sets):
-    """Raise ValueError where features are NaN or infinite: comparisons, clamps and `max` would hide it."""
-    for i, features in enumerate(sets, 1):
-        wrong = torch.as_tensor(features).isfinite().logical_not().nonzero().tolist()
-        check(not wrong, f"features of set {i} are not finite, first at {wrong[:1]}; an image or a weight is "
-                         f"damaged, or half precision overflowed")
-
 
 def as_frames(x):
     """Clips (B, 3, T, H, W) to their frames (B * T, 3, H, W); images (B, 3, H, W) stay what they are."""
-    check(x.dim() in (4, 5) and x.shape[1] == 3, f"{list(x.shape)}: no images or clips (B, 3, [T,] H, W)")
+    require(x.dim() in (4, 5) and x.shape[1] == 3, f"{list(x.shape)}: no images or clips (B, 3, [T,] H, W)")
     return x.transpose(1, 2).flatten(0, 1) if x.dim() == 5 else x
 
 
 def check_pair(reference, images):
-    """Raise ValueError unless both are uint8 (B, 3, H, W) of the same shape."""
-    check(reference.dtype == images.dtype == torch.uint8 and images.dim() == 4 and images.shape[1] == 3,
-          f"pixel metrics take uint8 images (B, 3, H, W), not {str(images.dtype)[6:]} {list(images.shape)}")
-    check(reference.shape == images.shape,
-          f"images of {list(images.shape)} cannot be compared with images of {list(reference.shape)}")
+    """Raise `UserError` unless both are uint8 (B, 3, H, W) of the same shape."""
+    require(reference.dtype == images.dtype == torch.uint8 and images.dim() == 4 and images.shape[1] == 3,
+            f"pixel metrics take uint8 images (B, 3, H, W), not {str(images.dtype)[6:]} {list(images.shape)}")
+    require(reference.shape == images.shape,
+            f"images of {list(images.shape)} cannot be compared with images of {list(reference.shape)}")
 
 
 def psnr(reference, images):
     """Peak signal-to-noise ratio in dB of uint8 images (B, 3, H, W) against `reference`: (B,), float64.
 
-    Sees: the mean squared error of an image, on a log scale; 6 dB more are half the distance. Misses:
-    structure. A blurred lawn beats a crisp one whose blades are shifted by a pixel, so a tokenizer trained
-    without a GAN wins here and looks worse. Trap: average the dB of images, not their errors, as torchmetrics
-    does, or a few hard images decide (27.75 for 28.63). An image that comes back exactly has infinite PSNR
-    (piq: 80), and so has the mean: a hint of comparing a file with itself."""
+    Sees: the mean squared error, on a log scale; 6 dB more are half the distance. Misses: structure. A
+    blurred lawn beats a crisp one whose blades are shifted by a pixel, so a tokenizer trained without a GAN
+    wins here and looks worse. Traps: average the dB of images, not, as torchmetrics, their errors, or a few
+    hard images decide (27.75 for 28.63). A file compared with itself has infinite PSNR (piq: 80)."""
     check_pair(reference, images)
     error = (reference.int() - images.int()).square().double()           # exact
     return 10 * (255 ** 2 / error.mean((1, 2, 3))).log10()
 
 
 def window_sums(x):
-    """Sums over 7 x 7 windows: (.., H, W) to (.., H - 6, W - 6). As 4 + 2 + 1: 6 times faster than pools."""
-    for dim in (-1, -2):
-        n = x.shape[dim]
-        twos = x.narrow(dim, 0, n - 1) + x.narrow(dim, 1, n - 1)
-        fours = twos.narrow(dim, 0, n - 3) + twos.narrow(dim, 2, n - 3)
-        x = fours.narrow(dim, 0, n - 6) + twos.narrow(dim, 4, n - 6) + x.narrow(dim, 6, n - 6)
-    return x
+    """Sums over 7 x 7 windows: (.., H, W) to (.., H - 6, W - 6)."""
+    x = sum(x[..., i:x.shape[-2] - 6 + i, :] for i in range(7))
+    return sum(x[..., i:x.shape[-1] - 6 + i] for i in range(7))
 
 
 def ssim(reference, images):
@@ -72,31 +55,26 @@ def ssim(reference, images):
     0.8890, torchmetrics since 1.4.2 0.8899 (it counts a reflected border); piq halves images of 384 pixels
     and more (0.955 for 0.892); too large a data_range flatters (LlamaGen's 2 for [0, 1]: 0.675 for 0.54)."""
     check_pair(reference, images)
-    check(min(images.shape[2:]) >= 7, f"SSIM needs images of 7 x 7 or more, not {list(images.shape[2:])}")
+    require(min(images.shape[2:]) >= 7, f"SSIM needs images of 7 x 7 or more, not {list(images.shape[2:])}")
     c1 = (0.01 * 255) ** 2
     c2 = (0.03 * 255) ** 2
-    # A few channels at a time keep the intermediate maps in a CPU's cache, which doubles the speed.
-    size = max(1, 2 ** (16 if images.device.type == "cpu" else 24) // images[0, 0].numel())
-    means = []
-    for x, y in zip(reference.flatten(0, 1).split(size), images.flatten(0, 1).split(size)):
-        x = x.int()                                                      # (channels, H, W), sums are exact
-        y = y.int()
-        mean_x = window_sums(x).double() / 49                            # (channels, H - 6, W - 6)
-        mean_y = window_sums(y).double() / 49
-        squares = mean_x * mean_x + mean_y * mean_y
-        product = mean_x * mean_y
-        variances = (window_sums(x * x + y * y).double() / 49 - squares) * (49 / 48)          # x's plus y's
-        covariance = (window_sums(x * y).double() / 49 - product) * (49 / 48)
-        similarity = (2 * product + c1) * (2 * covariance + c2) / ((squares + c1) * (variances + c2))
-        means.append(similarity.mean((1, 2)))
-    return torch.cat(means).unflatten(0, images.shape[:2]).mean(1)
+    x = reference.int()                                                  # (B, 3, H, W), sums are exact
+    y = images.int()
+    mean_x = window_sums(x).double() / 49                                # (B, 3, H - 6, W - 6)
+    mean_y = window_sums(y).double() / 49
+    squares = mean_x * mean_x + mean_y * mean_y
+    product = mean_x * mean_y
+    variances = (window_sums(x * x + y * y).double() / 49 - squares) * (49 / 48)              # x's plus y's
+    covariance = (window_sums(x * y).double() / 49 - product) * (49 / 48)
+    similarity = (2 * product + c1) * (2 * covariance + c2) / ((squares + c1) * (variances + c2))
+    return similarity.mean((2, 3)).mean(1)
 
 
 def codebook_usage(counts):
     """How well ids are used. counts ([G,] V): how often each occurred; figures of G groups are averaged.
 
-    usage: the fraction of the codebook that occurred at all. Sees dead ids, but one used once counts as much
-    as one used a million times. Trap: it grows with the images: 2^18 ids need all 50,000 of ImageNet val.
+    usage: the fraction that occurred at all. Sees dead ids, but one used once counts as much as one used a
+    million times. Trap: it grows with the images: 2^18 ids need all 50,000 of ImageNet val.
     perplexity: 2^entropy of the frequencies: an evenly used codebook of this size would carry as much."""
     p = counts.double() / counts.sum(-1, keepdim=True)
     perplexity = (-torch.xlogy(p, p).sum(-1)).exp()
@@ -107,34 +85,35 @@ def total_variation(counts, others):
     """Half the sum of |p - q| over the ids of two bags of tokens, given as counts ([G,] V): in 0 .. 1.
 
     Sees: ids, and so colours and textures, that one bag has more often; 1 says that it shares none. Misses:
-    where in an image they stand, and which go together: tokens of real images, shuffled, have distance 0.
-    Trap: two finite bags of one distribution are at a distance, too, a large one where ids are many and
-    tokens few: read it beside that of two equal sets of real images."""
+    where they stand, and which go together: tokens of real images, shuffled, have distance 0. Trap: two bags
+    of one distribution are at a distance, too, a large one where ids are many and tokens few: read it beside
+    that of two equal sets of real images."""
     p, q = [each.double() / each.sum(-1, keepdim=True) for each in (counts, others)]
     return float((p - q).abs().sum(-1).mean() / 2)
 
 
 # ---- 2. LPIPS ----------------------------------------------------------------------------------------------
 
-LPIPS_TAPS = {"vgg": (3, 8, 15, 22, 29), "alex": (1, 4, 7, 9, 11)}    # ReLU layers in torchvision's .features
-LPIPS_WIDTHS = {"vgg": (64, 128, 256, 512, 512), "alex": (64, 192, 384, 256, 256)}
+# Which ReLU layers in torchvision's .features are looked at, and their channels.
+LPIPS_TAPS = {"vgg": {3: 64, 8: 128, 15: 256, 22: 512, 29: 512},
+              "alex": {1: 64, 4: 192, 7: 384, 9: 256, 11: 256}}
 
 
 class LPIPS(nn.Module):
     """Learned perceptual image patch similarity (Zhang et al., 2018), version 0.1, of images in [-1, 1].
 
-    Five feature maps of a frozen classifier, each position normalised to unit length; squared differences are
-    weighted by learned weights, one a channel, and averaged. Trap: in [0, 1] images seem far too similar."""
+    Five feature maps of a frozen classifier, each position normalised to unit length; squared differences,
+    weighted by one learned weight a channel, are averaged. Trap: in [0, 1] images seem far too similar."""
 
     def __init__(self, net="vgg"):
         super().__init__()
         build = {"vgg": torchvision.models.vgg16, "alex": torchvision.models.alexnet}[net]
         self.taps = LPIPS_TAPS[net]
-        self.features = build(weights=None).features[:self.taps[-1] + 1]
+        self.features = build(weights=None).features[:max(self.taps) + 1]
         for layer in self.features:
             if isinstance(layer, nn.ReLU):
                 layer.inplace = False                            # or it would overwrite what the tap has kept
-        self.heads = nn.ParameterList(torch.rand(1, width, 1, 1) for width in LPIPS_WIDTHS[net])
+        self.heads = nn.ParameterList(torch.rand(1, width, 1, 1) for width in self.taps.values())
         self.register_buffer("shift", torch.tensor([-.030, -.088, -.188]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("scale", torch.tensor([.458, .448, .450]).view(1, 3, 1, 1), persistent=False)
         self.eval().requires_grad_(False)
@@ -163,8 +142,8 @@ class LPIPS(nn.Module):
 def resize_tf1(images, size=299):
     """Bilinear resize as TensorFlow 1 did it: float (B, C, H, W) to (B, C, size, size).
 
-    Output pixel i reads from i * in / out, without the half-pixel shift that makes the grid's centres meet,
-    and without antialiasing. The image moves by up to half a pixel: wrong, and part of FIDs like ADM's."""
+    Output pixel i reads from i * in / out, without the half-pixel shift that makes the grids' centres meet,
+    and without antialiasing: wrong by up to half a pixel, and part of FIDs like ADM's."""
     for dim in (-1, -2):                                               # x first: the order of roundings
         n = images.shape[dim]
         position = torch.arange(size, device=images.device) * torch.tensor(n / size, device=images.device)
@@ -184,7 +163,7 @@ def inception_input(images, rule):
          "tf1"                     ADM, torch-fidelity: TensorFlow's old rule on 0..255, (k - 128) / 128
     Statistics of two rules do not compare: 256 x 256 images differ by up to 18 levels. Aspect is ignored."""
     if rule == "tf1":
-        check(images.dtype == torch.uint8, f"rule tf1 takes uint8 images, not {str(images.dtype)[6:]}")
+        require(images.dtype == torch.uint8, f"rule tf1 takes uint8 images, not {str(images.dtype)[6:]}")
         return (resize_tf1(images.float()) - 128) / 128
     if images.dtype == torch.uint8:                    # by a tensor: a GPU turns a number into its inverse
         images = images.float() / torch.full((), 255.0, device=images.device)
@@ -200,32 +179,27 @@ class FIDInception(torchvision.models.Inception3):
     def __init__(self):
         super().__init__(num_classes=1008, aux_logits=False, init_weights=False)
 
-    def mix(self, name, x):
-        """Block `name` with the right pooling branch: its output, and its first (1 x 1) branch."""
-        block = getattr(self, name)
-        *branches, _ = block._forward(x)                               # the pooling branch is the last
-        if name == "Mixed_7c":
-            pooled = F.max_pool2d(x, 3, stride=1, padding=1)
-        else:
-            pooled = F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
-        return torch.cat([*branches, block.branch_pool(pooled)], 1), branches[0]
+    def mix(self, x, *names):
+        """x through these blocks, with the right pooling branch, which is the last of each."""
+        for name in names:
+            block = getattr(self, name)
+            if name == "Mixed_7c":
+                pooled = F.max_pool2d(x, 3, stride=1, padding=1)
+            else:
+                pooled = F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+            x = torch.cat([*block._forward(x)[:-1], block.branch_pool(pooled)], 1)
+        return x
 
     def forward(self, x):
         """x (B, 3, 299, 299) in [-1, 1] to features (B, 2048), spatial ones (B, 2023), logits (B, 1008)."""
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))             # (B, 64, 147, 147)
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(self.maxpool1(x)))                  # (B, 192, 71, 71)
-        x = self.maxpool2(x)                                                          # (B, 192, 35, 35)
-        for name in ("Mixed_5b", "Mixed_5c", "Mixed_5d"):
-            x, _ = self.mix(name, x)                                                  # (B, 288, 35, 35)
-        x = self.Mixed_6a(x)                                                          # (B, 768, 17, 17)
-        for name in ("Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e"):
-            x, branch = self.mix(name, x)                                             # (B, 768, 17, 17)
-            if name == "Mixed_6d":
-                # sFID: 7 channels, position by position (H, W, C), as stored statistics have them
-                spatial = branch[:, :7].permute(0, 2, 3, 1).flatten(1)                # (B, 17 * 17 * 7)
-        x = self.Mixed_7a(x)                                                          # (B, 1280, 8, 8)
-        for name in ("Mixed_7b", "Mixed_7c"):
-            x, _ = self.mix(name, x)                                                  # (B, 2048, 8, 8)
+        x = self.mix(self.maxpool2(x), "Mixed_5b", "Mixed_5c", "Mixed_5d")            # (B, 288, 35, 35)
+        x = self.mix(self.Mixed_6a(x), "Mixed_6b", "Mixed_6c")                        # (B, 768, 17, 17)
+        # sFID: 7 channels of a branch, position by position (H, W, C), as stored statistics have them
+        spatial = self.Mixed_6d.branch1x1(x)[:, :7].permute(0, 2, 3, 1).flatten(1)    # (B, 17 * 17 * 7)
+        x = self.mix(x, "Mixed_6d", "Mixed_6e")                                       # (B, 768, 17, 17)
+        x = self.mix(self.Mixed_7a(x), "Mixed_7b", "Mixed_7c")                        # (B, 2048, 8, 8)
         features = x.mean((2, 3))                                                     # (B, 2048)
         # The Inception Score of TensorFlow and ADM leaves out the bias; with it, scores are a sixth lower.
         return features, spatial, features @ self.fc.weight.T
@@ -270,18 +244,17 @@ class Mixed3D(nn.Module):
         self.b2a = Unit3D(in_channels, b2a, 1, eps)
         self.b2b = Unit3D(b2a, b2b, 3, eps)
         self.b3b = Unit3D(in_channels, b3b, 1, eps)
-        self.out_channels = b0 + b1b + b2b + b3b
 
     def forward(self, x):
-        """x (B, C, T, H, W) to (B, out_channels, T, H, W)."""
+        """x (B, C, T, H, W) to (B, b0 + b1b + b2b + b3b, T, H, W)."""
         pooled = max_pool(x, (3, 3, 3), (1, 1, 1))
         return torch.cat([self.b0(x), self.b1b(self.b1a(x)), self.b2b(self.b2a(x)), self.b3b(pooled)], 1)
 
 
 class I3D(nn.Module):
     """Inflated Inception, trained on Kinetics-400 (Carreira and Zisserman, 2017): FVD's eye. eps of its
-    BatchNorms: 1e-3 in the TensorFlow graph that defines FVD and in StyleGAN-V's port, 1e-5 in that of the
-    official script and cd-fvd. Clips matter more: StyleGAN-V takes 2,048 of 16 frames, of train and test."""
+    BatchNorms: 1e-3 in the TensorFlow graph that defines FVD and in StyleGAN-V's port, 1e-5 in the official
+    script's and cd-fvd's. Clips matter more: StyleGAN-V takes 2,048 of 16 frames, of train and test."""
     WIDTHS = {"3b": (64, 96, 128, 16, 32, 32), "3c": (128, 128, 192, 32, 96, 64),
               "4b": (192, 96, 208, 16, 48, 64), "4c": (160, 112, 224, 24, 64, 64),
               "4d": (128, 128, 256, 24, 64, 64), "4e": (112, 144, 288, 32, 64, 64),
@@ -295,15 +268,14 @@ class I3D(nn.Module):
         self.Conv3d_2c_3x3 = Unit3D(64, 192, 3, eps)
         channels = 192
         for name, widths in self.WIDTHS.items():
-            block = Mixed3D(channels, widths, eps)
-            self.add_module(f"Mixed_{name}", block)
-            channels = block.out_channels
+            self.add_module(f"Mixed_{name}", Mixed3D(channels, widths, eps))
+            channels = widths[0] + widths[2] + widths[4] + widths[5]
         self.logits = nn.Module()
         self.logits.conv3d = nn.Conv3d(channels, 400, 1)
 
     def forward(self, x):
         """Clips x (B, 3, T, 224, 224) in [-1, 1], T of 9 or more, to logits (B, 400): FVD's features."""
-        check(x.shape[2] >= 9, f"I3D needs clips of 9 frames or more, not {x.shape[2]}")
+        require(x.shape[2] >= 9, f"I3D needs clips of 9 frames or more, not {x.shape[2]}")
         x = max_pool(self.Conv3d_1a_7x7(x), (1, 3, 3), (1, 2, 2))                    # (B, 64, T/2, 56, 56)
         x = self.Conv3d_2c_3x3(self.Conv3d_2b_1x1(x))                                # (B, 192, T/2, 56, 56)
         x = max_pool(x, (1, 3, 3), (1, 2, 2))                                        # (B, 192, T/2, 28, 28)
@@ -319,8 +291,8 @@ class I3D(nn.Module):
 
 def i3d_input(clips):
     """uint8 clips (B, 3, T, H, W) to (B, 3, T, 224, 224) in [-1, 1]: bilinear, not antialiased."""
-    check(clips.dtype == torch.uint8 and clips.dim() == 5,
-          f"I3D looks at uint8 clips (B, 3, T, H, W), not {str(clips.dtype)[6:]} {list(clips.shape)}")
+    require(clips.dtype == torch.uint8 and clips.dim() == 5,
+            f"I3D looks at uint8 clips (B, 3, T, H, W), not {str(clips.dtype)[6:]} {list(clips.shape)}")
     frames = F.interpolate(as_frames(clips).float(), (224, 224), mode="bilinear", align_corners=False)
     return (2 * frames / 255 - 1).unflatten(0, (len(clips), -1)).transpose(1, 2)
 
@@ -340,6 +312,22 @@ def randomise(network, seed=0):
 
 # ---- 4. Sets: what a set of images as a whole can tell -----------------------------------------------------
 
+def check_finite(*sets):
+    """Raise `UserError` where features are NaN or infinite: comparisons, clamps and `max` would hide it."""
+    for i, features in enumerate(sets, 1):
+        wrong = torch.as_tensor(features).isfinite().logical_not().nonzero().tolist()
+        require(not wrong, f"features of set {i} are not finite, first at {wrong[:1]}; an image or a weight "
+                           f"is damaged, or half precision overflowed")
+
+
+def check_sets(x, y, least=2):
+    """Raise `UserError` unless both are finite features (N, D), (M, D) of `least` images or more."""
+    require(x.dim() == y.dim() == 2 and x.shape[1] == y.shape[1],
+            f"features of {list(x.shape)} and {list(y.shape)} cannot be compared")
+    require(min(len(x), len(y)) >= least, f"sets of {len(x)} and {len(y)}: use more than {least - 1} images")
+    check_finite(x, y)
+
+
 class Moments:
     """Mean and covariance of a stream of features (.., D): n, sum of f, sum of f f^T, which merge over ranks.
     In float64, as a covariance is a small difference of large numbers."""
@@ -357,8 +345,8 @@ class Moments:
         self.outer.addmm_(features.T, features)
 
     def mean_and_covariance(self):
-        """numpy mean (D,) and unbiased covariance (D, D). Raises ValueError for fewer than two vectors."""
-        check(self.n >= 2, f"a covariance needs two images or more, there is {self.n}")
+        """numpy mean (D,) and unbiased covariance (D, D)."""
+        require(self.n >= 2, f"a covariance needs two images or more, there is {self.n}")
         mean = self.total / self.n
         covariance = (self.outer - self.n * torch.outer(mean, mean)) / (self.n - 1)
         return mean.cpu().numpy(), covariance.cpu().numpy()
@@ -367,14 +355,14 @@ class Moments:
 def root_of(mean, covariance):
     """R (D, rank) with R R^T = `covariance` (D, D), by a pivoted Cholesky decomposition; numpy float64.
 
-    A covariance of n vectors has rank n - 1 at most; further eigenvalues are rounding errors of the second
-    moments that it is a difference of, and must go before a square root makes 1e-8 of 1e-16."""
+    A covariance of n vectors has rank n - 1 at most; further eigenvalues are rounding errors, and must go
+    before a square root makes 1e-8 of 1e-16."""
     size = len(mean)
     rounding = size * np.finfo(np.float64).eps * (covariance.diagonal() + mean ** 2).max()
     factor, pivots, rank, _ = scipy.linalg.lapack.dpstrf(covariance.T, tol=rounding, lower=1)
     root = np.zeros((size, rank))
     root[pivots - 1] = np.tril(factor)[:, :rank]
-    check(np.isclose(np.square(root).sum(), np.trace(covariance)), "a covariance has negative eigenvalues")
+    require(np.isclose(np.square(root).sum(), np.trace(covariance)), "a covariance has negative eigenvalues")
     return root
 
 
@@ -382,18 +370,18 @@ def frechet_distance(mean1, covariance1, mean2, covariance2):
     """Squared Frechet distance of two Gaussians: |m1 - m2|^2 + Tr S1 + Tr S2 - 2 Tr (S1 S2)^(1/2).
 
     FID with Inception's features, sFID with its spatial ones, FVD with I3D's logits. numpy float64.
-    Sees: whether two SETS of images have the same distribution of features, up to mean and covariance: blur
-    and artefacts as well as missing classes. sFID's features keep positions, so it sees layout better.
-    Misses: everything about single images (a reconstruction may show another dog), and higher moments.
-    Traps: FID falls with N: with 2,500 images a perfect model already reads 2 % of the features' variance, so
-    compare equal N. Reconstructions of ImageNet val belong beside val, not train (LlamaGen's: 2.19 and 4.28).
-    Others resize otherwise (clean-fid, torchmetrics since 1.8), or skip .JPEG and subfolders (pytorch-fid).
+    Sees: whether two SETS have the same distribution of features, up to mean and covariance: blur and
+    artefacts as well as missing classes; sFID, whose features keep positions, layout. Misses: everything
+    about single images (a reconstruction may show another dog), and higher moments. Traps: it falls with N
+    (of 2,500 images a perfect model reads 2 % of the features' variance): compare equal N. Reconstructions of
+    ImageNet val belong beside val, not train (LlamaGen's: 2.19 and 4.28). Others resize otherwise (clean-fid,
+    torchmetrics since 1.8), or skip .JPEG and subfolders (pytorch-fid).
 
     With S1 = R1 R1^T and S2 = R2 R2^T, the eigenvalues of S1 S2 that are not 0 are those of A A^T with
-    A = R1^T R2, which is symmetric: real by construction, without the complex residues of a general square
-    root. The root of lower rank stands first, so that A A^T has no eigenvalues of rounding errors."""
-    check(mean1.shape == mean2.shape and covariance1.shape == covariance2.shape == mean1.shape * 2,
-          f"statistics of {mean1.shape[0]} and {mean2.shape[0]} features cannot be compared")
+    A = R1^T R2: real by construction, without the complex residues of a general square root. The root of
+    lower rank stands first, so that A A^T has no eigenvalues of rounding errors."""
+    require(mean1.shape == mean2.shape and covariance1.shape == covariance2.shape == mean1.shape * 2,
+            f"statistics of {mean1.shape[0]} and {mean2.shape[0]} features cannot be compared")
     check_finite(np.vstack([mean1, covariance1]), np.vstack([mean2, covariance2]))
     roots = [root_of(mean1, covariance1), root_of(mean2, covariance2)]
     low, high = sorted(roots, key=lambda root: root.shape[1])
@@ -403,18 +391,10 @@ def frechet_distance(mean1, covariance1, mean2, covariance2):
     return max(float(distance), 0.0)                                       # -1e-13 is a rounding error of 0
 
 
-def check_sets(x, y, least=2):
-    """Raise ValueError unless both are finite features (N, D), (M, D) of `least` images or more."""
-    check(x.dim() == y.dim() == 2 and x.shape[1] == y.shape[1],
-          f"features of {list(x.shape)} and {list(y.shape)} cannot be compared")
-    check(min(len(x), len(y)) >= least, f"sets of {len(x)} and {len(y)}: use more than {least - 1} images")
-    check_finite(x, y)
-
-
 def frechet_distance_official(x, y):
     """The official video script's Frechet distance of features (N, D), (M, D): two square roots by SVD in
-    float32, singular values under 1e-10 not rooted. The rounding is no detail: the distance of a set of
-    10,000 clips to itself was measured as 2.82, and a true 16.19 as 16.38."""
+    float32, singular values under 1e-10 not rooted. The rounding is no detail: 10,000 clips had a distance of
+    2.82 from themselves, and 16.38 for a true 16.19."""
     def root(matrix):
         u, s, vh = torch.linalg.svd(matrix)
         return u @ torch.diag(torch.where(s < 1e-10, s, s.sqrt())) @ vh
@@ -434,8 +414,8 @@ def kid(reference, samples, subsets=100, seed=2020):
     How much more alike, by the kernel (x y / D + 1)^3, two images of one set are than two of both: a squared
     maximum mean discrepancy, over random subsets of 1,000 images: torch-fidelity's, which raises for fewer.
     Sees: what FID sees, and third moments. It does not fall with N: 5,000 samples can stand beside 50,000.
-    Misses: differences that 1,000 images at a time do not show. Traps: papers print it times 1,000, or not.
-    It may be negative, as an unbiased estimate of 0 must be. The std is that of subsets of one set."""
+    Misses: differences that 1,000 images at a time do not show. Traps: papers print it times 1,000, or not;
+    and as an unbiased estimate of 0 it may be negative. The std is that of subsets of one set."""
     check_sets(reference, samples)
     size = min(1000, len(reference), len(samples))
     rng = np.random.RandomState(seed)
@@ -454,9 +434,9 @@ def mind(reference, samples, directions=1000, seed=2020):
 
     On a line, optimal transport is sorting. So: features projected onto random unit vectors u, and the mean
     squared gap of the sorted numbers, times 3 D. A shift of all features by d gives 3 |d|^2 (on average).
-    Sees: any difference of two distributions, as each one shows along some u. Without a covariance to
-    estimate, 5,000 samples rank models as 50,000 do by FID. Misses: what FID misses of single images.
-    Trap: it falls with N, too. The larger set is cut down to the smaller one; compare equal N only."""
+    Sees: any difference of two distributions, as each shows along some u; without a covariance to estimate,
+    5,000 samples rank models as 50,000 do by FID. Misses: what FID misses of single images. Trap: it falls
+    with N, too. The larger set is cut down to the smaller one; compare equal N only."""
     check_sets(reference, samples)
     generator = torch.Generator().manual_seed(seed)                        # of torch-fidelity's directions
     n = min(len(reference), len(samples))
@@ -472,10 +452,10 @@ def inception_score(logits, equal_parts=True, size=5000):
 
     exp of the mean KL(p(class | image) || p(class)) in a block. Blocks: equal parts of about `size`, or of
     `size` with the rest as one more, as in ADM's evaluator, where one image more than 5,000 halves the score.
-    Sees: sharp predictions (recognisable) that differ from image to image (diverse). Misses: the real
-    data, which never enter, and everything inside a class: one perfect image a class gets the best score.
-    Traps: images sorted by class make each block a few classes only (62 for what is 298), so shuffle first.
-    And small blocks score lower: torch-fidelity and torchmetrics make ten of any number."""
+    Sees: sharp predictions (recognisable) that differ from image to image (diverse). Misses: the real data,
+    which never enter, and all inside a class: one perfect image of each gets the best score. Traps: blocks of
+    images sorted by class hold a few classes only (62 for what is 298), so shuffle first. Small blocks score
+    lower: torch-fidelity and torchmetrics make ten of any number."""
     check_finite(logits)
     blocks = logits.tensor_split(max(1, round(len(logits) / size))) if equal_parts else logits.split(size)
     scores = []
@@ -500,10 +480,10 @@ def precision_recall(reference, samples, k=3, half=False, rows=2048):
     """Improved precision and recall (Kynkaanniemi et al., 2019) of features (N, D) and (M, D).
 
     Each set is taken as the union of balls around its points, reaching to the k-th neighbour. Precision: how
-    many samples lie in the reference's union (fidelity). Recall: how many reference images lie in the
-    samples' (coverage). Misses: how well regions are weighted, and one outlier can cover a lot of space.
-    Traps: VGG's features (the original, torch-fidelity's default) or Inception's (ADM, the paper); and set
-    sizes (ADM: 10,000 real, 50,000 generated). In blocks of `rows`: all distances at once would take 2 GB."""
+    many samples lie in the reference's union (fidelity); recall: how many of the reference in the samples'
+    (coverage). Misses: how regions are weighted; one outlier covers a lot. Traps: VGG's features (the
+    original, torch-fidelity's default) or Inception's (ADM, the paper); set sizes (ADM: 10,000 real, 50,000
+    generated). In blocks of `rows`: all distances at once would take 2 GB."""
     check_sets(reference, samples, k + 1)
 
     def radii(points):                                                 # + 1: the nearest is the point itself

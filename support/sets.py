@@ -2,8 +2,8 @@
 
 An npz file is what ADM's evaluator reads: `arr_0`, uint8 images (N, H, W, 3) or here also clips (N, T, H, W,
 3); of a reference set also `mu` and `sigma`, mean and covariance of Inception's features, and `mu_s` and
-`sigma_s` of its spatial ones. Ours add `n`, `features` and `settings`, which say of what these are. Axis
-letters: B samples of a batch, N of a set, T frames, H W their size, D features.
+`sigma_s` of its spatial ones. Ours add `n`, `features` and `settings`, of what these are. Axis letters: B
+samples of a batch, N of a set, T frames, H W their size, D features.
 """
 import contextlib
 import dataclasses
@@ -12,6 +12,7 @@ import json
 import math
 import os
 import pathlib
+import weakref
 import zipfile
 
 import numpy as np
@@ -27,13 +28,16 @@ from support.runtime import require
 WIDTHS = {"inception": (2048, 2023), "i3d": (400,)}        # networks that see sets: D of what they give
 MOMENTS = ("mu", "sigma")
 SPATIAL = ("mu_s", "sigma_s")
+# The Frechet distances: of which moments.
+FRECHET = {"rfid": MOMENTS, "rfid-reference": MOMENTS, "rfvd": MOMENTS, "fid": MOMENTS, "fvd": MOMENTS,
+           "sfid": SPATIAL}
 
 # ---- 1. Samples, read a batch at a time --------------------------------------------------------------------
 
 
 def read_npz(path):
     """({name: array} of an npz file but for arr_0, a file of arr_0 or None). Raises `UserError`."""
-    require(pathlib.Path(path).is_file(), f"{path} does not exist; check the path (or try make-reference)")
+    require(os.path.isfile(path), f"{path} does not exist; check the path (or try make-reference)")
     try:
         archive = zipfile.ZipFile(path)
         with np.load(path) as file:
@@ -55,19 +59,18 @@ class Npz(sources.Samples):
         self.arrays, self.file = read_npz(path)
         require(self.file, f"{path} holds no array arr_0, only {', '.join(self.arrays)}; statistics alone do "
                            f"not tell by which network and resize rule they were made")
+        weakref.finalize(self, self.file.close)            # an error's traceback would hold it open
         with decoding():
             np.lib.format.read_magic(self.file)
-            (N, *shape), fortran, dtype = np.lib.format.read_array_header_1_0(self.file)
-        fits = dtype == np.uint8 and len(shape) in (3, 4) and shape[-1] == 3
-        require(fits and not fortran, f"{path}: arr_0 is {dtype} {[N, *shape]}, not uint8 (N, H, W, 3) or "
-                f"(N, T, H, W, 3) in C order; convert it by (x * 255).round().astype('uint8') or by "
-                f".transpose(0, 2, 3, 1)")
-        *frames, height, width, _ = shape
-        view = data.View(width, frames[0] if frames else None, "original")
-        super().__init__(str(path), [], [f"{path}[{i}]" for i in range(N)], [0] * N, view)
-        self.shape = shape
-        self.axes = (*frames, height, width)
+            (N, *self.shape), fortran, dtype = np.lib.format.read_array_header_1_0(self.file)
         self.start = self.file.tell()
+        require(dtype == np.uint8 and not fortran and len(self.shape) in (3, 4) and self.shape[-1] == 3,
+                f"{path}: arr_0 is {dtype} {[N, *self.shape]}; make it uint8 (N, [T,] H, W, 3) in C order by "
+                f"(x * 255).round().astype('uint8') or .transpose(0, 2, 3, 1)")
+        *frames, _, width, _ = self.shape
+        view = data.View(width, *frames, crop="original")
+        super().__init__(str(path), [], [f"{path}[{i}]" for i in range(N)], [0] * N, view)
+        self.axes = tuple(self.shape[:-1])
 
     def read(self, index, rng):
         size = math.prod(self.shape)
@@ -119,7 +122,7 @@ def reference(path, axes, batch_size):
     """`Chosen`: all of an npz file, to be compared with samples of these axes ([T,] H, W)."""
     samples = Npz(path)
     require(samples.axes == tuple(axes), f"--reference {path} is of images of {samples.axes}, not {axes}; "
-            f"compare sets of one size (make-reference has --image-size)")
+                                         f"give one of that size (make-reference has --image-size)")
     about = {**samples.arrays["settings"], "path": path, "sha256": runtime.on_main(runtime.sha256_of, path)}
     return Chosen(samples, range(len(samples)), about, batch_size)
 
@@ -127,11 +130,11 @@ def reference(path, axes, batch_size):
 def part_of(samples, trained_on):
     """Which part of a data set `samples` are, in words that promise no more than is known of a model that was
     trained on the paths `trained_on`. What it has learned is known by what is in it, not by a name."""
-    learned = None
-    if trained_on["data_path"] is not None:                # else it is a published one
-        with contextlib.suppress(runtime.UserError):       # the data may have moved away
-            own = sources.build_dataset(trained_on["data_path"], "train", samples.view,
-                                        trained_on["split_list"])
+    path = trained_on["data_path"]
+    learned = None                                         # unknown: published, or the data have moved away
+    with contextlib.suppress(runtime.UserError):
+        if path is not None:
+            own = sources.build_dataset(path, "train", samples.view, trained_on["split_list"])
             learned = runtime.on_main(data.same_samples, own, samples)
     if learned:
         return f"training {samples.kind}s"
@@ -144,28 +147,26 @@ def part_of(samples, trained_on):
 # ---- 2. What a network makes of them -----------------------------------------------------------------------
 
 def gathered(parts):
-    """All ranks' `parts`, dicts of tensors (n, ...), joined, and sorted by their "index": {name: tensor
-    (N, ...)} on rank 0, elsewhere empty. A collective."""
-    every = [None] * runtime.world_size() if runtime.is_main() else None
-    dist.gather_object(parts, every)
-    parts = [part for each in every or () for part in each]
+    """All ranks' `parts`, dicts of tensors (n, ...), joined, in the order of their "index": {name: tensor
+    (N, ...)} on rank 0, elsewhere {}. A collective."""
+    ranks = [None] * runtime.world_size() if runtime.is_main() else None
+    dist.gather_object(parts, ranks)
+    parts = [part for rank in ranks or () for part in rank]
     joined = {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else ())}
     return {name: tensor[joined["index"].argsort(stable=True)] for name, tensor in joined.items()}
 
 
+@dataclasses.dataclass
 class FeatureStream:
-    """Sends samples through the network of a metric of sets, and keeps what distances of sets need.
+    """Sends samples through the network of a metric of sets, and keeps what distances of sets need."""
+    network: torch.nn.Module
+    rule: str = "tf1"                  # of `metrics.inception_input`
+    kept: object = ()                  # of which indices to keep features and logits
+    pixels: bool = False               # and the images themselves
 
-    rule: of `metrics.inception_input`. kept: of which indices to keep features and logits; pixels: and the
-    images themselves."""
-
-    def __init__(self, network, rule="tf1", kept=(), pixels=False):
-        self.network = network
-        self.rule = rule
-        self.kept = kept
-        self.pixels = pixels
-        self.device = next(network.parameters()).device
-        self.moments = [metrics.Moments(D, self.device) for D in WIDTHS[network.name]]     # [1]: for sFID
+    def __post_init__(self):
+        self.device = next(self.network.parameters()).device
+        self.moments = [metrics.Moments(D, self.device) for D in WIDTHS[self.network.name]]
         self.parts = []
 
     @torch.no_grad()
@@ -177,8 +178,6 @@ class FeatureStream:
         else:                                                          # four at a time: clips are large
             outputs = [torch.cat([self.network(metrics.i3d_input(clips)) for clips in inputs.split(4)])]
         for moments, output in zip(self.moments, outputs):
-            require(bool(output[:n].isfinite().all()), f"features of {self.network.name} are not finite, for "
-                    f"one of the samples {indices.tolist()}; are its weights right?")
             moments.add(output[:n])
         found = {"index": indices, "features": outputs[0], "logits": outputs[-1]}
         if self.pixels:
@@ -190,20 +189,13 @@ class FeatureStream:
         """{name: array} on rank 0, elsewhere {}: n, the moments under ADM's names, and what was kept. A
         collective."""
         arrays = {name: tensor.numpy() for name, tensor in gathered(self.parts).items()}
-        for names, moments in zip((MOMENTS, SPATIAL), self.moments):
+        for names, moments in zip((MOMENTS, SPATIAL), self.moments):   # of I3D there are no spatial ones
             moments.n = int(runtime.all_reduce_sum(torch.tensor(moments.n)))
             moments.total = runtime.all_reduce_sum(moments.total)
             moments.outer = runtime.all_reduce_sum(moments.outer)
             if runtime.is_main():
                 arrays.update(zip(names, moments.mean_and_covariance()), n=moments.n)
         return arrays
-
-
-def shown(x, network, official):
-    """What a network of sets sees of x in [-1, 1]: uint8; officially truncated, or for rFID floats 0 .. 1."""
-    if official and network.name == "inception":
-        return (x + 1) / 2
-    return pictures.to_uint8(x, truncate=official)
 
 
 # ---- 3. Statistics that are made once ----------------------------------------------------------------------
@@ -225,20 +217,20 @@ def statistics_of(real, network, rule, official, folder, path=None):
         require(given["settings"]["network"] == network.source,
                 f"--reference {real.samples.name} is of other Inception weights; make it again")
         return given
+    stream = FeatureStream(network, rule, pixels=not given and rule == "tf1" and network.name == "inception")
     key = {**real.about, "network": network.source, "protocol": "official" if official else "clean",
-           "resize_rule": rule, "device": next(network.parameters()).device.type}      # convolutions differ
+           "resize_rule": rule, "device": stream.device.type}          # whose convolutions differ
     del key["path"]                                                    # wherever they lie
     path = pathlib.Path(path or f"{folder}/references/{short_hash(key)}.npz")
     known = runtime.on_main(path.exists)
     runtime.print_main(f"cached   {path} ({'found' if known else 'made now'})")
     if not known:
         runtime.check_writable(path.parent)
-        kept = {real.order[k] for k in data.evenly_spaced(None if given else 10_000, len(real.order))}
-        pixels = not given and rule == "tf1" and network.name == "inception"
-        stream = FeatureStream(network, rule, kept, pixels)
+        stream.kept = {real.order[k] for k in data.evenly_spaced(None if given else 10_000, len(real.order))}
         for x, n, indices in real.batches("real"):
-            if rule != "tf1":                                          # as reconstructions are shown to it
-                x = shown(pictures.to_float(x.to(stream.device)), network, official)
+            if official and rule != "tf1":                             # as it sees reconstructions
+                x = pictures.to_float(x.to(stream.device))
+                x = (x + 1) / 2 if network.name == "inception" else pictures.to_uint8(x, truncate=True)
             stream.add(x, n, indices)
         arrays = stream.finish()
         if runtime.is_main():
@@ -256,51 +248,48 @@ def statistics_of(real, network, rule, official, folder, path=None):
 
 # ---- 4. Distances ------------------------------------------------------------------------------------------
 
-def frechet_distances(moments, reference, made, official):
-    """{metric: Frechet distance of two sets}, whose statistics are as of `FeatureStream.finish`. moments: the
-    names of mean and covariance for each metric, None for one that is no such distance."""
-    values = {}
-    for key, names in moments.items():
-        if names:
-            values[key] = metrics.frechet_distance(*[arrays[name] for arrays in (reference, made)
-                                                     for name in names])
-        if official and key in ("fvd", "rfvd"):
-            features = [torch.tensor(arrays["features"]) for arrays in (reference, made)]
-            values[f"{key}-float32"] = metrics.frechet_distance_official(*features)
+def frechet(key, reference, made, official):
+    """{metric `key`: Frechet distance of two sets}, whose statistics are as of `FeatureStream.finish`."""
+    statistics = [arrays[name] for arrays in (reference, made) for name in FRECHET[key]]
+    values = {key: metrics.frechet_distance(*statistics)}
+    if official and key in ("fvd", "rfvd"):
+        features = [torch.tensor(arrays["features"]) for arrays in (reference, made)]
+        values[f"{key}-float32"] = metrics.frechet_distance_official(*features)
     return values
 
 
-def distances(moments, reference, made, official, device, seed):
-    """({metric: value} for the keys of `moments`, facts about them) of samples and real ones, see above."""
-    values = frechet_distances(moments, reference, made, official)
-    asked = moments.keys()
+def distances(asked, reference, made, official, device, seed):
+    """({metric: value}, facts about them) of samples and real ones, by what `FeatureStream.finish` gives."""
     n = made["n"]
-    facts = {"real": int(reference["n"]) if "n" in reference else "an unknown number of"}
-    if facts["real"] != n:
-        print(f"warning: {n} samples are compared with {facts['real']} real ones; distances depend on both")
+    real = int(reference["n"]) if "n" in reference else "an unknown number of"
+    if real != n:
+        print(f"warning: {n} samples are compared with {real} real ones; distances depend on both")
     if n != 50_000:
         print(f"warning: published numbers are of 50,000 samples, these are of {n}")
-    if "inception_score" in asked:
-        logits = torch.from_numpy(made["logits"])
-        text = "blocks of 5,000 in file order"
-        if not official:
-            text = f"equal parts, shuffled with seed {seed}"
-            logits = logits[torch.randperm(n, generator=torch.Generator().manual_seed(seed))]
-        score, deviation, parts = metrics.inception_score(logits, equal_parts=not official)
-        values["inception_score"] = score
-        facts["blocks"] = f"{parts} {text}, std {deviation:.2f}"
-    if asked & {"precision", "recall", "kid", "mind"}:
-        features = [torch.tensor(arrays["features"], device=device) for arrays in (reference, made)]
-        facts.update(near=len(features[0]), pairs=min(map(len, features)))
-    if asked & {"precision", "recall"}:                    # officially in fp16, as in ADM's evaluator
-        facts["digits"] = "fp16" if official else "fp32"
-        both = zip(("precision", "recall"), metrics.precision_recall(*features, half=official))
-        values.update({key: value for key, value in both if key in asked})
-    if "kid" in asked:
-        values["kid"], deviation = metrics.kid(*features)
-        facts["subsets"] = f"100 subsets of {min(1000, facts['pairs'])}, std {deviation:.5f}"
-    if "mind" in asked:
-        values["mind"] = metrics.mind(*features)
+    features = [torch.tensor(arrays["features"], device=device) for arrays in (reference, made)]
+    facts = {"real": real, "near": len(features[0]), "pairs": min(map(len, features)),
+             "digits": "fp16" if official else "fp32"}                 # fp16 as in ADM's evaluator
+    values = {}
+    both = None
+    for key in sources.watched(asked, "distances", unit="metrics"):
+        if key in FRECHET:
+            values.update(frechet(key, reference, made, official))
+        elif key == "inception_score":
+            logits = torch.from_numpy(made["logits"])
+            blocks = "blocks of 5,000 in file order"
+            if not official:
+                blocks = f"equal parts, shuffled with seed {seed}"
+                logits = logits[torch.randperm(n, generator=torch.Generator().manual_seed(seed))]
+            values[key], deviation, parts = metrics.inception_score(logits, equal_parts=not official)
+            facts["blocks"] = f"{parts} {blocks}, std {deviation:.2f}"
+        elif key in ("precision", "recall"):
+            both = both or metrics.precision_recall(*features, half=official)
+            values[key] = both[key == "recall"]
+        elif key == "kid":
+            values[key], deviation = metrics.kid(*features)
+            facts["subsets"] = f"100 subsets of {min(1000, facts['pairs'])}, std {deviation:.5f}"
+        elif key == "mind":
+            values[key] = metrics.mind(*features)
     return values, facts
 
 

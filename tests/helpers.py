@@ -27,6 +27,9 @@ import pytest
 import torch
 from PIL import Image
 
+import ar_model
+import tokenizer
+import video
 from support import checkpoints, runtime
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -69,6 +72,27 @@ def stored(model, /, **more):
     """A checkpoint of `model` as the trainers write it, as far as loading goes."""
     return {"format": checkpoints.format_of(model), "config": dataclasses.asdict(model.config), "step": 3,
             "preset": "custom", "model": model.state_dict(), "ema": {}, "args": {}, **more}
+
+
+def save_pair(folder, clips=False, seed=0, classes=("ant", "bee", "cat"), bits=(3, 3)):
+    """(AR checkpoint, that of its tokenizer) with random weights, of 16 x 16 images or nine frames."""
+    torch.manual_seed(seed)
+    shape = {"resolution": 16, "channels": 32, "channel_multipliers": (1, 1, 1), "blocks": 1, "mid_blocks": 0,
+             "patch": 2, "bits": 6}
+    if clips:
+        first = video.VideoTokenizer(video.VideoTokenizerConfig(**shape, frames=9, time_strides=(2, 2)))
+    else:
+        first = tokenizer.Tokenizer(tokenizer.TokenizerConfig(**shape))
+    grid = first.config.latent_grid(*((9, 16, 16) if clips else (16, 16)))
+    config = ar_model.ARConfig(width=48, heads=2, inter_blocks=1, intra_blocks=1, bits=bits, grid=grid,
+                               num_classes=len(classes), ffn_multiple=16)
+    model = fill_module(ar_model.ARModel(config), "", published_ar_name)
+    record = {"path": "runs/x.pt", "weights": "raw", "sha256": checkpoints.weights_hash(first)}
+    folder.mkdir(exist_ok=True, parents=True)
+    torch.save(stored(first), folder / "tokenizer.pt")
+    torch.save(stored(model, classes=list(classes), tokenizer=record, first_stage=stored(first)),
+               folder / "step-00000020.pt")
+    return folder / "step-00000020.pt", folder / "tokenizer.pt"
 
 
 def save_images(folder, count):

@@ -1,7 +1,7 @@
 """evaluate.py as people use it: its commands on tiny data, on several ranks, with right and wrong input."""
-import dataclasses
 import functools
 import json
+import math
 import pathlib
 import shlex
 import shutil
@@ -12,18 +12,14 @@ import helpers
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, refused, run_script, stored
+from helpers import ROOT, refused, run_script
 from PIL import Image
 
 import ar_model
 import evaluate
 import sample
-import tokenizer
-import video
 from support import checkpoints, data, metrics, pictures, runtime, sets, sources
 
-SMALL = {"channels": 32, "channel_multipliers": (1, 1), "blocks": 1, "mid_blocks": 0, "patch": 2, "bits": 6}
-CLIPS = video.VideoTokenizerConfig(resolution=32, frames=9, time_strides=(2,), **SMALL)
 RANDOM = ("--allow-random-weights", "--batch-size", "4")
 LABEL = checkpoints.RANDOM_LABEL
 call = functools.partial(helpers.call, evaluate)
@@ -38,6 +34,11 @@ def results(folder="runs/evaluation"):
 def values(result):
     """{metric: value} of one JSON."""
     return {name: entry["value"] for name, entry in result["metrics"].items()}
+
+
+def measured_on(result, metric):
+    """What a JSON says that a metric was measured on."""
+    return result["metrics"][metric]["measured_on"]
 
 
 def reconstruct(ckpt, *flags):
@@ -63,48 +64,29 @@ def write_images(folder, count, size=(20, 20)):
     """PNG files of different reds."""
     pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
     for i in range(count):
-        Image.new("RGB", size, (60 * i, 0, 0)).save(f"{folder}/{i}.png")
-
-
-def save(path, model, **more):
-    """A checkpoint of an untrained model."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(stored(model, **more), path)
-    return path
+        Image.new("RGB", size, (10 * i, 0, 0)).save(f"{folder}/{i:02}.png")
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Checkpoints of untrained tokenizers of 16 x 16 and 9 x 32 x 32, and of a transformer of 16 x 16."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("files") / "runs"
-    stage1 = tokenizer.Tokenizer(tokenizer.TokenizerConfig(resolution=16, **SMALL))
-    clips = video.VideoTokenizer(CLIPS)
-    config = ar_model.ARConfig(width=32, heads=2, inter_blocks=1, intra_blocks=1, bits=(3, 3), grid=(4, 4),
-                               num_classes=3)
-    inner = {"format": checkpoints.format_of(stage1), "config": dataclasses.asdict(stage1.config),
-             "model": stage1.state_dict()}
-    record = {"path": "x", "weights": "raw", "preset": "custom", "sha256": checkpoints.weights_hash(stage1)}
-    return {"images": save(folder / "tokenizer" / "step-00000003.pt", stage1),
-            "clips": save(folder / "clips.pt", clips),
-            "ar": save(folder / "ar" / "step-00000003.pt", ar_model.ARModel(config), classes=list("abc"),
-                       tokenizer=record, first_stage=inner)}
+    """Checkpoints of untrained tokenizers of images and of clips, and of a transformer for each."""
+    folder = tmp_path_factory.mktemp("files")
+    ar, images = helpers.save_pair(folder / "images")
+    clips_ar, clips = helpers.save_pair(folder / "clips", clips=True)
+    return {"images": images, "clips": clips, "ar": ar, "clips_ar": clips_ar}
 
 
 class Quick(torch.nn.Module):
     """Random features of the right sizes in milliseconds, for tests of what surrounds a network.
 
-    Sample by sample: on some CPUs a row of a matrix product depends in its last bit on where it stands.
-    """
+    Sample by sample: on some CPUs a row of a matrix product depends in its last bit on where it stands."""
 
     def __init__(self, eps=None):
         super().__init__()
-        self.seen = 0
         self.layer = torch.nn.Linear(*((1587, 5079) if eps is None else (2304, 400)))
 
     def forward(self, x):
         """x (B, 3, 299, 299) to features, spatial features and logits; (B, 3, 9, 224, 224) to features."""
-        self.seen += len(x)
         thinned = x[..., ::13, ::13] if x.dim() == 4 else x[:, :, ::4, ::14, ::14]
         rows = torch.stack([self.layer(row).relu() for row in thinned.flatten(1)])
         return rows.split([2048, 2023, 1008], 1) if x.dim() == 4 else rows
@@ -119,9 +101,7 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The numbers, and what must not change them
-# ------------------------------------------------------------------------------------------------------------
+# ---- the numbers, and what must not change them ------------------------------------------------------------
 
 def expected_frechet(x, y):
     """The distance of features (N, D), (M, D) in plain numpy."""
@@ -132,21 +112,21 @@ def expected_frechet(x, y):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["images", "clips"])
 @pytest.mark.parametrize("protocol", ["clean", "official"])
-def test_metrics_are_those_of_frames_features_and_codes(files, place, kind, protocol):
-    distance = {"images": "rfid", "clips": "rfvd"}[kind]
-    result = reconstruct(files[kind], "--num-samples", 6, "--metrics", "psnr", "ssim", "usage", distance,
-                         "--protocol", protocol, "--split", "val", "--image-size", 32, *RANDOM,
-                         "--batch-size", 6)
-    model, _ = checkpoints.load_tokenizer(files[kind])
+def test_metrics_are_those_of_frames_features_and_ids(files, place, kind, protocol):
     clips = kind == "clips"
     official = protocol == "official"
+    distance = "rfvd" if clips else "rfid"
+    reference = torch.from_numpy(write_samples("reference.npz", 6)).movedim(-1, 1)
+    more = () if clips else ("--reference", "reference.npz")
+    result = reconstruct(files[kind], "--num-samples", 6, "--metrics", "psnr", "ssim", "usage", distance,
+                         "--protocol", protocol, "--split", "val", "--image-size", 32, *RANDOM[:-1], 6, *more)
+    model, _ = checkpoints.load_tokenizer(files[kind])
     view = data.View(32, 9 if clips else None, "random" if official and clips else "center")
     dataset = sources.build_dataset(None, "val", view)
     order = list(range(1000))
     if official and clips:                                             # all 1,000, and all of them again
         order += np.random.default_rng(0).permutation(1000).tolist()
-    original = torch.stack([dataset[order[k]][0] for k in data.evenly_spaced(6, len(order))])
-    x = pictures.to_float(original)
+    x = pictures.to_float(torch.stack([dataset[order[k]][0] for k in data.evenly_spaced(6, len(order))]))
     with torch.no_grad():
         ids = model.encode(x)
         y = model.decode(ids).clamp(-1, 1)
@@ -163,17 +143,19 @@ def test_metrics_are_those_of_frames_features_and_codes(files, place, kind, prot
         else:
             pair = [(x + 1) / 2, (y + 1) / 2] if official else [real, made]
             features = [network(metrics.inception_input(each, "half-pixel"))[0] for each in pair]
+            both = [network(metrics.inception_input(each, "tf1"))[0] for each in (reference, made)]
+            assert measured["rfid-reference"] == pytest.approx(expected_frechet(*both), rel=1e-5)
+            assert "tf1" in measured_on(result, "rfid-reference")
     assert measured[distance] == pytest.approx(expected_frechet(*features), rel=1e-5)
     assert measured["usage"] == len(ids.unique()) / 64
-    counted = f"{ids.numel()} tokens, a codebook of 64, 6 {kind} of generated, val split"
-    assert counted in result["metrics"]["usage"]["measured_on"]
+    assert f"{ids.numel()} tokens, a codebook of 64, 6 {kind} of generated, val split" in measured_on(
+        result, "usage")
     assert measured["bits_per_pixel"] == pytest.approx(6 * ids[0].numel() / x[0, 0].numel())
     assert result["metrics"][distance]["label"] == LABEL and result["metrics"]["psnr"]["label"] == ""
-    assert result["n"] == 6 and ("truncated" in result["metrics"]["psnr"]["measured_on"]) == official
+    assert result["n"] == 6 and ("truncated" in measured_on(result, "psnr")) == official
     if clips and official:
         assert measured["rfvd-float32"] == pytest.approx(measured["rfvd"], rel=0.05)
-    picture = Image.open(next(pathlib.Path("runs/evaluation").glob("*.png")))
-    assert picture.size[0] > 96 * 6
+    assert Image.open(next(pathlib.Path("runs/evaluation").glob("*.png"))).size[0] > 96 * 6
 
 
 RANKS = """
@@ -185,7 +167,7 @@ from test_evaluate import Quick
 def call(flags):
     evaluate.main(evaluate.get_args((flags + " --allow-random-weights --batch-size 2 --output out").split()))
 
-images, clips, ar = sys.argv[1:]
+images, clips, ar, _ = sys.argv[1:]
 metrics.FIDInception = metrics.I3D = Quick
 call(f"reconstruction --ckpt {images} --num-samples 5 --image-size 32 --metrics rfid lpips-alex")
 call("generation --samples samples.npz --reference reference.npz")
@@ -209,50 +191,31 @@ def test_one_two_and_three_ranks_measure_the_same(files, place):
         (folder / "job.py").write_text(RANKS)
         run_script(str(folder / "job.py"), *files.values(), ranks=ranks, cwd=folder)
         runs.append(results(folder / "out"))
-    alone, *others = runs
-    for name, run in zip(("rfid", "fid", "tokens", "kid", "rfvd", "fvd"), alone, strict=True):
-        assert values(run)[name] > 0
-    for run in others:
-        for expected, got in zip(alone, run, strict=True):
-            assert got["n"] == expected["n"]
-            assert values(got) == {name: pytest.approx(value, rel=1e-12, abs=1e-12)
-                                   for name, value in values(expected).items()}
+    for name, alone, *others in zip(("rfid", "fid", "tokens", "kid", "rfvd", "fvd"), *runs, strict=True):
+        assert values(alone)[name] > 0
+        for run in others:
+            assert run["n"] == alone["n"]
+            assert values(run) == pytest.approx(values(alone), rel=1e-12, abs=1e-12)
 
 
 @pytest.mark.slow
-def test_originals_statistics_are_reused_and_give_the_same_rfid(files, place, monkeypatch):
+def test_originals_statistics_are_reused_and_references_are_of_the_same_size(files, place, monkeypatch):
     seen = []
     forward = Quick.forward
     monkeypatch.setattr(Quick, "forward", lambda self, x: seen.append(len(x)) or forward(self, x))
-    before, after = [reconstruct(files["images"], "--num-samples", 4, "--metrics", "rfid", *RANDOM)
-                     for _ in range(2)]
+    flags = (files["images"], "--num-samples", 4, "--metrics", "rfid", *RANDOM)
+    before, after = [reconstruct(*flags) for _ in range(2)]
     assert seen == [4, 4, 4] and values(after) == values(before)
     assert len(results()) == 1                                         # the same run has the same file
     assert len(list(pathlib.Path("runs/evaluation/references").glob("*.npz"))) == 1
-
-
-@pytest.mark.slow
-def test_the_fid_against_a_reference_is_one_of_its_own_name_and_rule(files, place):
-    pixels = write_samples("reference.npz", 6, (32, 32))
-    call("make-reference", "--image-size", 32, "--split", "val", "--num-samples", 5, "--reference", "own.npz",
-         *RANDOM)
-    first, second = [reconstruct(files["images"], "--num-samples", 6, "--image-size", 32, "--metrics", "rfid",
-                                 "--reference", reference, *RANDOM, "--batch-size", 6)
-                     for reference in ("reference.npz", "own.npz")]
-    model, _ = checkpoints.load_tokenizer(files["images"])
-    dataset = sources.build_dataset(None, "val", data.View(32))
-    x = torch.stack([dataset[i][0] for i in data.evenly_spaced(6, 1000)])
-    real = torch.from_numpy(pixels).movedim(-1, 1)
-    with torch.no_grad():
-        made = pictures.to_uint8(model.decode(model.encode(pictures.to_float(x))))
-        features = [metrics.randomise(Quick())(metrics.inception_input(each, "tf1"))[0]
-                    for each in (real, made)]
-    assert values(first)["rfid-reference"] == pytest.approx(expected_frechet(*features), rel=1e-5)
-    assert values(first)["rfid"] == values(second)["rfid"] != values(second)["rfid-reference"] > 0
-    assert "tf1" in first["metrics"]["rfid-reference"]["measured_on"]
-    for more, words in ((["--original-resolution"], "--reference is for images of one size"),
-                        ([], "own.npz is of images of .32, 32., not .16, 16.")):
-        refused(words, reconstruct, files["images"], *more, "--reference", "own.npz", *RANDOM)
+    for size in (16, 32):
+        call("make-reference", "--image-size", size, "--split", "val", "--num-samples", 5, "--reference",
+             f"{size}.npz", *RANDOM)
+    again = values(reconstruct(*flags, "--reference", "16.npz"))
+    assert again["rfid"] == values(before)["rfid"] != again["rfid-reference"] > 0
+    for more, words in ((("--original-resolution",), "--reference is for images of one size"),
+                        ((), "32.npz is of images of .32, 32., not .16, 16.")):
+        refused(words, reconstruct, *flags, *more, "--reference", "32.npz")
 
 
 @pytest.mark.parametrize("trained, more, part, resize", [
@@ -267,11 +230,9 @@ def test_the_fid_against_a_reference_is_one_of_its_own_name_and_rule(files, plac
     ("generated", (), "val split", 24), ("generated", ("--split", "train"), "training images", 24)])
 def test_default_data_are_what_was_learned_if_possible_held_out(files, place, capsys, trained, more, part,
                                                                 resize):
-    counts = {"flat": 3, "own/val": 2, "own/train": 4, "copy": 4}
+    counts = {"flat": 3, "own/val": 2, "own/train": 4, "copy": 4}      # a copy is known by what is in it
     for folder, count in counts.items():
         write_images(folder, count)
-    shutil.rmtree("copy")
-    shutil.copytree("own/train", "copy")                               # known by what is in it
     args = {"data_path": trained, "resize": 24}
     torch.save({**torch.load(files["images"]), "args": args}, "trained.pt")
     result = reconstruct("trained.pt", "--metrics", "psnr", "--num-samples", 5, *more)
@@ -283,65 +244,50 @@ def test_default_data_are_what_was_learned_if_possible_held_out(files, place, ca
 
 
 def test_the_grid_shows_samples_from_all_over_the_set(files, place):
-    (place / "photos").mkdir()
-    for i in range(20):
-        Image.new("RGB", (16, 16), (10 * i, 0, 0)).save(f"photos/{i:02}.png")
+    write_images("photos", 20)
     reconstruct(files["images"], "--data-path", "photos", "--metrics", "psnr")
     grid = np.asarray(Image.open(next(pathlib.Path("runs/evaluation").glob("*.png"))))
     assert grid[50, 50::98, 0].tolist() == [10 * k for k in data.evenly_spaced(8, 20)]      # tiles of 96 + 2
 
 
-class Identity(torch.nn.Module):
-    """A tokenizer that gives back what it gets, to test what surrounds it."""
+@pytest.mark.parametrize("protocol, multiple", [("clean", 8), ("official", 16)])
+def test_original_resolution_pads_with_grey_and_crops_back(files, place, monkeypatch, protocol, multiple):
+    sizes = ((40, 33), (32, 48), (17, 21))
+    for i, size in enumerate(sizes):
+        pixels = np.random.default_rng(i).integers(0, 256, (*size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(f"{i}.png")
+    model, info = checkpoints.load_tokenizer(files["images"])
+    seen = []
 
-    def __init__(self):
-        super().__init__()
-        self.config = tokenizer.TokenizerConfig(bits=4)
-        self.quantizer = tokenizer.LFQ(self.config)
-        self.parameter = torch.nn.Parameter(torch.zeros(()))
-        self.seen = []
-
-    def encode(self, images):
-        """Remember the padded images; one token each 16 x 16 pixels."""
-        self.seen.append(images)
-        return torch.zeros(len(images), images.shape[2] // 16, images.shape[3] // 16, dtype=torch.long)
-
-    def decode(self, ids):
-        """The images that were encoded last."""
-        return self.seen[-1]
-
-
-@pytest.mark.parametrize("protocol", ["clean", "official"])
-def test_original_resolution_pads_with_grey_and_crops_back(protocol, place, monkeypatch):
-    for i, (height, width) in enumerate(((40, 33), (32, 48), (17, 21))):
-        pixels = np.random.default_rng(i).integers(0, 256, (height, width, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(place / f"{i}.png")
-    model = Identity()
-    info = {"path": "x.pt", "preset": "custom", "weights": "raw", "trained_on": evaluate.NOTHING}
+    def encode(x):
+        seen.append(x)
+        return torch.zeros(1, x.shape[2] // 8, x.shape[3] // 8, dtype=torch.long)
+    monkeypatch.setattr(model, "encode", encode)
+    monkeypatch.setattr(model, "decode", lambda ids: seen[-1])
     monkeypatch.setattr(checkpoints, "load_tokenizer", lambda *more: (model, info))
     result = reconstruct("x.pt", "--original-resolution", "--protocol", protocol, "--data-path", ".")
-    assert [tuple(x.shape[2:]) for x in model.seen] == [(48, 48), (32, 48), (32, 32)]
-    assert model.seen[0][..., :4, :].abs().max() == 0 and model.seen[0][..., 44:, :].abs().max() == 0
-    assert model.seen[0][..., :7].abs().max() == 0 and model.seen[0][..., 40:].abs().max() == 0      # 7 + 8
-    tokens = 3 * 3 + 2 * 3 + 2 * 2
-    assert values(result)["ssim"] == 1 and f"{tokens} tokens" in result["metrics"]["usage"]["measured_on"]
-    assert values(result)["bits_per_pixel"] == pytest.approx(4 * tokens / (1320 + 1536 + 357))
+    padded = [tuple(math.ceil(side / multiple) * multiple for side in size) for size in sizes]
+    assert [tuple(x.shape[2:]) for x in seen] == padded
+    border = torch.ones(padded[0])
+    border[(padded[0][0] - 40) // 2:, (padded[0][1] - 33) // 2:][:40, :33] = 0
+    assert border.any() and not (seen[0] * border).any()
+    tokens = sum(height * width // 64 for height, width in padded)
+    assert values(result)["ssim"] == 1 and f"{tokens} tokens" in measured_on(result, "usage")
+    assert values(result)["bits_per_pixel"] == pytest.approx(6 * tokens / (1320 + 1536 + 357))
     text = next(pathlib.Path("runs/evaluation").glob("*.json")).read_text()           # infinity is valid JSON
     assert json.loads(text, parse_constant=pytest.fail)["metrics"]["psnr"]["value"] == "inf"
 
 
-# ------------------------------------------------------------------------------------------------------------
-# What is measured: defaults, files, drawing
-# ------------------------------------------------------------------------------------------------------------
+# ---- what is measured: defaults, files, drawing ------------------------------------------------------------
 
 @pytest.mark.slow
-def test_without_flags_it_judges_what_training_left(files, monkeypatch, capsys):
-    monkeypatch.chdir(files["images"].parents[2])
+def test_without_flags_it_judges_what_training_left(files, place, capsys):
+    pathlib.Path("runs/tokenizer").mkdir(parents=True)
+    shutil.copy(files["images"], "runs/tokenizer/step-00000003.pt")
     evaluate.main(evaluate.get_args([]))
-    printed = capsys.readouterr().out
     result, = results()
     assert values(result).keys() == {"psnr", "ssim", "usage", "perplexity", "bits_per_pixel"}
-    assert "left out lpips-vgg, lpips-alex, rfid; add --metrics all" in printed
+    assert "left out lpips-vgg, lpips-alex, rfid; add --metrics all" in capsys.readouterr().out
     assert result["n"] == 1000 and result["data"]["name"] == "generated" and result["protocol"] == "clean"
     model, _ = checkpoints.load_tokenizer(files["images"])
     assert result["checkpoint"]["sha256"] == checkpoints.weights_hash(model)
@@ -369,9 +315,10 @@ def test_official_clips_are_10000_of_the_training_split(files, place, monkeypatc
     args = evaluate.get_args(["reconstruction", "--protocol", "official", "--data-path", "generated"])
     monkeypatch.setattr(data, "fingerprint", lambda *more: "")
     build = sources.build_dataset
+    config = checkpoints.load_tokenizer(files["clips"])[0].config
     for length, twice in ((9_537, 463), (20_000, 0)):                  # UCF-101's; a larger one
         monkeypatch.setattr(sources, "build_dataset", lambda *more: build(*more, length=length))
-        order = evaluate.held_out(args, CLIPS, evaluate.NOTHING).order
+        order = evaluate.held_out(args, config, evaluate.NOTHING).order
         assert len(order) == 10_000 and len(set(order)) == 10_000 - twice
 
 
@@ -393,14 +340,13 @@ def test_a_broken_sample_is_left_out_and_counted(files, place, capfd):
 
 
 def test_tokens_tell_apart_without_a_network_and_say_what_real_ones_have(files, place, monkeypatch):
-    def offline(*args, **kwargs):
-        raise AssertionError("a download")
-    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    monkeypatch.setattr(metrics, "FIDInception", offline)
-    real = sources.build_dataset(None, "train", data.View(16))
-    for name, array in (("good", torch.stack([real[i][0] for i in range(60)]).movedim(1, -1).numpy()),
-                        ("bad", np.zeros((60, 16, 16, 3), np.uint8))):
-        np.savez(f"{name}.npz", array)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", None)
+    monkeypatch.setattr(metrics, "FIDInception", None)
+    dataset = sources.build_dataset(None, "train", data.View(16))
+    made = {"good": torch.stack([dataset[i][0] for i in range(60)]).movedim(1, -1),
+            "bad": torch.zeros(60, 16, 16, 3, dtype=torch.uint8)}
+    for name, samples in made.items():
+        np.savez(f"{name}.npz", samples)
         record = {"checkpoint": {"path": str(files["ar"]), "preset": "custom"}}
         pathlib.Path(f"{name}.json").write_text(json.dumps(record))
         call("generation", "--samples", f"{name}.npz", "--metrics", "tokens")
@@ -408,42 +354,26 @@ def test_tokens_tell_apart_without_a_network_and_say_what_real_ones_have(files, 
     assert good["metrics"].keys() == {"tokens", "tokens-real"} and good["networks"] == {}
     assert values(good)["tokens"] < 1.5 * values(good)["tokens-real"] < 0.5 * values(bad)["tokens"]
     _, model, _ = checkpoints.load_ar(files["ar"])
-    chosen = np.random.default_rng(0).permutation(len(real))[:120]
+    chosen = np.random.default_rng(0).permutation(len(dataset))[:120]
+    real = torch.stack([dataset[i][0] for i in chosen])
     with torch.no_grad():
-        sets = [torch.from_numpy(np.load("bad.npz")["arr_0"]).movedim(-1, 1),
-                *[torch.stack([real[i][0] for i in part]) for part in (chosen[:60], chosen[60:])]]
-        p, q, r = [model.encode(pictures.to_float(x)).flatten().bincount(minlength=64) / (60 * 16)
-                   for x in sets]
+        p, q, r = [model.encode(pictures.to_float(x)).flatten().bincount(minlength=64) / (60 * 4)
+                   for x in (made["bad"].movedim(-1, 1), real[:60], real[60:])]
     assert values(bad) == pytest.approx({"tokens": float((p - q).abs().sum()) / 2,
                                          "tokens-real": float((r - q).abs().sum()) / 2}, rel=1e-5)
-    assert "60 samples, as many images of generated, train split" in bad["metrics"]["tokens"]["measured_on"]
-    np.savez("few.npz", np.concatenate([sets[1].movedim(1, -1)[:21]]))         # 10 and 10 real ones
+    assert "60 samples, as many images of generated, train split" in measured_on(bad, "tokens")
+    np.savez("few.npz", real[:21].movedim(1, -1))                      # 10 and 10 real ones
     call("generation", "--samples", "bad.npz", "--metrics", "tokens", "--reference", "few.npz")
-    assert "10 samples, as many in few.npz" in results()[-1]["metrics"]["tokens"]["measured_on"]
+    assert "10 samples, as many in few.npz" in measured_on(results()[-1], "tokens")
 
 
 def test_tokens_of_clips_and_of_unnamed_models(files, place):
-    write_samples("clips.npz", 4, (9, 32, 32))
+    write_samples("clips.npz", 4, (9, 16, 16))
     flags = ("clips.npz", "--metrics", "tokens")
     refused("no AR model", generate, *flags)
     refused("image|clip", generate, *flags, "--ckpt", files["ar"], kind=ValueError)
-    stored = torch.load(files["ar"])
-    clips = torch.load(files["clips"])
-    inner = {name: clips[name] for name in ("format", "config", "model")}
-    config = {**stored["config"], "grid": (5, 16, 16)}
-    model = ar_model.ARModel(ar_model.ARConfig(**config))
-    torch.save({**stored, "config": config, "model": model.state_dict(), "first_stage": inner}, "ar.pt")
-    assert 0 < values(generate(*flags, "--ckpt", "ar.pt"))["tokens"] <= 1
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("asked", [("fid",), ("sfid", "recall"), ("precision", "kid"), ("mind",),
-                                   ("inception_score",)])
-def test_only_the_metrics_asked_for_are_measured(place, asked):
-    write_samples("samples.npz", 5)
-    write_samples("reference.npz", 6, seed=1)
-    result = generate("samples.npz", "--reference", "reference.npz", "--metrics", *asked)
-    assert values(result).keys() == set(asked)
+    assert 0 < values(generate(*flags, "--ckpt", files["clips_ar"]))["tokens"] <= 1
+    assert values(generate("clips.npz", "--metrics", "all")).keys() == {"fvd"}         # needs no model
 
 
 @pytest.mark.slow
@@ -461,8 +391,8 @@ def test_any_path_can_be_measured(files, place, monkeypatch):
 
 
 @pytest.mark.slow
-def test_samples_are_at_distance_0_from_themselves(place, capsys):
-    write_samples("same.npz", 6)
+def test_samples_are_at_distance_0_from_themselves_in_whatever_file_they_are(place, capsys):
+    pixels = write_samples("same.npz", 6)
     result = generate("same.npz", "--reference", "same.npz")
     measured = values(result)
     assert 0 <= measured["fid"] < 1e-9 and 0 <= measured["sfid"] < 1e-9 and measured["mind"] < 1e-9
@@ -471,10 +401,19 @@ def test_samples_are_at_distance_0_from_themselves(place, capsys):
     assert {entry["label"] for entry in result["metrics"].values()} == {LABEL}
     printed = capsys.readouterr().out
     assert "of 50,000 samples, these are of 6" in printed and "biased upwards" in printed and LABEL in printed
+    np.savez_compressed("packed.npz", arr_0=pixels)
+    pathlib.Path("folder").mkdir()
+    for i, image in enumerate(pixels):
+        Image.fromarray(image).save(f"folder/{i}.png")
+    for path in ("packed.npz", "folder"):
+        assert values(generate(path, "--reference", "same.npz")) == measured
+    for asked in (("fid",), ("sfid", "recall"), ("precision", "kid"), ("mind",), ("inception_score",)):
+        alone = values(generate("same.npz", "--reference", "same.npz", "--metrics", *asked))
+        assert alone == {key: measured[key] for key in asked}
     write_samples("other.npz", 5, seed=1)
     result = generate("same.npz", "--reference", "other.npz", "--protocol", "official")
     assert "6 samples are compared with 5 real ones" in capsys.readouterr().out
-    assert "fp16" in result["metrics"]["recall"]["measured_on"]
+    assert "fp16" in measured_on(result, "recall")
 
 
 @pytest.mark.slow
@@ -547,23 +486,11 @@ def test_without_flags_generation_draws_what_fits_the_training_set_and_downloads
     assert values(first).keys() == {"tokens", "tokens-real"}
     assert (first["n"], third["n"], len(drawn)) == (5, 6, 2)
     assert first["reference"]["path"] == "few" and first["sampling"]["checkpoint"]["path"].endswith("01.pt")
-    assert "as many images of few, training images" in first["metrics"]["tokens"]["measured_on"]
-    assert "train split, not what the model was trained on" in third["metrics"]["tokens"]["measured_on"]
+    assert "as many images of few, training images" in measured_on(first, "tokens")
+    assert "train split, not what the model was trained on" in measured_on(third, "tokens")
     assert "left out fid, sfid" in capsys.readouterr().out
     call("generation", "--samples", drawn[0], "--ckpt", "runs/ar")     # a folder: its newest checkpoint
     assert results()[-1]["reference"]["path"] == "few"
-
-
-@pytest.mark.slow
-def test_a_folder_and_an_npz_give_the_same_numbers(place):
-    pixels = write_samples("samples.npz", 4)
-    np.savez_compressed("packed.npz", arr_0=pixels)
-    pathlib.Path("folder").mkdir()
-    for i, image in enumerate(pixels):
-        Image.fromarray(image).save(f"folder/{i}.png")
-    stored, packed, folder = [values(generate(path, "--reference", "samples.npz"))
-                              for path in ("samples.npz", "packed.npz", "folder")]
-    assert stored == packed == folder
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
@@ -581,9 +508,7 @@ def test_an_npz_is_read_sample_by_sample(place, save):
         tracemalloc.stop()
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Mistakes, and tables
-# ------------------------------------------------------------------------------------------------------------
+# ---- mistakes, and tables ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind, flags, words", [
     ("images", ("--data-path", "nowhere"), "--data-path nowhere"),
@@ -591,7 +516,7 @@ def test_an_npz_is_read_sample_by_sample(place, save):
     ("images", ("--metrics", "lpips-alex", *RANDOM, "--num-samples", 2), "lpips-alex needs 32 pixels"),
     ("images", ("--metrics", "rfvd"), "rfvd is not.*images; take psnr"),
     ("clips", ("--metrics", "rfid"), "--metrics rfid is not.*clips"),
-    ("clips", ("--original-resolution",), "tokenizers of images"),
+    ("clips", ("--original-resolution",), "is for images"),
     ("images", ("--metrics", "rfid", "--weights-dir", "."), "pt_inception-2015-12-05-672.*--weights-dir")])
 def test_wrong_flags_of_reconstruction_are_one_line(files, place, monkeypatch, kind, flags, words):
     def offline(*args, **kwargs):
@@ -624,7 +549,7 @@ def wrong_files(tmp_path_factory):
 
 
 @pytest.mark.parametrize("samples, flags, words", [
-    ("float.npz", (), "float32.*uint8.*255"), ("first.npz", (), "N, H, W, 3.*transpose"),
+    ("float.npz", (), "float32.*uint8.*255"), ("first.npz", (), "H, W, 3.*transpose"),
     ("grey.npz", (), "4, 32, 32"), ("named.npz", (), "arr_0.*only images"),
     ("few.npz", (), "holds 3 samples.*four"),
     ("cut.npz", (), "cut.*truncated"), ("none.npz", (), "none.npz does not exist"),
@@ -672,7 +597,7 @@ def test_torn_and_foreign_records_are_named_or_passed_over(place, capsys, text):
 
 
 @pytest.mark.parametrize("number, rows, commands, some", [
-    (1, 5, 0, ["262144 codes, 256x256, 16x", "16384 codes, 256x256, 16x", "262144 codes, 128x128, 8x"]),
+    (1, 5, 0, ["262144 ids, 256x256, 16x", "16384 ids, 256x256, 16x", "262144 ids, 128x128, 8x"]),
     (2, 3, 0, ["343.57M, 24, 2, 1024, 16", "1486.68M"]), (3, 2, 2, ["1.18", "8.6"]),
     (4, 21, 3, ["22.64", "27.02", "0.59", "162"]), (5, 24, 3, ["258.26", "18.65", "323.7"]),
     (6, 9, 8, ["6.76", "0.78", "11.97"])])
@@ -700,11 +625,11 @@ def test_tables_1_and_2_say_what_presets_have(row):
         model = kind(config)
     if kind is ar_model.ARModel:
         size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-        numbers = [config.inter_blocks, config.intra_blocks, config.width, config.heads]
-        assert row["own"] == f"{size:.2f}M, {', '.join(map(str, numbers))}"
+        own = f"{size:.2f}M, {config.inter_blocks}, {config.intra_blocks}, {config.width}, {config.heads}"
     else:
         side = config.resolution
-        assert row["own"] == f"{model.quantizer.vocabulary} codes, {side}x{side}, {config.downsampling}x"
+        own = f"{model.quantizer.vocabulary} ids, {side}x{side}, {config.downsampling}x"
+    assert row["own"] == own
 
 
 @pytest.mark.parametrize("changes, shown", [

@@ -52,8 +52,9 @@ def inception():
     return randomised(metrics.FIDInception())
 
 
-# Pixels and codes -------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("height, width", [(40, 53), (7, 300), (300, 260)])    # the last: several chunks
+# ---- pixels and ids ----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("height, width", [(40, 53), (7, 300), (300, 260)])
 def test_psnr_and_ssim_are_those_of_scikit_image(height, width):
     reference, images = pair(3, height, width)
     a, b = [x.permute(0, 2, 3, 1).numpy() / 255.0 for x in (reference, images)]
@@ -70,8 +71,8 @@ def test_pixel_metrics_refuse_other_dtypes_shapes_and_sizes():
     for bad, what in ((images.float(), "float32"), (images[:, :2], "2"), (images.mT, "compared"),
                       (images.permute(0, 2, 3, 1), "40")):
         for metric in (metrics.psnr, metrics.ssim):
-            refused(what, metric, reference, bad, kind=ValueError)
-    refused("7 x 7", metrics.ssim, reference[..., :6], images[..., :6], kind=ValueError)
+            refused(what, metric, reference, bad)
+    refused("7 x 7", metrics.ssim, reference[..., :6], images[..., :6])
 
 
 def test_frames_of_clips_stand_in_order():
@@ -79,28 +80,27 @@ def test_frames_of_clips_stand_in_order():
     frames = metrics.as_frames(clips)
     assert torch.equal(frames.unflatten(0, (2, 5)).transpose(1, 2), clips)
     assert torch.equal(metrics.as_frames(frames), frames)
-    refused("clips", metrics.as_frames, clips.transpose(1, 2), kind=ValueError)
+    refused("clips", metrics.as_frames, clips.transpose(1, 2))
 
 
 def test_usage_and_perplexity_of_known_distributions():
-    for counts, usage, perplexity in ([5] * 64, 1.0, 64), ([0, 3, 1, 0], 0.5, 0.75 ** -0.75 * 0.25 ** -0.25):
+    skewed = 0.75 ** -0.75 * 0.25 ** -0.25
+    for counts, usage, perplexity in (([5] * 64, 1.0, 64), ([0, 3, 1, 0], 0.5, skewed),
+                                      ([[5, 5, 5, 5], [0, 3, 1, 0]], 0.75, (4 + skewed) / 2)):   # the mean
         report = metrics.codebook_usage(torch.tensor(counts))
         assert report == {"usage": usage, "perplexity": pytest.approx(perplexity)}
-    groups = torch.tensor([[5, 5, 5, 5], [0, 3, 1, 0]])                    # the mean of both
-    perplexity = (4 + perplexity) / 2
-    assert metrics.codebook_usage(groups) == {"usage": 0.75, "perplexity": pytest.approx(perplexity)}
 
 
-def test_total_variation_is_0_of_the_same_frequencies_and_1_of_disjoint_codes():
+def test_total_variation_is_0_of_the_same_frequencies_and_1_of_disjoint_ids():
     counts = torch.tensor([3, 1, 0, 0])
-    assert metrics.total_variation(counts, 2 * counts) == 0
-    assert metrics.total_variation(counts, torch.tensor([0, 0, 7, 0])) == 1
-    assert metrics.total_variation(counts, torch.tensor([1, 1, 2, 0])) == pytest.approx(0.5)
     groups = torch.tensor([[3, 1, 0, 0], [1, 1, 2, 0]])
-    assert metrics.total_variation(groups, groups[[0, 0]]) == pytest.approx(0.25)          # the mean of both
+    for p, q, expected in ((counts, 2 * counts, 0), (counts, torch.tensor([0, 0, 7, 0]), 1),
+                           (*groups, 0.5), (groups, groups[[0, 0]], 0.25)):                # the mean of both
+        assert metrics.total_variation(p, q) == pytest.approx(expected)
 
 
-# Networks ---------------------------------------------------------------------------------------------------
+# ---- networks ----------------------------------------------------------------------------------------------
+
 @pytest.mark.parametrize("net", [pytest.param("vgg", marks=pytest.mark.slow), "alex"])
 def test_lpips_is_the_lpips_package_with_its_heads(net):
     torch.manual_seed(0)
@@ -159,7 +159,7 @@ def test_the_resize_rules_differ_enough_to_be_noticed():
     shrunk = metrics.inception_input(images, "half-pixel-antialiased")
     assert (aliased - tf1).abs().max() > 0.05
     assert shrunk.std() < aliased.std()                                # antialiasing removes the pixel noise
-    refused("uint8", metrics.inception_input, images.float(), "tf1", kind=ValueError)
+    refused("uint8", metrics.inception_input, images.float(), "tf1")
 
 
 def test_i3d_has_the_published_parameters_and_tensorflows_padding():
@@ -189,9 +189,9 @@ def test_i3d_sees_every_frame_and_refuses_short_clips():
     changed = inputs.index_fill(2, torch.tensor(8), 0)
     network = randomised(metrics.I3D())
     assert not torch.equal(network(inputs), network(changed))
-    refused("9 frames", network, inputs[:, :, :8], kind=ValueError)
+    refused("9 frames", network, inputs[:, :, :8])
     for bad in (clips.float(), clips.transpose(1, 2), clips[:, :, 0]):
-        refused("clips", metrics.i3d_input, bad, kind=ValueError)
+        refused("clips", metrics.i3d_input, bad)
 
 
 @pytest.mark.slow
@@ -201,7 +201,8 @@ def test_random_weights_depend_on_the_seed_alone():
     assert not torch.equal(first.features[0].weight, other.features[0].weight)
 
 
-# Sets -------------------------------------------------------------------------------------------------------
+# ---- sets --------------------------------------------------------------------------------------------------
+
 def features_of(count, dim, seed, shift=0.0):
     """Correlated, non-negative features (count, dim) in float32, as Inception's are."""
     mix = torch.randn(dim, dim, generator=torch.Generator().manual_seed(99)) / dim ** 0.5
@@ -227,7 +228,7 @@ def test_streaming_moments_equal_numpy_cov():
     assert np.abs(mean - x.double().mean(0).numpy()).max() < 1e-12
     # A difference of second moments of 430, whose last bit is 6e-14 (1.4e-12 was seen), in float32 3e-5.
     assert np.abs(covariance - np.cov(x.double().numpy().T)).max() < 1e-11
-    refused("two images", moments_of, x[:1], kind=ValueError)
+    refused("two images", moments_of, x[:1])
 
 
 @pytest.mark.parametrize("n1, n2, tolerance", [(900, 700, 1e-8), (40, 30, 1e-4), (900, 30, 1e-4)])
@@ -255,8 +256,8 @@ def test_the_frechet_distance_of_a_set_to_itself_is_zero(count, mean):
 
 def test_the_frechet_distance_refuses_other_features_and_damage():
     x, y = [moments_of(features_of(50, dim, 1)) for dim in (8, 9)]
-    refused("8 and 9 features", metrics.frechet_distance, *x, *y, kind=ValueError)
-    refused("negative eigenvalues", metrics.frechet_distance, x[0], -x[1], x[0], -x[1], kind=ValueError)
+    refused("8 and 9 features", metrics.frechet_distance, *x, *y)
+    refused("negative eigenvalues", metrics.frechet_distance, x[0], -x[1], x[0], -x[1])
 
 
 @pytest.mark.parametrize("n1, n2", [(300, 300), (1300, 1100)])         # one whole set; subsets of 1,000
@@ -267,13 +268,6 @@ def test_kid_is_torch_fidelitys(n1, n2):
     expected = theirs["kernel_inception_distance_mean"], theirs["kernel_inception_distance_std"]
     assert metrics.kid(real, fake, subsets=5) == pytest.approx(expected, rel=1e-10, abs=1e-14)
     assert expected[0] > 0.01 and (size < 1000 or expected[1] > 1e-5)
-
-
-@pytest.mark.slow
-def test_kid_is_about_0_for_sets_of_one_distribution_of_any_size():
-    means = [metrics.kid(features_of(n, 16, n), features_of(n, 16, n + 1))[0] for n in (50, 200, 1000)]
-    far = metrics.kid(features_of(200, 16, 1), features_of(200, 16, 2, shift=0.5))[0]
-    assert max(map(abs, means)) < 0.1 * far
 
 
 def test_mind_is_the_mean_of_optimal_transport_over_directions():
@@ -313,14 +307,10 @@ def test_one_image_more_does_not_change_the_inception_score_but_adms(count):
     assert exact[2] == more[2] == less[2] == count / 200
     assert (more[0], less[0]) == (pytest.approx(exact[0], rel=5e-3),) * 2
     assert metrics.inception_score(logits[:count], False, 200) == exact
+    assert [metrics.inception_score(torch.zeros(50_001, 2)[:n], parts)[2] for n in (5_001, 50_000, 50_001)
+            for parts in (True, False)] == [1, 2, 10, 10, 10, 11]      # of 5,000 by default
     quirk = (count / 200 * exact[0] + 1) / (count / 200 + 1)           # the last block, one image, scores 1
     assert metrics.inception_score(logits, False, 200)[0] == pytest.approx(quirk)
-
-
-def test_the_inception_score_has_ten_blocks_of_5000():
-    logits = torch.zeros(50_001, 2)
-    assert [metrics.inception_score(logits[:count], parts)[2] for count in (5_001, 50_000, 50_001)
-            for parts in (True, False)] == [1, 2, 10, 10, 10, 11]
 
 
 def test_the_inception_score_counts_classes_and_falls_when_sorted():
@@ -339,13 +329,13 @@ def test_a_nan_is_an_error_that_says_where_it_is(bad, which):
     sets[which][7, 3] = bad
     where = rf"features of set {which + 1} are not finite, first at \[\[7, 3\]\]"
     for metric in (metrics.kid, metrics.mind, metrics.precision_recall, metrics.frechet_distance_official):
-        refused(where, metric, *sets, kind=ValueError)
-    refused(where.replace(f"set {which + 1}", "set 1"), metrics.inception_score, sets[which], kind=ValueError)
-    refused(f"features of set {which + 1}", frechet, *sets, kind=ValueError)
+        refused(where, metric, *sets)
+    refused(where.replace(f"set {which + 1}", "set 1"), metrics.inception_score, sets[which])
+    refused(f"features of set {which + 1}", frechet, *sets)
     for place in (2 * which, 2 * which + 1):               # a mean, a covariance
         damaged = [array.copy() for array in statistics]
         damaged[place].flat[5] = bad
-        refused(f"features of set {which + 1}", metrics.frechet_distance, *damaged, kind=ValueError)
+        refused(f"features of set {which + 1}", metrics.frechet_distance, *damaged)
 
 
 def test_pixels_and_networks_pass_a_nan_on():
@@ -362,19 +352,19 @@ def test_pixels_and_networks_pass_a_nan_on():
 def test_precision_and_recall_are_prdcs_and_torch_fidelitys(rows):
     real, fake = features_of(300, 16, 1), features_of(400, 16, 2, shift=0.3)
     ours = metrics.precision_recall(real, fake, rows=rows)
-    theirs = prdc.compute_prdc(real.double().numpy(), fake.double().numpy(), nearest_k=3)
-    assert ours == pytest.approx((theirs["precision"], theirs["recall"]), abs=1e-5)
-    theirs = prc_features_to_metric(fake, real, prc_neighborhood=3, save_cpu_ram=False, verbose=False)
-    assert ours == pytest.approx((theirs["precision"], theirs["recall"]), abs=1e-5)
+    prdcs = prdc.compute_prdc(real.double().numpy(), fake.double().numpy(), nearest_k=3)
+    fidelitys = prc_features_to_metric(fake, real, prc_neighborhood=3, save_cpu_ram=False, verbose=False)
+    for theirs in (prdcs, fidelitys):
+        assert ours == pytest.approx((theirs["precision"], theirs["recall"]), abs=1e-5)
     assert all(0.2 < value < 0.98 for value in ours)                   # a case that can tell right from wrong
 
 
 def test_a_set_has_precision_and_recall_one_with_itself():
     real = features_of(50, 16, 1)
     assert metrics.precision_recall(real, real) == (1.0, 1.0)
-    refused("more than 3 images", metrics.precision_recall, real, real[:3], kind=ValueError)
+    refused("more than 3 images", metrics.precision_recall, real, real[:3])
     for metric in (metrics.precision_recall, metrics.kid, metrics.mind, metrics.frechet_distance_official):
-        refused("cannot be compared", metric, real, real[:, :8], kind=ValueError)
+        refused("cannot be compared", metric, real, real[:, :8])
 
 
 def test_float16_precision_and_recall_are_close_unless_it_overflows():
