@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from support import data, pictures, runtime, signals, sources
+from support import data, pictures, runtime, sources
 
 
 class Tokens(sources.Samples):
@@ -131,8 +131,11 @@ def stored(dataset, records, tokenizer, args, held_out=False):
         return None
     if facts["missing"] is None:
         make_room(path, facts)
-        with signals.keeping(f"{path} keeps what is encoded; the same command continues"):
+        try:
             facts["missing"] = fill(path, dataset, indices, tokenizer, args)
+        except runtime.Stopped as stopped:
+            stopped.kept = f"{path} keeps what is encoded; the same command continues"
+            raise
         runtime.write_json(path.with_suffix(".json"), facts)
         if runtime.is_main():
             record_of(path).unlink()

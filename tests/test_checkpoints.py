@@ -26,7 +26,7 @@ import tokenizer
 import train_ar
 import train_tokenizer
 import video
-from support import checkpoints, codec, pickles, runtime
+from support import checkpoints, codec, loops, runtime
 from helpers import ROOT, assert_same, error_line, published_ar_name, published_video_name, refused, stored
 
 SHAPE = dict(resolution=16, channels=32, channel_multipliers=(1, 2), blocks=1, mid_blocks=1, bits=6)
@@ -200,7 +200,7 @@ def test_models_of_the_wrong_kind_are_refused_by_name(tmp_path):
 CONFIG = dataclasses.asdict(TINY)
 ODD = [                             # changes of a tokenizer's file
     *[{name: value} for name in ("config", "model", "args", "preset", "step", "format")
-      for value in (3.5, [1], "x", b"x") if type(value) is not pickles.KINDS[name]],
+      for value in (3.5, [1], "x", b"x") if type(value) is not checkpoints.KINDS[name]],
     {"config": None}, {"config": {"bits": 3}}, {"model": {"a": 1}}, {"model": {3: torch.zeros(1)}},
     {"model": None}, {"format": "something"}, {"format": None}, {"ema": "x"}, {"ema": {"a": torch.zeros(1)}},
     *[{"config": {**CONFIG, name: value}} for name, value in (
@@ -245,7 +245,7 @@ def test_truncated_and_missing_files_are_clear_errors(tmp_path):
         (tmp_path / "cut.ckpt").write_bytes(content)
         refused("cut.ckpt cannot be read", checkpoints.load_tokenizer, tmp_path / "cut.ckpt")
     refused("none.ckpt does not exist.* AR-XL", checkpoints.load_tokenizer, tmp_path / "none.ckpt")
-    refused("folder", checkpoints.load_tokenizer, tmp_path)
+    refused("no checkpoint .*in", checkpoints.load_tokenizer, tmp_path)
     torch.save([1], tmp_path / "list.pt")
     refused("no dictionary of weights, but a pickled list", checkpoints.load_tokenizer, tmp_path / "list.pt")
     torch.jit.script(torch.nn.Linear(1, 1)).save(tmp_path / "program.pt")
@@ -297,7 +297,7 @@ def test_a_run_resumes_from_a_folder_or_file_that_holds_all_of_it(tmp_path):
 
     done = run()
     saved = {**stored(done["model"]), "optimizer": done["optimizer"].state_dict(), "lecam": done["lecam"],
-             "rng": runtime.rng_states(), "args": {"tau": 1.0}}
+             "rng": loops.rng_states(), "args": {"tau": 1.0}}
     path = tmp_path / "step-00000003.pt"
     torch.save(saved, path)
     (tmp_path / "step-best.pt").write_bytes(b"the user's")

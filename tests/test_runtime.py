@@ -34,9 +34,9 @@ def test_early_steps_show_means_that_the_log_still_counts(tmp_path, capsys):
 # ---- files ------------------------------------------------------------------------------------------------
 
 def test_a_failed_save_leaves_the_old_checkpoint_and_no_litter(tmp_path):
-    runtime.save_checkpoint(tmp_path, 1, {"a": torch.ones(3)})
+    loops.save_checkpoint(tmp_path, 1, {"a": torch.ones(3)})
     with pytest.raises(Exception):
-        runtime.save_checkpoint(tmp_path, 1, {"a": torch.ones(3), "b": lambda: None})     # cannot be pickled
+        loops.save_checkpoint(tmp_path, 1, {"a": torch.ones(3), "b": lambda: None})     # cannot be pickled
     path = tmp_path / "step-00000001.pt"
     assert torch.equal(torch.load(path)["a"], torch.ones(3)) and list(tmp_path.iterdir()) == [path]
 
@@ -61,7 +61,7 @@ def test_a_full_disk_and_little_memory_are_one_line(tmp_path):
 @pytest.mark.parametrize("steps, keep, left", [((5, 40, 300), 2, [40, 300]), ((20, 30, 15), 1, [15, 30])])
 def test_old_checkpoints_are_pruned_but_not_the_last_written(tmp_path, steps, keep, left):
     for step in steps:
-        runtime.save_checkpoint(tmp_path, step, {}, keep=keep)
+        loops.save_checkpoint(tmp_path, step, {}, keep=keep)
     assert [p.name for p in runtime.list_checkpoints(tmp_path)] == [f"step-{step:08d}.pt" for step in left]
     refused("train one first", runtime.latest_checkpoint, tmp_path / "none")
 
@@ -71,14 +71,14 @@ def test_a_slow_save_is_said_at_once_and_first_thing_of_the_next_run(tmp_path, m
     monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "1")
     save = torch.save
     monkeypatch.setattr(torch, "save", lambda *args: time.sleep(1) or save(*args))
-    runtime.save_checkpoint(tmp_path, 1, {})
+    loops.save_checkpoint(tmp_path, 1, {})
     warning = "warning: the last save took 1.0 s, but 1 s after a signal torchrun kills; start it with --shut"
     assert capsys.readouterr().out.startswith(warning)
     with pytest.raises(SystemExit):
         runtime.run_script(lambda args: print("plan"), lambda: argparse.Namespace(results_dir=tmp_path))
     assert capsys.readouterr().out.startswith(warning)
     monkeypatch.setattr(torch, "save", save)
-    runtime.save_checkpoint(tmp_path, 2, {})
+    loops.save_checkpoint(tmp_path, 2, {})
     assert not capsys.readouterr().out and len(list(tmp_path.iterdir())) == 2
 
 
@@ -113,7 +113,7 @@ def test_a_disk_that_refuses_a_save_is_named_with_its_reason(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (10 ** 5, limits[1]))
     try:
         with pytest.raises(OSError) as caught:
-            runtime.save_checkpoint(tmp_path, 1, {"weights": torch.ones(10 ** 5)})
+            loops.save_checkpoint(tmp_path, 1, {"weights": torch.ones(10 ** 5)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     line = f"{os.strerror(errno.EFBIG)}: {tmp_path / 'step-00000001.pt'}"
@@ -147,10 +147,10 @@ def test_downloads_are_verified_and_offline_is_one_line(tmp_path, monkeypatch):
 # ---- flags and mistakes -----------------------------------------------------------------------------------
 
 def test_durations_are_steps_or_epochs():
-    assert runtime.to_steps("50", 7) == 50 and runtime.to_steps("2.5ep", 10) == 25
+    assert loops.to_steps("50", 7) == 50 and loops.to_steps("2.5ep", 10) == 25
     for text in ("ten", "-1", "5 ep", ""):
         with pytest.raises(Exception):
-            runtime.duration(text)
+            loops.duration(text)
 
 
 def test_our_own_errors_are_one_line_and_bugs_are_tracebacks(monkeypatch, capsys):
