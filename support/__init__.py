@@ -4,7 +4,8 @@
     reading.py       from files to RGB images, and to data sets that survive damaged files
     sources.py       where images and clips come from: folders, tar shards, torchvision, the generated world
     data.py          what a network sees of a file, in which order, on which rank; python -m support.data
-    pictures.py      what a person looks at: grids, animations, curves; python -m support.pictures
+    pictures.py      what a person looks at: grids, animations, videos; python -m support.pictures
+    curves.py        the learning curves that it draws
     runtime.py       what is not the paper: user errors, flags, processes, signals, files, downloads
     loops.py         what both training loops share: lengths, means, the log, skipped steps, saving
     pickles.py       a checkpoint file, whoever wrote it: read, and nothing in it run

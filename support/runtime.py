@@ -153,9 +153,9 @@ def add_config_flags(group, config):
 def config_from_args(preset, args, **more):
     """The config `preset` with the fields that flags in `args` have set, and with those in `more`."""
     values = {field.name: getattr(args, field.name) for field in dataclasses.fields(preset)
-              if "help" in field.metadata}
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    return dataclasses.replace(preset, **{**values, **more})
+              if "help" in field.metadata} | more
+    return dataclasses.replace(preset, **{name: tuple(value) if isinstance(value, list) else value
+                                          for name, value in values.items()})
 
 
 # ---- 2. Processes, devices, precision ----------------------------------------------------------------------

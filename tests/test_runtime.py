@@ -1,18 +1,16 @@
-"""The plumbing and the pictures: files are whole or not there, logs resume, downloads are verified."""
-import argparse
+"""The plumbing: files are whole or not there, logs resume, downloads are verified."""
 import errno
 import json
 import os
 import resource
 import time
 
-import numpy as np
 import pytest
 import torch
 
 import train_tokenizer
-from support import loops, pictures, reading, runtime, sources
-from helpers import call, error_line, refused, run_script
+from support import loops, runtime
+from helpers import error_line, refused, run_script
 
 
 # ---- logs -------------------------------------------------------------------------------------------------
@@ -66,20 +64,15 @@ def test_old_checkpoints_are_pruned_but_not_the_last_written(tmp_path, steps, ke
     refused("train one first", runtime.latest_checkpoint, tmp_path / "none")
 
 
-def test_a_slow_save_is_said_at_once_and_first_thing_of_the_next_run(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("grace, said", [("1", "warning: the save took 1.0 s, but 1 s after a signal"), ("9", "")])
+def test_a_save_that_is_slower_than_torchruns_patience_is_said(tmp_path, monkeypatch, capsys, grace, said):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
-    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "1")
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", grace)
     save = torch.save
     monkeypatch.setattr(torch, "save", lambda *args: time.sleep(1) or save(*args))
     loops.save_checkpoint(tmp_path, 1, {})
-    warning = "warning: the last save took 1.0 s, but 1 s after a signal torchrun kills; start it with --shut"
-    assert capsys.readouterr().out.startswith(warning)
-    with pytest.raises(SystemExit):
-        runtime.run_script(lambda args: print("plan"), lambda: argparse.Namespace(results_dir=tmp_path))
-    assert capsys.readouterr().out.startswith(warning)
-    monkeypatch.setattr(torch, "save", save)
-    loops.save_checkpoint(tmp_path, 2, {})
-    assert not capsys.readouterr().out and len(list(tmp_path.iterdir())) == 2
+    out = capsys.readouterr().out
+    assert out.startswith(said) and bool(out) == bool(said)
 
 
 def test_a_start_removes_what_kills_have_left_and_nothing_else(tmp_path, capsys):
@@ -182,45 +175,6 @@ def test_mistakes_with_each_script_are_one_line_and_status_2(tmp_path, script, f
     done = run_script(script, *flags, cwd=tmp_path, check=False, forked=script != "sample.py")     # one typed
     assert done.returncode == 2 and problem in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
     assert sorted(tmp_path.iterdir()) == before
-
-
-# ---- pictures ---------------------------------------------------------------------------------------------
-
-def test_image_grid_has_a_place_for_every_image_and_caption():
-    images = torch.arange(6, dtype=torch.uint8).mul(40).view(6, 1, 1, 1).expand(6, 3, 8, 8)
-    grid = pictures.image_grid(images, columns=4, scale=2)
-    assert grid.shape == (2 * (16 + 2) + 2, 4 * (16 + 2) + 2, 3) and grid.dtype == np.uint8
-    assert grid[10, 10].tolist() == [0] * 3 and grid[2 + 18 + 5, 2 + 18 + 5].tolist() == [200] * 3
-    assert pictures.image_grid(images, 4, labels=list("abcdef")).shape[0] == 2 * (8 + 2 + 14) + 2
-    assert pictures.image_grid(images[:1], 1).shape == (12, 12, 3)
-
-
-def test_to_uint8_inverts_to_float():
-    levels = torch.arange(256, dtype=torch.uint8)
-    assert torch.equal(pictures.to_uint8(pictures.to_float(levels)), levels)
-    assert torch.equal(pictures.to_float(levels), (levels.double() / 127.5 - 1).float())
-    assert pictures.to_uint8(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
-    assert pictures.to_uint8(torch.tensor([0.999]), truncate=True).tolist() == [254]
-
-
-@pytest.mark.parametrize("suffix", pictures.VIDEO_FORMATS)
-def test_written_videos_come_back(tmp_path, suffix):
-    frames = np.linspace(0, 250, 5).astype(np.uint8)[:, None, None, None] + np.zeros((5, 17, 31, 3), np.uint8)
-    pictures.write_video(tmp_path / f"a{suffix}", frames, fps=10)
-    back = np.stack([np.asarray(frame()) for frame in sources.video_frames(tmp_path / f"a{suffix}")])
-    assert back.shape[0] == 5 and abs(back[:, :17, :31].astype(int) - frames).max() <= 12
-    assert reading.frame_rate(tmp_path / f"a{suffix}") == pytest.approx(10, rel=0.05)
-    refused("mp5", pictures.write_video, tmp_path / "a.mp5", frames)
-
-
-@pytest.mark.slow
-def test_curves_are_drawn_and_unknown_names_listed(tmp_path):
-    logger = loops.Logger(tmp_path / "run", 2)
-    logger.log(1, {"loss/l1": 1.0})
-    logger.log(2, {"loss/l1": 0.5})
-    call(pictures, tmp_path / "run", "--output", tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").stat().st_size > 1000
-    refused("loss/l1", call, pictures, tmp_path / "run", "--values", "lost")
 
 
 @pytest.mark.parametrize("supported", [False, True])
