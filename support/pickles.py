@@ -11,6 +11,7 @@ import pathlib
 import pickle
 import re
 import struct
+import traceback
 import types
 import zipfile
 import zlib
@@ -87,9 +88,11 @@ def guard(path):
     except DAMAGE as error:
         if isinstance(error, UserError) or isinstance(error, OSError) and error.filename:
             raise                                          # it speaks for itself, as "Permission denied" does
+        if traceback.extract_tb(error.__traceback__)[-1].filename == __file__:
+            raise                                          # a bug of this file
         raise UserError(f"{path} cannot be read: it is cut off, damaged, of another version, or not what it "
-                        f"claims to be ({type(error).__name__}: {' '.join(str(error).split())[:100]}); copy or "
-                        f"download it again, or use another one") from None
+                        f"claims to be ({type(error).__name__}: {' '.join(str(error).split())[:100]}); copy "
+                        f"or download it again, or use another one") from None
 
 
 def located(path):
