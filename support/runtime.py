@@ -164,9 +164,8 @@ def setup_process_group(device="auto"):
     """Join torchrun's process group, or make one of a single process; the `torch.device` of this process.
     device: "auto" (CUDA where there is one), "cpu" or "cuda". Tensors on the CPU are reduced by gloo, those
     on a GPU by NCCL, in the same group, so that small control messages never wait for a GPU."""
-    require(device != "cuda" or torch.cuda.is_available(),
-            "--device cuda: no CUDA GPU is visible; use --device cpu")
     on_gpu = device != "cpu" and torch.cuda.is_available()
+    require(on_gpu or device != "cuda", "--device cuda: no CUDA GPU is visible; use --device cpu")
     if on_gpu:
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         require(local_rank < torch.cuda.device_count(),
@@ -261,12 +260,10 @@ AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def autocast(device, mixed_precision):
-    """The autocast context for `--mixed-precision` fp32, bf16 or fp16 on `device`.
-
-    Half precision is for GPUs. On CPUs torch 2.14 was seen to convolve 27 to 70 times slower than in fp32
-    (without AVX-512), or (with it) to make garbage of two weight gradients in bf16: of a 512 -> 1, 5 x 5
-    convolution on a single pixel, and of a padded conv3d of depth 2.
-    """
+    """The autocast context for `--mixed-precision` fp32, bf16 or fp16 on `device`. Half precision is for
+    GPUs: on CPUs torch 2.14 convolves 27 to 70 times slower than in fp32 (without AVX-512) or (with it) makes
+    garbage of two weight gradients in bf16, of a 512 -> 1, 5 x 5 convolution on a single pixel, and of a
+    padded conv3d of depth 2."""
     dtype = AUTOCAST_DTYPES[mixed_precision]
     warn_of_slow_half(device.type, mixed_precision)
     return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
@@ -282,9 +279,9 @@ def warn_of_slow_half(device, precision):
 
 
 # ---- 3. Signals: no work is lost when somebody ends a script -----------------------------------------------
+
 # SIGINT is Ctrl-C, to all processes of a terminal; SIGTERM that of kill, scancel and torchrun, of Slurm twice
 # within milliseconds. SIGKILL follows after a time of grace, torchrun's of 30 s, and cannot be answered.
-
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -297,11 +294,9 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopRequest:
-    """Turns signals into a question that a training loop asks once a step, so that it can save first.
-
-    With at_once, where there is nothing to save, they raise `Stopped`: files are whole or not there. Later
-    ones change nothing, but Ctrl-C a second after the first is a person's impatience, and raises it, too.
-    """
+    """Turns signals into a question that a training loop asks once a step, so that it can save first. With
+    at_once, where there is nothing to save, they raise `Stopped`: files are whole or not there. Later ones
+    change nothing, but Ctrl-C a second after the first is a person's impatience, and raises it, too."""
 
     def __init__(self, at_once=False):
         self.at_once = at_once
@@ -356,9 +351,8 @@ def say_why(line):
 def tell_torchrun(text):
     """Let torchrun say `text` in its own last lines, should this rank be the first to fail."""
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
-        facts = {"py_callstack": text, "timestamp": str(int(time.time()))}
-        error = json.dumps({"message": {"message": text, "extraInfo": facts}})
-        pathlib.Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(error)
+        facts = {"message": text, "extraInfo": {"py_callstack": text, "timestamp": str(int(time.time()))}}
+        pathlib.Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": facts}))
 
 
 def start_workers(loader):
@@ -374,8 +368,8 @@ def start_workers(loader):
 
 
 def follow_trainer(worker):
-    """Make this worker of a DataLoader ignore signals (under spawn, none were held), but end with its trainer,
-    which torch sees to except under forkserver, Python 3.14's default."""
+    """Let a worker ignore signals, too (under spawn, none were held), but end with its trainer, which torch
+    sees to except under forkserver, Python 3.14's default."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -506,9 +500,9 @@ def cache_dir():
 
 
 def fetch(url, weights_dir=None, sha256=None):
-    """Path of the file behind `url` in `weights_dir` (`cache_dir()`), downloaded on first use with a bar, and
-    of this sha256, or its first digits. $HF_ENDPOINT names a mirror of huggingface.co. Raises `UserError`
-    without a connection, or where the content is not what was published."""
+    """Path of the file behind `url` in `weights_dir` (`cache_dir()`), downloaded on first use and checked for
+    its sha256, or the first digits of it. $HF_ENDPOINT names a mirror of huggingface.co. Raises `UserError`
+    without a connection or the published content."""
     path = pathlib.Path(os.path.expanduser(weights_dir or cache_dir())) / url.rsplit("/", 1)[1]
     url = url.replace("https://huggingface.co", os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
 
@@ -522,5 +516,5 @@ def fetch(url, weights_dir=None, sha256=None):
     try:
         return main_first(download)
     except (OSError, RuntimeError) as error:
-        raise UserError(f"cannot download {url} ({error}); fetch it on another machine and put it at {path}, "
-                        f"or name the folder that holds it with --weights-dir") from None
+        raise UserError(f"cannot download {url} ({error}); fetch it elsewhere and put it at {path}, or name "
+                        f"the folder that holds it with --weights-dir") from None

@@ -49,12 +49,11 @@ def whole(tmp_path_factory):
 
 
 def tree(pid):
-    """All processes below `pid`, children before their own."""
-    pairs = [line.split() for line in
-             subprocess.run(["ps", "-axo", "pid=,ppid="], capture_output=True, text=True).stdout.splitlines()]
+    """All processes below `pid`."""
+    table = subprocess.run(["ps", "-axo", "pid=,ppid="], capture_output=True, text=True).stdout
     found = [pid]
     for parent in found:
-        found += [int(child) for child, its in pairs if int(its) == parent]
+        found += [int(line.split()[0]) for line in table.splitlines() if int(line.split()[1]) == parent]
     return found[1:]
 
 
@@ -125,7 +124,8 @@ def test_a_signal_to_every_process_saves_and_leaves_none(tmp_path, whole, script
 
 @pytest.mark.parametrize("method", ["fork", "forkserver"])
 def test_workers_end_with_a_killed_trainer(tmp_path, method):
-    run, processes = started(tmp_path, "train_tokenizer.py", "--length", 10 ** 6, "--num-workers", 2, method=method)
+    run, processes = started(tmp_path, "train_tokenizer.py", "--length", 10 ** 6, "--num-workers", 2,
+                             method=method)
     os.kill(processes[0], signal.SIGKILL)
     assert_gone(processes)
     run.wait()
@@ -223,10 +223,11 @@ def test_torchrun_saves_whoever_is_signalled_twice(tmp_path, whole):
 
 def run_line(folder, line, **how):
     """A script whose `main` is that line, as a user types it."""
-    script = folder / "a.py"
-    script.write_text(f"from support import loops, runtime\n\ndef main(args):\n"
-                      f"    runtime.setup_process_group()\n    {line}\n\nruntime.run_script(main, lambda: None)\n")
-    return run_script(str(script), forked=False, check=False, **how)
+    path = folder / "a.py"
+    path.write_text(f"from support import loops, runtime\n\ndef main(args):\n"
+                    f"    runtime.setup_process_group()\n    {line}\n\n"
+                    f"runtime.run_script(main, lambda: None)\n")
+    return run_script(str(path), forked=False, check=False, **how)
 
 
 def test_torchrun_ends_with_a_users_mistake_which_one_rank_prints_and_tells_its_patience(tmp_path):

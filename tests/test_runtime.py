@@ -64,15 +64,14 @@ def test_old_checkpoints_are_pruned_but_not_the_last_written(tmp_path, steps, ke
     refused("train one first", runtime.latest_checkpoint, tmp_path / "none")
 
 
-@pytest.mark.parametrize("grace, said", [("1", "warning: the save took 1.0 s, but 1 s after a signal"), ("9", "")])
+@pytest.mark.parametrize("grace, said", [("1", "warning: the save took 1.0 s, but 1 s after"), ("9", "")])
 def test_a_save_that_is_slower_than_torchruns_patience_is_said(tmp_path, monkeypatch, capsys, grace, said):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", grace)
     save = torch.save
     monkeypatch.setattr(torch, "save", lambda *args: time.sleep(1) or save(*args))
     loops.save_checkpoint(tmp_path, 1, {})
-    out = capsys.readouterr().out
-    assert out.startswith(said) and bool(out) == bool(said)
+    assert capsys.readouterr().out.partition(" a signal")[0] == said
 
 
 def test_a_start_removes_what_kills_have_left_and_nothing_else(tmp_path, capsys):
