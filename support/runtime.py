@@ -147,7 +147,7 @@ def add_config_flags(group, config):
             options["type"] = bounded(int, 0, 2 ** 20) if isinstance(default, (int, tuple)) else type(default)
         if isinstance(default, tuple):
             options["nargs"] = "*"
-        group.add_argument(name, **options)
+        group.add_argument(name, help=options.pop("help"), **options)
 
 
 def config_from_args(preset, args, **more):
