@@ -73,7 +73,6 @@ class Unpickler(pickle._Unpickler):
 RESTRICTED = types.SimpleNamespace(__name__="restricted", Unpickler=Unpickler,
                                    load=lambda file, **how: Unpickler(file, **how).load())
 
-
 # What damaged bytes raise where they are read.
 DAMAGE = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, AssertionError, RuntimeError,
           MemoryError, OSError, EOFError, pickle.PickleError, struct.error, zipfile.BadZipFile, zlib.error)
