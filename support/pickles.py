@@ -89,9 +89,9 @@ def guard(path):
             raise                                          # it speaks for itself, as "Permission denied" does
         if traceback.extract_tb(error.__traceback__)[-1].filename == __file__:
             raise                                          # a bug of this file
-        raise UserError(f"{path} cannot be read: it is cut off, damaged, of another version, or not what it "
-                        f"claims to be ({type(error).__name__}: {' '.join(str(error).split())[:100]}); copy "
-                        f"or download it again, or use another one") from None
+        raise UserError(f"{path} is damaged, cut off, of another version, or not what it claims to be "
+                        f"({type(error).__name__}: {' '.join(str(error).split())[:100]}); copy or download it "
+                        f"again, or use another one") from None
 
 
 def located(path):
@@ -119,7 +119,7 @@ def read(path, whole=False):
         else:
             stored = torch.load(path, "cpu", RESTRICTED, weights_only=False, mmap=zipped)
         flipped = zipfile.ZipFile(path).testzip() if whole else None     # the first of a wrong checksum
-    require(not flipped, f"checkpoint {path} cannot be read: its {flipped} is damaged; use an earlier one")
+    require(not flipped, f"checkpoint {path} is damaged, in {flipped}; copy it again, or use an earlier one")
     require(isinstance(stored, dict), f"checkpoint {path} is no dictionary of weights, but a pickled "
                                       f"{type(stored).__name__}")
     return checked(path, stored)

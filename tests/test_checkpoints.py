@@ -218,7 +218,7 @@ def test_truncated_and_missing_files_are_clear_errors(tmp_path):
     cuts = [whole[:size] for size in (0, 100, len(whole) // 2, len(whole) - 100)]
     for content in (*cuts, b"no checkpoint", pickle.dumps([1])):
         (tmp_path / "cut.ckpt").write_bytes(content)
-        refused("cut.ckpt cannot be read", checkpoints.load_tokenizer, tmp_path / "cut.ckpt")
+        refused("cut.ckpt is damaged", checkpoints.load_tokenizer, tmp_path / "cut.ckpt")
     refused("none.ckpt does not exist.* AR-XL", checkpoints.load_tokenizer, tmp_path / "none.ckpt")
     refused("no checkpoint .*in", checkpoints.load_tokenizer, tmp_path)
     refuses("no dictionary of weights, but a pickled list", tmp_path / "a.pt", [1])

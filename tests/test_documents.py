@@ -98,7 +98,8 @@ def test_a_report_of_unfinished_runs(runs, tmp_path, kept):
 def test_a_report_fits_the_window(runs, width):
     api = pytest.importorskip("playwright.sync_api")
     make_report(runs)
-    program = shutil.which("chromium")                                 # None: that of `playwright install`
+    names = ("chromium-headless-shell", "chromium", "google-chrome")
+    program = next(filter(None, map(shutil.which, names)), None)       # None: that of `playwright install`
     with api.sync_playwright() as playwright:
         try:
             browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])

@@ -163,7 +163,7 @@ def test_our_own_errors_are_one_line_and_bugs_are_tracebacks(monkeypatch, capsys
     ("support.data", ["--image-size", 0], "--image-size"),
     ("support.pictures", ["no-run"], "no-run"), ("tokenizer.py", ["decode", "a.npz"], "runs/tokenizer"),
     ("train_tokenizer.py", ["--channels", 40], "channels 40"),
-    ("train_tokenizer.py", ["--resume"], "cannot be read"), ("train_ar.py", [], "runs/tokenizer"),
+    ("train_tokenizer.py", ["--resume"], "is damaged"), ("train_ar.py", [], "runs/tokenizer"),
     ("sample.py", [], "runs/ar"), ("evaluate.py", [], "runs/tokenizer"),
     ("evaluate.py", ["table", 9], "9"), ("tests/judge.py", ["a.npz"], "a.npz")])
 def test_mistakes_with_each_script_are_one_line_and_status_2(tmp_path, script, flags, problem):
