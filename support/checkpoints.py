@@ -51,7 +51,7 @@ BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "kernel")      
 # ---- 1. Weights, and the state of a training run -----------------------------------------------------------
 
 def opened(path, ema=True):
-    """(path, dict) of the file that `path` means, in the form of ours, whoever wrote it. See `located`.
+    """(path, dict in the form of ours) of the file that `path` means (see `located`), whoever wrote it.
     ema: of a published tokenizer, the EMA weights."""
     path = located(path)
     stored = read(path)
@@ -159,9 +159,9 @@ def resume(args, parts, flags, **records):
 def load_tokenizer(path, ema=True):
     """(tokenizer of images or clips, info) of a checkpoint of ours, or a published one, or of an AR model.
 
-    ema: take the EMA weights where the file has them (published results are with EMA), else the raw ones.
-    The model is in eval mode on the CPU; info says "path", "preset", "weights" ("EMA" or "raw"), "step",
-    "source" ("ours" or "published") and "trained_on". Raises `UserError`, listing names.
+    ema: the EMA weights where the file has them, as for published results, else the raw ones. The model is in
+    eval mode on the CPU; info says "path", "preset", "weights" ("EMA" or "raw"), "step", "source" ("ours" or
+    "published") and "trained_on". Raises `UserError`, listing names.
     """
     path, stored = opened(path, ema)
     if stored.get("format") == AR:

@@ -1,9 +1,8 @@
 """A checkpoint file, whoever wrote it: found, and read without running anything that is in it.
 
-A checkpoint is a pickle, and a pickle may call any function of any package. In a stranger's file that is a
-risk, and an obstacle where the package is not installed; weights need neither. So whatever a file names
-beside tensors becomes an `Inert` object, and trust is never asked for. The entries of which checkpoints.py
-makes models are checked here: what goes wrong later is a bug, which keeps its traceback.
+A checkpoint is a pickle, which may call any function of any package: in a stranger's file a risk, and an
+obstacle where the package is not installed. Weights need none, so what a file names beside tensors becomes an
+`Inert` object. The entries that models are made of are checked here: what goes wrong later is a bug.
 """
 import collections
 import contextlib
@@ -90,8 +89,8 @@ def guard(path):
         if traceback.extract_tb(error.__traceback__)[-1].filename == __file__:
             raise                                          # a bug of this file
         raise UserError(f"{path} is damaged, cut off, of another version, or not what it claims to be "
-                        f"({type(error).__name__}: {' '.join(str(error).split())[:100]}); copy or download it "
-                        f"again, or use another one") from None
+                        f"({type(error).__name__}: {' '.join(str(error).split())[:100]}); copy or download "
+                        f"it again, or use another one") from None
 
 
 def located(path):
