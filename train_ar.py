@@ -86,12 +86,12 @@ def get_args(argv=None):
     group.add_argument("--split", type=count, nargs="+", metavar="BITS", help="bits of each sub-token")
     runtime.add_config_flags(group, ar_model.PRESETS[preset])
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--length", type=runtime.duration, help="steps, or epochs as in 300ep")
+    group.add_argument("--length", type=loops.duration, help="steps, or epochs as in 300ep")
     group.add_argument("--global-batch-size", type=count, help="images a step, over all ranks")
     group.add_argument("--accumulation", type=count, default=1, help="micro-batches a step")
     group.add_argument("--lr", type=number, help="peak learning rate of AdamW")
     group.add_argument("--final-lr", type=runtime.fraction, help="the last one, as a fraction of the peak")
-    group.add_argument("--warmup", type=runtime.duration, help="linear (the preset's; if short, a 20th)")
+    group.add_argument("--warmup", type=loops.duration, help="linear (the preset's; if short, a 20th)")
     group.add_argument("--betas", type=runtime.bounded(float, 0.0, 0.999999), nargs=2, help="of AdamW")
     group.add_argument("--weight-decay", type=number, default=0.05, help="of all parameters")
     group.add_argument("--max-grad-norm", type=number, default=1.0, help="clip gradients (0: do not)")
@@ -315,7 +315,7 @@ def main(args):
         return
     loader = data.train_loader(dataset, args.global_batch_size, args.global_seed, step, args.accumulation,
                                args.num_workers if args.online else 0)   # of (seed, step) alone: no state
-    ddp_model = runtime.distributed(model, device)
+    ddp_model = loops.distributed(model, device)
     logger = loops.Logger(args.results_dir, length, step)
     meters = loops.Meters()                                            # means since the last log line
     last_finite = step
@@ -371,7 +371,7 @@ def main(args):
             log = in_units(validate(shown, held_out, device, args), config, args)
             logger.log(step, {f"val_{name}": value for name, value in log.items()}, SHOWN)
         if saving:
-            path = runtime.save_checkpoint(args.results_dir, step, {
+            path = loops.save_checkpoint(args.results_dir, step, {
                 "format": checkpoints.format_of(model),
                 "preset": args.preset,
                 "step": step,
@@ -383,7 +383,7 @@ def main(args):
                                 "config": dataclasses.asdict(tokenizer.config)},    # for drawing images
                 "classes": classes,
                 "skipped": skipped,
-                "rng": runtime.rng_states(),
+                "rng": loops.rng_states(),
                 "args": vars(args)}, args.keep)
             stop.saved(path)                                             # says so, if a signal was the reason
         if looking and not stop.agreed:
@@ -466,9 +466,9 @@ def print_plan(args, model, made_with, dataset, held_out):
     epoch = len(dataset) // batch                                        # steps
     require(epoch, f"--global-batch-size {batch} is more than the {len(dataset)} {dataset.kind}s of "
                    f"{dataset.name}; lower it")
-    length = runtime.to_steps(args.length, epoch)
+    length = loops.to_steps(args.length, epoch)
     require(length, f"--length {args.length} is 0 steps of {batch} {dataset.kind}s; give at least 1")
-    warmup = runtime.to_steps(args.warmup or recipe["warmup"], epoch)
+    warmup = loops.to_steps(args.warmup or recipe["warmup"], epoch)
     if args.warmup is None and args.length != recipe["length"]:          # or a short run would only warm up
         warmup = min(warmup, length // 20)
     parameters = sum(p.numel() for p in model.parameters()) / 1e6

@@ -105,14 +105,14 @@ def get_args(argv=None):
     group.add_argument("--commitment-weight", type=weight, help="pull of z towards its q")
     group.add_argument("--weights-dir", help="where VGG's weights are (~/.cache/open-magvit2)")
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--length", type=runtime.duration, help="steps, or epochs as in 270ep")
+    group.add_argument("--length", type=loops.duration, help="steps, or epochs as in 270ep")
     group.add_argument("--global-batch-size", type=count, help="images or clips a step, over all ranks")
     group.add_argument("--accumulation", type=count, default=1, help="micro-batches; entropy, LeCAM see one")
     group.add_argument("--lr", type=weight, help="peak learning rate of both Adam optimizers")
     group.add_argument("--lr-schedule", choices=("constant", "milestones", "cosine", "linear"), help="shape")
-    group.add_argument("--milestones", type=runtime.duration, nargs="*", help="from each on, a tenth of --lr")
+    group.add_argument("--milestones", type=loops.duration, nargs="*", help="from each on, a tenth of --lr")
     group.add_argument("--final-lr", type=runtime.fraction, help="last learning rate, a fraction of the peak")
-    group.add_argument("--warmup", type=runtime.duration, help=f"steps or epochs in which the learning rate "
+    group.add_argument("--warmup", type=loops.duration, help=f"steps or epochs in which the learning rate "
                        f"rises from 0 ({recipe['warmup']}; of another --length at most a twentieth)")
     group.add_argument("--betas", type=runtime.bounded(float, 0.0, 0.999999), nargs=2, help="of both Adams")
     group.add_argument("--max-grad-norm", type=weight, default=0.0, help="clip gradients (0: do not)")
@@ -188,7 +188,7 @@ def start_from(path, model, discriminator):
     around_ids = ("quantizer.", "encoder.conv_out.", "decoder.conv_in.", "decoder.adaptive.")
     checkpoints.load_partly(model, state, around_ids, what)
     if discriminator:
-        critic = checkpoints.discriminator_in(path)
+        critic = checkpoints.opened(path)[1].get("discriminator") or {}
         fits = not checkpoints.differences(discriminator.state_dict(), critic)
         if fits:
             discriminator.load_state_dict(critic)
@@ -415,8 +415,8 @@ def main(args):
         return
     lock = runtime.lock(args.results_dir)                                # held until `main` ends
     networks = nn.ModuleList(filter(None, (model, discriminator)))
-    ddp_model = runtime.distributed(model, device)
-    ddp_discriminator = runtime.distributed(discriminator, device) if discriminator else None
+    ddp_model = loops.distributed(model, device)
+    ddp_discriminator = loops.distributed(discriminator, device) if discriminator else None
     usage = model.quantizer.count(torch.zeros(0, dtype=torch.long, device=device))       # of each id
     logger = loops.Logger(args.results_dir, length, step)
     meters = loops.Meters()                                            # means since the last log line
@@ -493,7 +493,7 @@ def main(args):
         elif logger.early(step):                                         # a sign of life, on the screen alone
             logger.show(step, {**meters.means(args.global_batch_size), "lr": lr}, SHOWN)
         if saving:
-            path = runtime.save_checkpoint(args.results_dir, step, {
+            path = loops.save_checkpoint(args.results_dir, step, {
                 "format": checkpoints.format_of(model),
                 "step": step,
                 **{name: part.state_dict() for name, part in parts.items()},     # with D's, if there is one
@@ -501,7 +501,7 @@ def main(args):
                 "dataset": record,
                 "lecam": lecam,
                 "skipped": skipped,
-                "rng": runtime.rng_states(),
+                "rng": loops.rng_states(),
                 "args": vars(args)}, args.keep)
             stop.saved(path)                                             # says so, if a signal was the reason
             runtime.on_main(pictures.save_samples, f"{args.results_dir}/reconstructions-{step:08d}.png", grid,
@@ -522,13 +522,13 @@ def print_plan(args, model, discriminator, dataset):
     epoch = len(dataset) // batch                                        # steps
     require(epoch, f"--global-batch-size {batch} is more than the {len(dataset)} {dataset.kind}s of "
                    f"{dataset.name}; lower it")
-    length = runtime.to_steps(args.length, epoch)
+    length = loops.to_steps(args.length, epoch)
     require(length, f"--length {args.length} is 0 steps of {batch} {dataset.kind}s; give at least 1")
     recipe = TOKENIZER_RECIPES[args.preset]
-    warmup = runtime.to_steps(args.warmup or recipe["warmup"], epoch)
+    warmup = loops.to_steps(args.warmup or recipe["warmup"], epoch)
     if args.warmup is None and args.length != recipe["length"]:          # or a short run would only warm up
         warmup = min(warmup, length // 20)
-    milestones = [runtime.to_steps(text, epoch) for text in args.milestones]
+    milestones = [loops.to_steps(text, epoch) for text in args.milestones]
     networks = {"encoder": model.encoder, "decoder": model.decoder, args.discriminator: discriminator}
     sizes = [f"{name} {sum(p.numel() for p in network.parameters()) / 1e6:.2f} M"
              for name, network in networks.items() if network]

@@ -24,7 +24,7 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
-from support import pictures, runtime                              # noqa: E402
+from support import curves, runtime                                # noqa: E402
 from claims_figures import (append_row, entropy_cost, keep_images, model_size,    # noqa: E402
                             prefixes, read_rows, settings, write_results)
 
@@ -190,7 +190,7 @@ def measure(name, setting, seed, args, locks):
             command += f" --global-seed {seed}"
         done.append(run_command(command, args, locks))
         if (done[-1].folder / "metrics.jsonl").exists():             # of all that was logged, the last
-            for figure, curve in pictures.read_metrics(done[-1].folder).items():
+            for figure, curve in curves.read_metrics(done[-1].folder).items():
                 figures[figure] = curve[max(curve)]
         for path in done[-1].folder.glob("*.json"):
             stored = json.loads(path.read_text())
@@ -224,7 +224,7 @@ def get_args(argv=None):
 
 def main(args):
     """Run what has no row yet, then draw everything that has rows."""
-    pictures.import_pyplot()                                          # missing after hours would be a pity
+    curves.import_pyplot()                                          # missing after hours would be a pity
     os.chdir(ROOT)
     paths = {name: pathlib.Path(args.csv_dir) / f"{name}.csv" for name in CLAIMS}
     locks = collections.defaultdict(threading.Lock)

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 from PIL import Image
 
-from support import checkpoints, pictures, runtime, tokens
+from support import checkpoints, curves, runtime, tokens
 
 
 def model_size(row, done):
@@ -137,7 +137,7 @@ LOGARITHMIC = ("parameters", "flops", "images")                           # hori
 def draw(claim, sources, path, small=False):
     """Write a claim's figure: a panel for each figure, whiskers of one deviation; dots for the stored rows in
     `sources`, crosses for the reader's own. small: two of the panels, to be read at a width of 300."""
-    pyplot = pictures.import_pyplot()
+    pyplot = curves.import_pyplot()
     names = list(claim.settings[0])
     laws = power_laws(claim, sources[0])
     xs = claim.x if isinstance(claim.x, list) else [claim.x]
@@ -186,7 +186,7 @@ def side_by_side(names, runs_dir, path):
     grids = {name: runs_dir / f"{name}.png" for name in names if (runs_dir / f"{name}.png").exists()}
     if not grids:
         return
-    pyplot = pictures.import_pyplot()
+    pyplot = curves.import_pyplot()
     strips = {}
     for name, grid in grids.items():
         pixels = np.asarray(Image.open(grid))
@@ -207,7 +207,7 @@ def save(figure, path, dpi=80):
     """Write a figure of matplotlib as PNG and forget it."""
     with runtime.atomic(path) as temporary:
         figure.savefig(temporary, dpi=dpi, format="png")
-    pictures.import_pyplot().close(figure)
+    curves.import_pyplot().close(figure)
 
 
 def write_results(claims, paths, args):

@@ -19,6 +19,7 @@ from PIL import Image, ImageSequence
 sys.path[:0] = [str(pathlib.Path(__file__).resolve().parent.parent)]
 
 from support import checkpoints, pictures, runtime, tokens                 # noqa: E402
+from support.curves import read_metrics                                    # noqa: E402
 from support.runtime import require                                        # noqa: E402
 
 PAGE = """<!DOCTYPE html>
@@ -113,7 +114,7 @@ def folded(values):
 
 def run_section(folder):
     """HTML of a training run: its curves, newest pictures, bits, ids, settings."""
-    curves = pictures.read_metrics(folder, (int, float, list))
+    curves = read_metrics(folder, (int, float, list))
     balances = curves.pop("bit_balance", {})               # the only list
     page = f'<h2>Training: {html.escape(folder.name)}, step {max(curves.pop("step", [0]))}</h2>'
     for path in newest(folder, "reconstructions-*") + newest(folder, "samples-*"):

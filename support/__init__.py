@@ -5,10 +5,10 @@
     layouts.py       what lies in a folder: which files are samples, of which class, of which part
     sources.py       where images and clips come from: folders, tar shards, torchvision, the generated world
     data.py          what a network sees of a file, in which order, on which rank; python -m support.data
-    pictures.py      what a person looks at: grids, animations, curves; python -m support.pictures
-    runtime.py       what is not the paper: processes, user errors, atomic files, logs, downloads
-    loops.py         what both training loops share: means, the log, skipped steps
-    signals.py       what a script still does when somebody ends it
+    pictures.py      what a person looks at: grids, animations, videos; python -m support.pictures
+    curves.py        the learning curves that it draws
+    runtime.py       what is not the paper: user errors, flags, processes, signals, files, downloads
+    loops.py         what both training loops share: lengths, means, the log, skipped steps, saving
     pickles.py       a checkpoint file, whoever wrote it: read, and nothing in it run
     checkpoints.py   what is in a file, ours and the published ones; python -m support.checkpoints
     codec.py         files through a tokenizer: what `python tokenizer.py` does

@@ -4,9 +4,9 @@
     model, tokenizer, info = checkpoints.load_ar("runs/ar")  # a folder (its newest step-*.pt), or a file
     python -m support.checkpoints runs/ar toy.pt             # the weights alone, in half precision
 
-Safe: nothing that a file names is imported or run, see pickles.py. Strict: a name too many or too few, or
-another shape, is an error that lists them. Published names are downloaded once (see `runtime.fetch`). Ours
-are literal dicts (see the ends of both training loops), published ones Lightning's, with a `state_dict` of
+Safe: nothing in a file is run, see pickles.py. Strict: a name too many or too few, or another shape, is an
+error that lists them. Ours are literal dicts (see both training loops), published ones Lightning's, whose
+`state_dict` holds
 
     encoder.* decoder.*      the raw weights of a tokenizer; in an AR file under first_stage_model.*
     loss.discriminator.*     not needed here; loss.perceptual_loss.*: a whole LPIPS
@@ -29,7 +29,7 @@ import torch
 import ar_model
 import tokenizer
 import video
-from support import metrics, runtime
+from support import loops, metrics, runtime
 from support.pickles import KINDS, PUBLISHED, guard, located, named_tensors, read
 from support.runtime import UserError, require
 
@@ -38,6 +38,7 @@ FORMATS = {                         # the mark of our own files: (model, config,
     "open-magvit2-video-tokenizer": (video.VideoTokenizer, video.VideoTokenizerConfig, video.PRESETS),
     "open-magvit2-ar": (ar_model.ARModel, ar_model.ARConfig, ar_model.PRESETS)}
 *TOKENIZERS, AR = FORMATS
+TRAINED_ON = ("data_path", "val_data_path", "resize", "split_list", "val_split_list")
 PUBLISHED_NAMES = ("encoder.", "decoder.", "loss.discriminator.", "loss.perceptual_loss.", "model_ema.",
                    "transformer.")
 # The published names below transformer.* and ours. Inside a block they are the same.
@@ -46,13 +47,11 @@ AR_NAMES = {"pre_emb.": "token_embeddings.0.", "post_emb.": "token_embeddings.1.
             "factorized_blocks.": "intra_blocks.", "norm.": "norm."}
 WRAPPER = ".conv_1."                # published causal convolutions are modules around one; ours are not
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "kernel")       # have no EMA
-TRAINED_ON = ("data_path", "val_data_path", "resize", "split_list", "val_split_list")
 
 # ---- 1. Weights, and the state of a training run -----------------------------------------------------------
 
 def opened(path, ema=True):
-    """(path, dict) of the file that `path` means, in the form of ours, whoever wrote it. See `located`.
-
+    """(path, dict in the form of ours) of the file that `path` means (see `located`), whoever wrote it.
     ema: of a published tokenizer, the EMA weights."""
     path = located(path)
     stored = read(path)
@@ -61,11 +60,16 @@ def opened(path, ema=True):
 
 def differences(own, state):
     """What keeps `state` from fitting the tensors `own`, both {name: tensor}, in words; "" for nothing."""
-    shapes = [f"{name} is {list(state[name].shape)}, expected {list(tensor.shape)}"
-              for name, tensor in own.items() if name in state and state[name].shape != tensor.shape]
+    wrong = [f"{name} is {list(state[name].shape)}, expected {list(tensor.shape)}"
+             for name, tensor in own.items() if name in state and state[name].shape != tensor.shape]
     texts = {"missing": own.keys() - state.keys(), "not expected": state.keys() - own.keys(),
-             "wrong shapes": shapes}
+             "wrong shapes": wrong}
     return "; ".join(f"{what}: {listed(names)}" for what, names in texts.items() if names)
+
+
+def shapes(state):
+    """{(name, shape)} of {name: tensor}."""
+    return {(name, tensor.shape) for name, tensor in state.items()}
 
 
 def listed(names):
@@ -86,19 +90,17 @@ def load_state(part, state, source):
     else:
         with guard(source):
             part.load_state_dict(state)
-        for parameter, values in getattr(part, "state", {}).items():     # an optimizer takes any, fails later
-            for name in ("exp_avg", "exp_avg_sq"):
-                shape = getattr(values.get(name), "shape", None) if isinstance(values, dict) else None
-                own = getattr(parameter, "shape", "nothing")
-                require(shape == own, f"{source} is of another network: {name} is {shape}, expected {own}")
+            for parameter, moments in getattr(part, "state", {}).items():      # Adam takes any, fails later
+                found = [moments[name].shape for name in ("exp_avg", "exp_avg_sq")]
+                require(found == [parameter.shape] * 2, f"{source} is of another network: its moments are "
+                                                        f"{found}, expected {parameter.shape}")
 
 
 def load_partly(model, state, may_differ, source):
     """Load `state` into `model` strictly, except that modules whose names begin with one of the tuple
     `may_differ` keep their own start where any of their shapes differ. Says which, and that it was done."""
     own = model.state_dict()
-    shapes, theirs = [{(name, tensor.shape) for name, tensor in each.items()} for each in (own, state)]
-    anew = {name.rpartition(".")[0] for name, _ in shapes ^ theirs if name.startswith(may_differ)}
+    anew = {name.rpartition(".")[0] for name, _ in shapes(own) ^ shapes(state) if name.startswith(may_differ)}
     state = {name: tensor for name, tensor in state.items() if name.rpartition(".")[0] not in anew}
     state.update({name: tensor for name, tensor in own.items() if name.rpartition(".")[0] in anew})
     load_state(model, state, source)
@@ -147,7 +149,7 @@ def resume(args, parts, flags, **records):
     for name, part in parts.items():
         load_state(part, saved.get(name), f"{name} of {path}")
     with guard(f"rng of {path}"):
-        runtime.restore_rng_state(saved["rng"])
+        loops.restore_rng_state(saved["rng"])
     runtime.print_main(f"resuming {path} at step {saved['step']}")
     return saved
 
@@ -157,9 +159,9 @@ def resume(args, parts, flags, **records):
 def load_tokenizer(path, ema=True):
     """(tokenizer of images or clips, info) of a checkpoint of ours, or a published one, or of an AR model.
 
-    ema: take the EMA weights where the file has them (published results are with EMA), else the raw ones.
-    The model is in eval mode on the CPU; info says "path", "preset", "weights" ("EMA" or "raw"), "step",
-    "source" ("ours" or "published") and "trained_on". Raises `UserError`, listing names.
+    ema: the EMA weights where the file has them, as for published results, else the raw ones. The model is in
+    eval mode on the CPU; info says "path", "preset", "weights" ("EMA" or "raw"), "step", "source" ("ours" or
+    "published") and "trained_on". Raises `UserError`, listing names.
     """
     path, stored = opened(path, ema)
     if stored.get("format") == AR:
@@ -169,11 +171,9 @@ def load_tokenizer(path, ema=True):
 
 
 def load_ar(path, ema=True):
-    """(ARModel, its tokenizer or None, info) of one of our checkpoints or a published file.
-
-    As `load_tokenizer`; info also says "classes" (their names, None where the file has none) and "tokenizer",
-    the record of the one that made the tokens.
-    """
+    """(ARModel, its tokenizer or None, info) of one of our checkpoints or a published file. As
+    `load_tokenizer`; info also says "classes" (their names, None where the file has none) and "tokenizer",
+    the record of the one that made the tokens."""
     path, stored = opened(path)
     model, info = build(path, stored, ema, [AR])
     info.update(classes=stored.get("classes"), tokenizer=stored.get("tokenizer"))
@@ -217,26 +217,23 @@ def format_of(model):
 
 def config_in(path, stored, kind, state):
     """The config in a file, a dataclass of this `kind`. Raises `UserError` where it cannot be one of `state`.
-
     Limits keep what is built of a damaged config small, and its sizes below 2^63."""
     values = stored.get("config") or {}
     defaults = {field.name: field.default for field in dataclasses.fields(kind)}
     require(values.keys() == defaults.keys(), f"{path} was written by another version of this project: its "
                                               f"config differs in {listed(values.keys() ^ defaults)}")
+    many = dict.fromkeys(("levels", "codebook_size", "num_classes"), 2 ** 24)
     for name, value in values.items():
         numbers = value if type(value) is tuple else [value] if type(value) is int else []
-        most = 2 ** 9 if type(value) is tuple else 2 ** 16
+        most = many.get(name, 2 ** 9 if type(value) is tuple else 2 ** 16)
         if name.endswith("blocks"):
             most = len(state)
-        elif name in ("levels", "codebook_size", "num_classes"):
-            most = 2 ** 24
         small = len(numbers) <= 64 and all(type(number) is int and abs(number) <= most for number in numbers)
-        require(type(value) is type(defaults[name]) and small,
-                f"{path} has a config that cannot be, in {name}")
+        require(type(value) is type(defaults[name]) and small, f"{path}: its config cannot be, in {name}")
     try:
         return kind(**values)
     except ValueError as error:
-        require(runtime.in_one_line(error) is None, f"{path} has a config that cannot be: {error}")
+        require(runtime.in_one_line(error) is None, f"{path}: its config cannot be: {error}")
         raise
 
 
@@ -280,11 +277,10 @@ def from_lightning(path, published, ema):
     if not below("transformer.", state):
         return published_tokenizer(path, state, published, ema)
     inner = below("first_stage_model.", state)
-    own = {}
-    for name in [name for name in state if not name.startswith("first_stage_model.")]:
-        theirs = next((theirs for theirs in AR_NAMES if name.startswith(f"transformer.{theirs}")), None)
-        ours = name.replace(f"transformer.{theirs}", AR_NAMES[theirs], 1) if theirs else f"{name} (published)"
-        own[ours] = state[name]
+    own = {f"{name} (published)": tensor for name, tensor in state.items()
+           if not name.startswith(("first_stage_model.", *[f"transformer.{theirs}" for theirs in AR_NAMES]))}
+    for theirs, ours in AR_NAMES.items():
+        own.update({ours + name: tensor for name, tensor in below(f"transformer.{theirs}", state).items()})
     record = None
     if inner:
         inner = published_tokenizer(path, inner, published, False)
@@ -317,24 +313,18 @@ def published_tokenizer(path, state, published, ema):
 
 @functools.cache
 def shapes_of(kind, config):
-    """{(name, shape)} of the weights of a model."""
+    """`shapes` of the weights of a model."""
     with torch.device("meta"):                             # without memory or random weights
-        return {(name, tensor.shape) for name, tensor in kind(config).state_dict().items()}
+        return shapes(kind(config).state_dict())
 
 
 def in_our_form(mark, state, published, **more):
     """A checkpoint of ours with the weights `state`, of the preset that has the most similar ones."""
     kind, _, presets = FORMATS[mark]
-    found = {(name, tensor.shape) for name, tensor in state.items()}
-    preset = min(presets, key=lambda name: len(found ^ shapes_of(kind, presets[name])))
+    preset = min(presets, key=lambda name: len(shapes(state) ^ shapes_of(kind, presets[name])))
     step = published.get("global_step")
     return {"format": mark, "source": "published", "step": step if isinstance(step, int) else None,
             "preset": preset, "config": dataclasses.asdict(presets[preset]), "model": state, **more}
-
-
-def discriminator_in(path):
-    """The weights of the discriminator in a file, ours or published: {name: tensor}, empty for none."""
-    return opened(path)[1].get("discriminator") or {}
 
 
 def weights_hash(model):

@@ -39,7 +39,7 @@ import torchvision.transforms.functional as TF
 from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
 
-from support import loops, pictures, runtime, signals
+from support import loops, pictures, runtime
 from support.reading import MAX_PIXELS, Unreadable
 from support.runtime import require
 from support.shapes import SPLITS
@@ -234,10 +234,9 @@ def batches(dataset, requests, num_workers):
     """The batches for each list of (index, seed) in `requests`, with an eye on the broken samples."""
     asked, requests = itertools.tee(requests)
     loader = DataLoader(dataset, batch_sampler=requests, collate_fn=collate, num_workers=num_workers,
-                        worker_init_fn=signals.follow_trainer, pin_memory=torch.cuda.is_available(),
+                        worker_init_fn=runtime.follow_trainer, pin_memory=torch.cuda.is_available(),
                         generator=torch.Generator())      # its own: the global one must not depend on loaders
-    with signals.held():
-        found = iter(loader)                              # starts the workers
+    found = runtime.start_workers(loader)
     try:
         for batch, request in zip(found, asked):
             if batch is None or batch[2].tolist() != [index for index, _ in request]:

@@ -1,18 +1,32 @@
-"""What both training loops share: the size of a batch, skipped steps, the means that are logged and where.
-
-Nothing here knows what is trained.
-"""
+"""What both training loops share: lengths, ranks, skipped steps, logs, saving; not what is trained."""
+import argparse
 import collections
 import contextlib
 import json
+import math
+import os
 import pathlib
+import re
 import time
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from support import runtime
 from support.runtime import require
+
+
+def duration(text):
+    """argparse type: "5000" is steps, "270ep" is epochs; kept as text until the data set's size is known."""
+    if not re.fullmatch(r"\d+(\.\d+)?ep|\d+", text):
+        raise argparse.ArgumentTypeError(f"must be steps as in 5000 or epochs as in 2.5ep, not {text}")
+    return text
+
+
+def to_steps(text, steps_per_epoch):
+    """A `duration` in steps."""
+    return round(float(text[:-2]) * steps_per_epoch) if text.endswith("ep") else int(text)
 
 
 def micro_batch_size(global_batch_size, accumulation):
@@ -23,11 +37,17 @@ def micro_batch_size(global_batch_size, accumulation):
     return global_batch_size // passes
 
 
-def report_skipped(step, in_a_row, logs, results_dir):
-    """Say why `step` was skipped; raise `UserError` after ten in a row.
+def distributed(module, device):
+    """`module` in DistributedDataParallel: gradients are averaged over ranks, buffers are each rank's own."""
+    wrapped = DistributedDataParallel(module, device_ids=[device] if device.type == "cuda" else None,
+                                      gradient_as_bucket_view=True)
+    wrapped.broadcast_buffers = False                      # the flag of this name is deprecated since 2.13
+    return wrapped
 
-    logs: dicts of scalars of that step, of which the first that is not finite is to blame.
-    """
+
+def report_skipped(step, in_a_row, logs, results_dir):
+    """Say why `step` was skipped: the first scalar in `logs`, dicts of them, that is not finite. Raises
+    `UserError` after ten in a row."""
     guilty = next(name for values in logs for name in values if not values[name].isfinite())
     runtime.print_main(f"step {step}: {guilty} is not finite, step skipped")
     require(in_a_row < 10, f"{guilty} was not finite in 10 steps in a row; weights may have grown too large "
@@ -50,11 +70,8 @@ class Meters:
                 self.values[name].append(value.detach().double())
 
     def means(self, batch_size):
-        """The means over steps and ranks so far and "samples/s", a dict of floats. A collective.
-
-        The speed is that between the first step and the last, so what comes before, such as validation, does
-        not count.
-        """
+        """The means over steps and ranks so far and "samples/s", a dict of floats. A collective. The speed is
+        that between the first step and the last, so what comes before, such as validation, does not count."""
         report = {}
         if self.values:
             means = torch.stack([torch.stack(values).mean() for values in self.values.values()])
@@ -84,14 +101,13 @@ class Logger:
         self.tensorboard = None
         if not runtime.is_main():
             return
-        lines = self.path.read_bytes().splitlines() if self.path.exists() else []
         kept = []
-        for line in lines:                                 # a kill may have torn the last one, or worse
-            with contextlib.suppress(ValueError, TypeError, KeyError):
+        for line in self.path.read_bytes().splitlines() if self.path.exists() else []:
+            with contextlib.suppress(ValueError, TypeError, KeyError):      # a kill may tear the last line
                 if json.loads(line)["step"] <= start_step:
-                    kept.append(line)
+                    kept.append(line + b"\n")
         with runtime.atomic(self.path) as temporary:
-            temporary.write_bytes(b"".join(line + b"\n" for line in kept))
+            temporary.write_bytes(b"".join(kept))
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
             self.tensorboard = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=start_step + 1)
@@ -119,13 +135,54 @@ class Logger:
         remaining = elapsed / max(1, step - self.start_step) * (self.length - step)
         shown = [f"{name.removeprefix('loss/')} {values[name]:.4g}" for listed in names for name in values
                  if name == listed or listed.endswith("/") and name.startswith(listed)]
-        time_left = tqdm.format_interval(remaining)
-        runtime.print_main(" | ".join([f"step {step}/{self.length}", *shown, f"ETA {time_left}"]))
+        eta = tqdm.format_interval(remaining)
+        runtime.print_main(" | ".join([f"step {step}/{self.length}", *shown, f"ETA {eta}"]))
 
 
 def print_table(rows, header):
     """Print `rows` (lists of cells) under `header` in aligned columns, on rank 0."""
     cells = [[str(cell) for cell in row] for row in [header, ["-" * len(name) for name in header], *rows]]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    widths = [max(map(len, column)) for column in zip(*cells)]
     for row in cells:
         runtime.print_main("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+
+
+def rng_states():
+    """The states of torch's global generators on every rank, as tensors that fit into a checkpoint."""
+    return runtime.gather_objects([torch.get_rng_state(), *torch.cuda.get_rng_state_all()])
+
+
+def restore_rng_state(states):
+    """Restore what `rng_states` saved for this rank. Ranks that the saved run did not have start afresh."""
+    if runtime.rank() < len(states):
+        cpu, *cuda = states[runtime.rank()]
+        torch.set_rng_state(cpu)
+        if len(cuda) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(cuda)
+
+
+def save_checkpoint(results_dir, step, checkpoint, keep=3):
+    """Write step-STEP.pt on rank 0 and remove all but the newest `keep`. Returns its path. A collective."""
+    path = pathlib.Path(results_dir) / f"step-{step:08d}.pt"             # names that sort by age
+    if runtime.is_main():
+        start = time.monotonic()
+        with runtime.atomic(path) as temporary, open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+        seconds = time.monotonic() - start
+        if seconds > 0.8 * grace():
+            print(f"warning: the save took {seconds:.1f} s, but {grace()} s after a signal torchrun kills; "
+                  f"start it with --shutdown-timeout {math.ceil(2 * seconds) + 10}", flush=True)
+        for old in runtime.list_checkpoints(results_dir)[:-keep]:
+            if old != path:
+                old.unlink(missing_ok=True)
+    runtime.barrier()
+    return path
+
+
+def grace():
+    """Seconds after which torchrun kills what it has passed a signal on to; infinite without torchrun."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return math.inf
+    command = pathlib.Path(f"/proc/{os.getppid()}/cmdline")              # torchrun's; on Linux
+    given = command.exists() and re.search(rb"\0--shutdown[-_]timeout[\0=](\d+)", command.read_bytes())
+    return int(given[1] if given else os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30))

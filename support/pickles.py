@@ -1,17 +1,19 @@
 """A checkpoint file, whoever wrote it: found, and read without running anything that is in it.
 
-A checkpoint is a pickle, and a pickle may call any function of any package. In a stranger's file that is a
-risk, and an obstacle where the package is not installed; weights need neither. So whatever a file names
-beside tensors becomes an `Inert` object, and trust is never asked for. The entries of which checkpoints.py
-makes models are checked here: what goes wrong later is a bug, which keeps its traceback.
+A checkpoint is a pickle, which may call any function of any package: in a stranger's file a risk, and an
+obstacle where the package is not installed. Weights need none, so what a file names beside tensors becomes an
+`Inert` object. The entries that models are made of are checked here: what goes wrong later is a bug.
 """
 import collections
 import contextlib
 import pathlib
 import pickle
 import re
+import struct
+import traceback
 import types
 import zipfile
+import zlib
 
 import torch
 
@@ -33,21 +35,6 @@ KINDS = {**dict.fromkeys(WEIGHTS, dict), "format": str, "source": str, "preset":
          "rng": list, "classes": list}
 
 
-def located(path):
-    """The file that `path` means: of a published name, downloaded first; the newest step-*.pt of a folder."""
-    path = pathlib.Path(path)
-    if not path.exists() and str(path) in PUBLISHED:
-        repository, file = PUBLISHED[str(path)]
-        return runtime.fetch(f"https://huggingface.co/TencentARC/{repository}/resolve/main/{file}")
-    known = runtime.list_checkpoints(path if path.is_dir() else path.parent)
-    if path.is_dir() and known:
-        return known[-1]
-    require(not path.is_dir(), f"checkpoint {path} is a folder without step-*.pt; name the file inside it")
-    names = [file.name for file in known[-10:]] or PUBLISHED
-    require(path.exists(), f"checkpoint {path} does not exist; there are {', '.join(names)}")
-    return path
-
-
 class Inert:
     """Stands for what a file names and weights do not need, such as Lightning's schedules, callbacks and
     hyper-parameters: unpickling creates, calls and fills it, and nothing happens."""
@@ -67,7 +54,8 @@ def rebuild(storage, offset, size, stride, *more):
 
 
 class Unpickler(pickle._Unpickler):
-    """Imports nothing. (Python's own: that in C takes as much memory as damaged bytes ask for.)"""
+    """Imports nothing. (Python's own: that in C takes as much memory as damaged bytes ask for, and that of
+    torch.load(weights_only=True) refuses a file for what weights do not need.)"""
     MADE = {"collections.OrderedDict": collections.OrderedDict,
             "torch._utils._rebuild_tensor": rebuild, "torch._utils._rebuild_tensor_v2": rebuild,
             "torch_npu.utils.storage._rebuild_npu_tensor": rebuild,
@@ -84,6 +72,10 @@ class Unpickler(pickle._Unpickler):
 RESTRICTED = types.SimpleNamespace(__name__="restricted", Unpickler=Unpickler,
                                    load=lambda file, **how: Unpickler(file, **how).load())
 
+# What damaged bytes raise where they are read.
+DAMAGE = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, AssertionError, RuntimeError,
+          MemoryError, OSError, EOFError, pickle.PickleError, struct.error, zipfile.BadZipFile, zlib.error)
+
 
 @contextlib.contextmanager
 def guard(path):
@@ -91,52 +83,59 @@ def guard(path):
     can be wrong by itself, such as a model, does not belong inside."""
     try:
         yield
-    except UserError:
-        raise
-    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError, EOFError,
-            zipfile.BadZipFile) as error:                  # the last two: npz files that were cut off
-        raise UserError(f"{path} is damaged, of another version, or not what it claims to be "
-                        f"({type(error).__name__}: {' '.join(str(error).split())[:200]})") from None
+    except DAMAGE as error:
+        if isinstance(error, UserError) or isinstance(error, OSError) and error.filename:
+            raise                                          # it speaks for itself, as "Permission denied" does
+        if traceback.extract_tb(error.__traceback__)[-1].filename == __file__:
+            raise                                          # a bug of this file
+        raise UserError(f"{path} is damaged, cut off, of another version, or not what it claims to be "
+                        f"({type(error).__name__}: {' '.join(str(error).split())[:100]}); copy or download "
+                        f"it again, or use another one") from None
+
+
+def located(path):
+    """The file that `path` means: of a published name, downloaded first; the newest step-*.pt of a folder."""
+    path = pathlib.Path(path)
+    if path.is_dir():
+        return runtime.latest_checkpoint(path)
+    if not path.exists() and str(path) in PUBLISHED:
+        repository, file = PUBLISHED[str(path)]
+        return runtime.fetch(f"https://huggingface.co/TencentARC/{repository}/resolve/main/{file}")
+    names = [file.name for file in runtime.list_checkpoints(path.parent)[-10:]] or PUBLISHED
+    require(path.exists(), f"checkpoint {path} does not exist; there are {', '.join(names)}")
+    return path
 
 
 def read(path, whole=False):
-    """The dict in a checkpoint file, its tensors on the CPU, read from disk when they are first used.
-
-    whole: read everything now, so that a flipped bit is found wherever it is. Raises `UserError` for a
-    missing or damaged file, and for entries that are not of their `KINDS`."""
+    """The dict in a checkpoint file, its tensors on the CPU, read from disk when they are first used; whole:
+    now, so that a flipped bit is found wherever it is. Raises `UserError` for a missing or damaged file, and
+    for entries that are not of their `KINDS`."""
     path = located(path)
-    damage = None
-    try:
+    with guard(f"checkpoint {path}"):
         zipped = zipfile.is_zipfile(path)
         if zipped and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
             stored = Inert()                               # TorchScript, which torch.load would run in part
         else:
             stored = torch.load(path, "cpu", RESTRICTED, weights_only=False, mmap=zipped)
-        if whole:
-            damage = zipfile.ZipFile(path).testzip()       # the first name whose checksum is wrong
-    except Exception as error:                             # unpickling damaged bytes raises almost anything
-        if isinstance(error, OSError) and error.filename:
-            raise                                          # it speaks for itself, as "Permission denied" does
-        damage = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
-    require(not damage, f"checkpoint {path} cannot be read: it is truncated, damaged or no PyTorch "
-                        f"checkpoint ({damage}); copy or download it again, or use an earlier one")
+        flipped = zipfile.ZipFile(path).testzip() if whole else None     # the first of a wrong checksum
+    require(not flipped, f"checkpoint {path} is damaged, in {flipped}; copy it again, or use an earlier one")
     require(isinstance(stored, dict), f"checkpoint {path} is no dictionary of weights, but a pickled "
                                       f"{type(stored).__name__}")
     return checked(path, stored)
 
 
 def checked(path, stored):
-    """The dict of the file `path` with entries of their `KINDS`, or a `UserError`. Of published files, and
-    of others that have none of our marks, the weights alone matter."""
-    names = stored.keys() & (KINDS if "format" in stored else {"state_dict"})
-    for name in names:
+    """The dict of the file `path` with entries of their `KINDS`, or a `UserError`: what goes wrong later is a
+    bug. Of files without one of our marks, the weights alone matter."""
+    ours = "format" in stored
+    for name in stored.keys() & (KINDS if ours else {"state_dict"}):
         require(isinstance(stored[name], (KINDS[name], types.NoneType)), f"{path} is damaged or of another "
                 f"version: its {name} is a {type(stored[name]).__name__}")
-    for name in names.intersection(WEIGHTS):
-        stored[name] = named_tensors(f"{name} of {path}", stored[name] or {})
-    inner = stored.get("first_stage") if "format" in stored else None
-    if inner:                                              # which has none in turn
-        inner = {name: value for name, value in inner.items() if name != "first_stage"}
+        if name in WEIGHTS:
+            stored[name] = named_tensors(f"{name} of {path}", stored[name] or {})
+    inner = stored.get("first_stage")
+    if ours and inner:
+        inner.pop("first_stage", None)                     # it has none in turn
         stored["first_stage"] = checked(f"the tokenizer inside {path}", inner)
     return stored
 

@@ -1,10 +1,10 @@
-"""Everything that is not the paper: user errors, flags, processes, files, downloads.
+"""What is not the paper: user errors, flags, processes, signals, files, downloads.
 
-Nothing here knows what a token is. There is one code path with and without torchrun: a process group always
-exists (one process talks to itself through an in-memory store), so no loop asks "am I distributed?".
+There is one code path with and without torchrun: a process group always exists (one process talks to itself
+through an in-memory store), so no loop asks "am I distributed?".
 """
 import argparse
-import concurrent.futures
+import atexit
 import contextlib
 import dataclasses
 import difflib
@@ -13,22 +13,19 @@ import functools
 import hashlib
 import json
 import math
-import mmap
+import multiprocessing
 import os
 import pathlib
 import re
+import signal
 import sys
 import threading
 import time
 import traceback
-import urllib.error
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
-
-from support import signals
-from support.signals import Stopped, StopRequest
 
 # ---- 1. Errors that a user can fix, and flags --------------------------------------------------------------
 
@@ -43,18 +40,13 @@ def require(condition, message):
 
 
 def run_script(main, get_args):
-    """Entry point of every script: parse, run, and turn a user's mistake into one line and exit status 2.
-
-    That is what we raise for a user (see `in_one_line`), what the disk says, and too little memory. Other
-    exceptions are bugs and keep their traceback. A signal becomes the exit status 128 + its number: the one
-    that `main` returns, or one that arrives where nobody waits for it (see `StopRequest`).
-    """
+    """Entry point of every script. An error that is meant `in_one_line` ends with it and status 2, a bug with
+    its traceback, a signal with status 128 + its number: the one that `main` returns, or one that arrives
+    where nobody waits for it (see `StopRequest`)."""
     stop = StopRequest(at_once=True)
     try:
         try:
-            args = get_args()
-            warn_of_slow_save(getattr(args, "results_dir", None))
-            number = main(args)
+            number = main(get_args())
             sys.exit(128 + number if number else 0)
         except BrokenPipeError:                            # as in `python -m support.data | head -1`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -62,12 +54,12 @@ def run_script(main, get_args):
         except Exception as error:
             text = in_one_line(error)
             if text is None:
-                signals.tell_torchrun(traceback.format_exc())
+                tell_torchrun(traceback.format_exc())
                 raise
-            signals.say_why(f"error: {text}")
+            say_why(f"error: {text}")
             sys.exit(2)
     except Stopped as stopped:                             # out here: an error may just be on its way
-        signals.say_why(f"signal {stopped.number}: stopped, {stopped.kept}")
+        say_why(f"signal {stopped.number}: stopped, {stopped.kept}")
         sys.exit(128 + stopped.number)
     finally:
         stop.at_once = False                               # what is left to do is short
@@ -76,9 +68,9 @@ def run_script(main, get_args):
 
 
 def in_one_line(error):
-    """What a user can do about an exception, None if nothing: then it is a bug. Meant for users are a
-    `UserError`, and a ValueError by a `raise` in our own files, as that of a config, or of a model on a shape
-    that it cannot take. A ValueError by any other line, say `a, b = 1, 2, 3`, is a bug."""
+    """What a user can do about an exception; None for a bug. Beside what disk and memory say, a `UserError`
+    is meant for users, and a ValueError by a `raise` in our own files, as that of a config, but none by any
+    other line, say `a, b = 1, 2, 3`."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
@@ -88,8 +80,7 @@ def in_one_line(error):
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.strerror}: {error.filename}; check the path, or use another one"
     last = traceback.extract_tb(error.__traceback__)[-1]
-    support = pathlib.Path(__file__).resolve().parent
-    ours = pathlib.Path(last.filename).resolve().parent in (support, support.parent)
+    ours = pathlib.Path(last.filename).resolve().parent in pathlib.Path(__file__).resolve().parents[:2]
     meant = ours and isinstance(error, ValueError) and last.line.startswith("raise ")
     return str(error) if meant else None
 
@@ -104,11 +95,11 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message):
         """One line without the usage, and a hint for a flag under its name in other projects."""
-        if message.startswith("unrecognized arguments: --"):
-            word = message.split()[2].split("=")[0].lower().replace("_", "-")
-            commands = self._subparsers and self._subparsers._group_actions[0].choices.values()
-            parsers = [self, *(commands or ())]
-            flags = [flag for parser in parsers for flag in parser._option_string_actions]
+        unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message)
+        if unknown:
+            word = unknown[1].lower().replace("_", "-")
+            commands = self._subparsers._group_actions[0].choices.values() if self._subparsers else ()
+            flags = [flag for parser in (self, *commands) for flag in parser._option_string_actions]
             close = difflib.get_close_matches(SYNONYMS.get(word, word), flags, 1)
             if close:
                 message += f" (did you mean {close[0]}?)"
@@ -116,10 +107,10 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 # What other projects call the flags of this one.
-SYNONYMS = {"--epochs": "--length", "--max-epochs": "--length", "--steps": "--length", "--lr-rate": "--lr",
-            "--batch-size": "--global-batch-size", "--learning-rate": "--lr", "--output-dir": "--results-dir",
-            "--data-dir": "--data-path", "--checkpoint": "--ckpt", "--model": "--preset",
-            "--seed": "--global-seed", "--cfg": "--cfg-scale", "--amp": "--mixed-precision",
+SYNONYMS = {"--epochs": "--length", "--max-epochs": "--length", "--steps": "--length", "--cfg": "--cfg-scale",
+            "--lr-rate": "--lr", "--learning-rate": "--lr", "--batch-size": "--global-batch-size",
+            "--output-dir": "--results-dir", "--data-dir": "--data-path", "--checkpoint": "--ckpt",
+            "--model": "--preset", "--seed": "--global-seed", "--amp": "--mixed-precision",
             "--max-samples": "--num-samples", "--num-images": "--num-samples"}
 
 
@@ -141,24 +132,9 @@ non_negative_float = bounded(float, 0.0)
 fraction = bounded(float, 0.0, 1.0)
 
 
-def duration(text):
-    """argparse type: "5000" is steps, "270ep" is epochs; kept as text until the data set's size is known."""
-    if not re.fullmatch(r"\d+(\.\d+)?ep|\d+", text):
-        raise argparse.ArgumentTypeError(f"must be steps as in 5000 or epochs as in 2.5ep, not {text}")
-    return text
-
-
-def to_steps(text, steps_per_epoch):
-    """A `duration` in steps."""
-    return round(float(text[:-2]) * steps_per_epoch) if text.endswith("ep") else int(text)
-
-
 def add_config_flags(group, config):
-    """A flag for every field of the dataclass `config` that has a help text in its metadata.
-
-    The defaults are the field values of `config`, a preset. A bool can be switched off by --no-NAME, a tuple
-    takes several integers. metadata["flag"] is another name than that of the field.
-    """
+    """A flag for every field of the preset `config` that has a help text in its metadata: a bool is switched
+    off by --no-NAME, a tuple takes several integers. metadata["flag"] is another name than the field's."""
     for field in dataclasses.fields(config):
         if "help" not in field.metadata:
             continue
@@ -167,33 +143,29 @@ def add_config_flags(group, config):
         name = options.pop("flag", f"--{field.name.replace('_', '-')}")
         if isinstance(default, bool):
             options["action"] = argparse.BooleanOptionalAction
-        elif isinstance(default, tuple):
-            options.update(type=bounded(int, 0, 2 ** 20), nargs="*")
         else:
-            options["type"] = bounded(int, 0, 2 ** 20) if isinstance(default, int) else type(default)
+            options["type"] = bounded(int, 0, 2 ** 20) if isinstance(default, (int, tuple)) else type(default)
+        if isinstance(default, tuple):
+            options["nargs"] = "*"
         group.add_argument(name, help=options.pop("help"), **options)
 
 
 def config_from_args(preset, args, **more):
     """The config `preset` with the fields that flags in `args` have set, and with those in `more`."""
     values = {field.name: getattr(args, field.name) for field in dataclasses.fields(preset)
-              if "help" in field.metadata}
-    values.update(more)
-    return dataclasses.replace(preset, **{name: tuple(v) if isinstance(v, list) else v
-                                          for name, v in values.items()})
+              if "help" in field.metadata} | more
+    return dataclasses.replace(preset, **{name: tuple(value) if isinstance(value, list) else value
+                                          for name, value in values.items()})
 
 
 # ---- 2. Processes, devices, precision ----------------------------------------------------------------------
 
 def setup_process_group(device="auto"):
-    """Join torchrun's process group, or make one of a single process. Returns this process's `torch.device`.
-
-    `device` is "auto" (CUDA where there is one), "cpu" or "cuda". Tensors on the CPU are reduced with gloo
-    and those on a GPU with NCCL, in the same group, so that small control messages never wait for a GPU.
-    """
-    require(device != "cuda" or torch.cuda.is_available(),
-            "--device cuda: no CUDA GPU is visible; use --device cpu")
+    """Join torchrun's process group, or make one of a single process; the `torch.device` of this process.
+    device: "auto" (CUDA where there is one), "cpu" or "cuda". Tensors on the CPU are reduced by gloo, those
+    on a GPU by NCCL, in the same group, so that small control messages never wait for a GPU."""
     on_gpu = device != "cpu" and torch.cuda.is_available()
+    require(on_gpu or device != "cuda", "--device cuda: no CUDA GPU is visible; use --device cpu")
     if on_gpu:
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         require(local_rank < torch.cuda.device_count(),
@@ -230,28 +202,34 @@ def print_main(*values):
         print(*values, flush=True)
 
 
+def print_facts(*facts):
+    """Print (name, value) pairs, a line each, from rank 0: what is about to happen."""
+    print_main("\n".join(f"{name:<8} {value}" for name, value in facts))
+
+
 def barrier():
     """Wait until every rank is here."""
     if world_size() > 1:
         dist.barrier()
 
 
-def print_facts(*facts):
-    """Print (name, value) pairs, a line each, from rank 0: what is about to happen."""
-    print_main("\n".join(f"{name:<8} {value}" for name, value in facts))
+def main_first(function):
+    """`function()` on every rank, on rank 0 before the others: it downloads, and they find the file."""
+    result = function() if is_main() else None
+    barrier()
+    return result if is_main() else function()
 
 
 def on_main(function, *values):
     """`function(*values)`, computed on rank 0 for all ranks; all raise its `UserError`. A collective."""
-    if world_size() == 1:
-        return function(*values)
     found = [None]
     if is_main():
         try:
             found = [function(*values)]
         except UserError as error:
             found = [error]
-    dist.broadcast_object_list(found)                      # the files of a data set are too much to gather
+    if world_size() > 1:
+        dist.broadcast_object_list(found)                  # the files of a data set are too much to gather
     if isinstance(found[0], UserError):
         raise found[0]
     return found[0]
@@ -272,32 +250,20 @@ def all_reduce_mean(tensor):
 
 def gather_objects(value):
     """The `value` of every rank, in rank order, on every rank. For small Python objects and CPU tensors."""
-    if world_size() == 1:
-        return [value]
-    values = [None] * world_size()
-    dist.all_gather_object(values, value)
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
     return values
-
-
-def distributed(module, device):
-    """`module` in DistributedDataParallel: gradients are averaged over ranks, buffers are each rank's own."""
-    options = {"gradient_as_bucket_view": True, "device_ids": [device] if device.type == "cuda" else None}
-    try:
-        return DistributedDataParallel(module, forward_sync_buffers=False, **options)      # torch >= 2.13
-    except TypeError:
-        return DistributedDataParallel(module, broadcast_buffers=False, **options)
 
 
 AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def autocast(device, mixed_precision):
-    """The autocast context for `--mixed-precision` fp32, bf16 or fp16 on `device`.
-
-    Half precision is for GPUs. Seen with torch 2.14: on a CPU without AVX-512, convolutions 27 to 70 times
-    slower than in fp32; with it, on another machine, two weight gradients in bf16 that were garbage, of a
-    512 -> 1, 5 x 5 convolution on a single pixel, and of a padded conv3d of depth 2.
-    """
+    """The autocast context for `--mixed-precision` fp32, bf16 or fp16 on `device`. Half precision is for
+    GPUs: on CPUs torch 2.14 convolves 27 to 70 times slower than in fp32 (without AVX-512) or (with it) makes
+    garbage of two weight gradients in bf16, of a 512 -> 1, 5 x 5 convolution on a single pixel, and of a
+    padded conv3d of depth 2."""
     dtype = AUTOCAST_DTYPES[mixed_precision]
     warn_of_slow_half(device.type, mixed_precision)
     return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
@@ -312,29 +278,125 @@ def warn_of_slow_half(device, precision):
                    f"than with --mixed-precision fp32; half precision is for GPUs")
 
 
-def rng_states():
-    """The states of torch's global generators on every rank, as tensors that fit into a checkpoint."""
-    return gather_objects([torch.get_rng_state(), *torch.cuda.get_rng_state_all()])
+# ---- 3. Signals: no work is lost when somebody ends a script -----------------------------------------------
+
+# SIGINT is Ctrl-C, to all processes of a terminal; SIGTERM that of kill, scancel and torchrun, of Slurm twice
+# within milliseconds. SIGKILL follows after a time of grace, torchrun's of 30 s, and cannot be answered.
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-def restore_rng_state(states):
-    """Restore what `rng_states` saved for this rank. Ranks that the saved run did not have start afresh."""
-    if rank() < len(states):
-        cpu, *cuda = states[rank()]
-        torch.set_rng_state(cpu)
-        if len(cuda) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(cuda)
+class Stopped(KeyboardInterrupt):
+    """Raised by signal `number`, which ends the script; `kept` is what is said then of its work."""
+
+    def __init__(self, number, kept):
+        self.number = number
+        self.kept = kept
 
 
-# ---- 3. Files ----------------------------------------------------------------------------------------------
+class StopRequest:
+    """Turns signals into a question that a training loop asks once a step, so that it can save first. With
+    at_once, where there is nothing to save, they raise `Stopped`: files are whole or not there. Later ones
+    change nothing, but Ctrl-C a second after the first is a person's impatience, and raises it, too."""
+
+    def __init__(self, at_once=False):
+        self.at_once = at_once
+        self.received = 0
+        self.interrupted = math.inf                        # when Ctrl-C came first
+        self.agreed = 0                                    # the signal that all ranks stop for, 0 for none
+        self.kept = "nothing saved: no new checkpoint, no result"
+        for number in SIGNALS:
+            signal.signal(number, self.note)
+
+    def note(self, number, frame):
+        """The signal handler."""
+        now = time.monotonic()
+        is_first = not self.received
+        self.received = self.received or number
+        if number == signal.SIGINT:
+            self.interrupted = min(self.interrupted, now)
+        if is_first and self.at_once or number == signal.SIGINT and now > self.interrupted + 1:
+            raise Stopped(number, self.kept)
+
+    def requested(self, step):
+        """Whether any rank has received a signal, and step `step` is to be saved. A collective."""
+        self.agree()
+        if self.agreed:
+            print_main(f"signal {self.agreed}: saving step {step} ...")
+        return self.agreed > 0
+
+    def saved(self, path):
+        """Say which file to resume from, if a signal stops the run. A collective. To be called after each
+        save: a signal that came meanwhile needs no second one."""
+        self.kept = f"but {path} is saved; --resume continues from there"
+        self.agree()
+        if self.agreed:
+            line = f"signal {self.agreed}: saved {path}; --resume continues from here"
+            tell_torchrun(line)
+            print_main(line)
+
+    def agree(self):
+        """Set `agreed`, the same on every rank. A collective."""
+        flag = torch.tensor(self.received)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        self.agreed = int(flag)
+
+
+def say_why(line):
+    """Print why this process ends; of the ranks of torchrun rank 0 does, and torchrun for the others."""
+    if is_main() or "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        print(line, file=sys.stderr, flush=True)
+    tell_torchrun(line)
+
+
+def tell_torchrun(text):
+    """Let torchrun say `text` in its own last lines, should this rank be the first to fail."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        facts = {"message": text, "extraInfo": {"py_callstack": text, "timestamp": str(int(time.time()))}}
+        pathlib.Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": facts}))
+
+
+def start_workers(loader):
+    """`iter(loader)` of a DataLoader, whose workers inherit that signals wait, and never get them: their
+    death would keep the trainer from saving."""
+    if not hasattr(signal, "pthread_sigmask"):             # as on Windows
+        return iter(loader)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def follow_trainer(worker):
+    """Let a worker ignore signals, too (under spawn, none were held), but end with its trainer, which torch
+    sees to except under forkserver, Python 3.14's default."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+    def follow():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+@atexit.register
+def end_workers():
+    """As multiprocessing does next with those that an exception has left, but by a signal that they obey."""
+    if hasattr(signal, "SIGCHLD"):                         # not on Windows
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)      # torch's handler would raise
+    for worker in multiprocessing.active_children():
+        if worker.daemon:
+            worker.kill()
+
+
+# ---- 4. Files ----------------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
 def atomic(path):
-    """`with atomic(path) as temporary:` a kill or a full disk leaves the old file or the whole new one.
-
-    Yields a path beside `path` with the same suffix; what is written there takes the place of `path` at the
-    end, or is removed if anything fails. Makes missing folders.
-    """
+    """`with atomic(path) as temporary:` a kill or a full disk leaves the old file or the whole new one. What
+    is written to `temporary`, beside `path` and with its suffix, takes its place at the end, or is removed if
+    anything fails. Makes missing folders."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
@@ -355,8 +417,8 @@ def atomic(path):
 def check_writable(folder):
     """Refuse a `folder`, which need not exist, before work is done for it if nothing can be written there."""
     place = next(each for each in pathlib.Path(folder, "file").absolute().parents if each.exists())
-    require(place.is_dir() and os.access(place, os.W_OK), f"--output: {place} may not be written to, or "
-                                                          f"is no folder; name another")
+    require(place.is_dir() and os.access(place, os.W_OK),
+            f"--output: {place} may not be written to, or is no folder; name another")
 
 
 def write_json(path, value):
@@ -368,22 +430,20 @@ def write_json(path, value):
 
 def read_json(path):
     """The dict in a JSON file. Raises `UserError` that names the file if it holds anything else."""
-    try:
+    value = None
+    with contextlib.suppress(ValueError):
         value = json.loads(pathlib.Path(path).read_text())
-    except ValueError:
-        value = None
     require(isinstance(value, dict), f"{path} is damaged or was not written by this project; remove it")
     return value
+
 
 # What a kill leaves of the files that a training run writes by `atomic`.
 REMAINS = re.compile(r"\.((step|reconstructions|samples)-\d+|metrics|tokens[-.\w]*)\.\d+\.\w+")
 
 
 def lock(results_dir, flag="--results-dir"):
-    """Let nobody else write to `results_dir` as long as the value returned lives; a kill frees it, too.
-
-    Removes what a kill in the middle of a save has left there. Rank 0 holds the lock.
-    """
+    """Let nobody else write to `results_dir` as long as the value returned lives, a file that rank 0 holds; a
+    kill frees it, too. Removes what a kill in the middle of a save has left there."""
     if not is_main():
         return None
     folder = pathlib.Path(results_dir)
@@ -399,63 +459,13 @@ def lock(results_dir, flag="--results-dir"):
     except OSError as error:                               # ENOLCK, ENOSYS, EOPNOTSUPP: some network disks
         print(f"warning: {folder} cannot be locked ({error.strerror}); start no second run in it", flush=True)
         return file
-    for path in filter(lambda path: REMAINS.fullmatch(path.name), list(folder.iterdir())):
-        if path.name.startswith(".step-"):
-            print(f"removed  {path}, {path.stat().st_size / 1e6:.0f} MB of a save that a kill ended; give "
-                  f"the next one more time, under torchrun by --shutdown-timeout", flush=True)
-        path.unlink()
+    for path in folder.iterdir():
+        if REMAINS.fullmatch(path.name):
+            if path.name.startswith(".step-"):
+                print(f"removed  {path}, {path.stat().st_size / 1e6:.0f} MB of a save that a kill ended; give"
+                      f" the next one more time, under torchrun by --shutdown-timeout", flush=True)
+            path.unlink()
     return file
-
-
-def save_checkpoint(results_dir, step, checkpoint, keep=3):
-    """Write step-STEP.pt on rank 0 and remove all but the newest `keep` of the run. Returns its path. A
-    collective."""
-    path = pathlib.Path(results_dir) / f"step-{step:08d}.pt"             # names that sort by age
-    if is_main():
-        start = time.monotonic()
-        with atomic(path) as temporary, open(temporary, "wb") as file, flushed(file):
-            torch.save(checkpoint, file)
-        slow = path.with_name(SLOW_SAVE)
-        seconds = time.monotonic() - start
-        if seconds > 0.8 * min(signals.grace(), 30):
-            write_json(slow, {"seconds": round(seconds, 1)})
-            warn_of_slow_save(results_dir)
-        else:
-            slow.unlink(missing_ok=True)
-        for old in list_checkpoints(results_dir)[:-keep]:
-            if old != path:
-                old.unlink(missing_ok=True)
-    barrier()
-    return path
-
-
-@contextlib.contextmanager
-def flushed(file):
-    """Within it the disk writes what `file` has got so far, rather than all of it at the end, in fsync."""
-    done = threading.Event()
-
-    def flush():
-        while not done.wait(0.1):
-            os.fsync(file.fileno())
-
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        flushing = pool.submit(flush)
-        try:
-            yield
-        finally:
-            done.set()
-            flushing.result()                              # raises what the disk said
-
-
-SLOW_SAVE = ".slow-save.json"                              # how long the last save took, if that was long
-
-
-def warn_of_slow_save(results_dir):
-    """Say so if the last save in `results_dir` took longer than a signal leaves time for."""
-    slow = pathlib.Path(results_dir or "/dev/null") / SLOW_SAVE
-    if slow.exists() and (seconds := read_json(slow)["seconds"]) > 0.8 * signals.grace():
-        print_main(f"warning: the last save took {seconds} s, but {signals.grace()} s after a signal torchrun"
-                   f" kills; start it with --shutdown-timeout {math.ceil(2 * seconds) + 10}")
 
 
 def list_checkpoints(results_dir):
@@ -481,8 +491,7 @@ def check_same(saved, current, what, names=None):
 
 def sha256_of(path):
     """The sha256 of a file as 64 hexadecimal digits."""
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return hashlib.sha256(content).hexdigest()
+    return hashlib.sha256(np.memmap(path, mode="r")).hexdigest()
 
 
 def cache_dir():
@@ -490,19 +499,10 @@ def cache_dir():
     return os.environ.get("OPEN_MAGVIT2_WEIGHTS") or os.path.expanduser("~/.cache/open-magvit2")
 
 
-def main_first(function):
-    """`function()` on every rank, on rank 0 before the others: it downloads, and they find the file."""
-    result = function() if is_main() else None
-    barrier()
-    return result if is_main() else function()
-
-
 def fetch(url, weights_dir=None, sha256=None):
-    """Path of the file behind `url` in `weights_dir` (`cache_dir()`), downloaded on first use with a bar.
-
-    `sha256` (or its first digits) is checked as the file arrives. $HF_ENDPOINT names a mirror of
-    huggingface.co. Raises `UserError` without a connection, or where the content is not what was published.
-    """
+    """Path of the file behind `url` in `weights_dir` (`cache_dir()`), downloaded on first use and checked for
+    its sha256, or the first digits of it. $HF_ENDPOINT names a mirror of huggingface.co. Raises `UserError`
+    without a connection or the published content."""
     path = pathlib.Path(os.path.expanduser(weights_dir or cache_dir())) / url.rsplit("/", 1)[1]
     url = url.replace("https://huggingface.co", os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
 
@@ -515,6 +515,6 @@ def fetch(url, weights_dir=None, sha256=None):
 
     try:
         return main_first(download)
-    except (urllib.error.URLError, OSError, RuntimeError) as error:
-        raise UserError(f"cannot download {url} ({error}); fetch it on another machine and put it at {path}, "
-                        f"or name the folder that holds it with --weights-dir") from None
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"cannot download {url} ({error}); fetch it elsewhere and put it at {path}, or name "
+                        f"the folder that holds it with --weights-dir") from None

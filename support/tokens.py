@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from support import data, pictures, runtime, signals, sources
+from support import data, pictures, runtime, sources
 from support.runtime import require
 
 
@@ -98,8 +98,11 @@ def stored(dataset, made_with, tokenizer, args, limit=None):
     facts.update(vocabulary=tokenizer.quantizer.vocabulary, origin=origin, missing=found.get("missing"))
     if facts["missing"] is None:
         make_room(path, facts)
-        with signals.keeping(f"{path} keeps what is encoded; the same command continues"):
+        try:
             facts["missing"] = fill(path, dataset, indices, tokenizer, args)
+        except runtime.Stopped as stopped:
+            stopped.kept = f"{path} keeps what is encoded; the same command continues"
+            raise
         runtime.write_json(header, facts)
         if runtime.is_main():
             pathlib.Path(f"{path}.done").unlink()

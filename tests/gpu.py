@@ -28,7 +28,7 @@ import sample                                                              # noq
 import tokenizer                                                           # noqa: E402
 import train_ar                                                            # noqa: E402
 import train_tokenizer                                                     # noqa: E402
-from support import metrics, runtime                                        # noqa: E402
+from support import loops, metrics, runtime                                 # noqa: E402
 
 CPU = torch.device("cpu")
 SMALL = ["--image-size", 16, "--bits", 6, "--blocks", 1, "--global-batch-size", 4, "--gan-weight", 0.1,
@@ -120,7 +120,7 @@ def two_ranks(rank, port, device, model, batch, queue):
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     model = model.to(device)
     backward = bench.stage_two([], CPU)[1]
-    backward([runtime.distributed(model, device)], batch[rank::2].to(device))
+    backward([loops.distributed(model, device)], batch[rank::2].to(device))
     if rank == 0:
         queue.put([p.grad.cpu().numpy() for p in model.parameters()])
     dist.barrier()

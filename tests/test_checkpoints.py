@@ -1,9 +1,8 @@
 """Files are read safely and strictly, the published ones and ours; anything else is one line."""
 import argparse
 import collections
-import copy
+import contextlib
 import dataclasses
-import enum
 import hashlib
 import inspect
 import itertools
@@ -26,8 +25,9 @@ import tokenizer
 import train_ar
 import train_tokenizer
 import video
-from support import checkpoints, codec, pickles, runtime
-from helpers import ROOT, assert_same, error_line, published_ar_name, published_video_name, refused, stored
+from support import checkpoints, codec, loops, pickles, runtime
+from helpers import (GOLDEN, ROOT, assert_same, error_line, published_ar_name, published_video_name, refused,
+                     stored)
 
 SHAPE = dict(resolution=16, channels=32, channel_multipliers=(1, 2), blocks=1, mid_blocks=1, bits=6)
 TINY = tokenizer.TokenizerConfig(**SHAPE)
@@ -45,11 +45,11 @@ def tiny_presets(monkeypatch):
     monkeypatch.setitem(ar_model.PRESETS, "tiny", TINY_AR)
 
 
-def lightning(config, seed=0, discriminator=train_tokenizer.PatchGAN):
+def lightning(config, discriminator=train_tokenizer.PatchGAN):
     """(state_dict of a published tokenizer file, raw model, EMA model), on the current default device."""
     kind = video.VideoTokenizer if config.frames else tokenizer.Tokenizer
     rename = published_video_name if config.frames else str
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     raw, ema, critic = kind(config), kind(config), discriminator()
     state = {rename(name): tensor for name, tensor in raw.state_dict().items()}
     state.update({f"loss.discriminator.{name}": tensor for name, tensor in critic.state_dict().items()})
@@ -66,6 +66,12 @@ def same(a, b):
     return all(torch.equal(x, y) for x, y in pairs)
 
 
+def refuses(words, path, saved, load=checkpoints.load_tokenizer, *args):
+    """Assert that a file of these contents is refused in one line that matches `words`."""
+    torch.save(saved, path)
+    refused(words, load, path, *args)
+
+
 # ---- the published files ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", checkpoints.PUBLISHED)
@@ -78,7 +84,7 @@ def test_names_and_shapes_are_published_and_tell_the_preset(name):
         else:
             args = train_tokenizer.get_args(["--preset", name])
             config = train_tokenizer.TOKENIZER_PRESETS[name]
-            state, model, _ = lightning(config, 0, train_tokenizer.DISCRIMINATORS[args.discriminator])
+            state, model, _ = lightning(config, train_tokenizer.DISCRIMINATORS[args.discriminator])
     lines = sorted(f"{name} {list(tensor.shape)}" for name, tensor in state.items())
     digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
     assert digest == PUBLISHED[checkpoints.PUBLISHED[name][1]]
@@ -87,11 +93,10 @@ def test_names_and_shapes_are_published_and_tell_the_preset(name):
     assert found["config"] == dataclasses.asdict(config)
 
 
-def ours(config, changes=None):
+def ours(config):
     """A checkpoint of a tokenizer as its trainer leaves it, as far as loading goes, and its two models."""
     _, raw, ema = lightning(config)
-    more = {"step": 5, "ema": ema.state_dict(), "args": {"data_path": "x"}, **(changes or {})}
-    return stored(raw, **more), raw, ema
+    return stored(raw, step=5, ema=ema.state_dict(), args={"data_path": "x"}), raw, ema
 
 
 def published(config):
@@ -114,41 +119,19 @@ def test_tokenizers_load_ema_or_raw_weights(tmp_path, config, source, make):
     assert same(model, raw) and info["weights"] == "raw"
 
 
-@pytest.mark.slow
-def test_a_published_transformer_brings_its_tokenizer(tmp_path):
-    torch.manual_seed(0)
-    inner, model = tokenizer.Tokenizer(TINY), ar_model.ARModel(TINY_AR)
-    state = {published_ar_name(name): tensor for name, tensor in model.state_dict().items()}
-    torch.save({"state_dict": state}, tmp_path / "bare.ckpt")
-    assert checkpoints.load_ar(tmp_path / "bare.ckpt")[1] is None
-    state.update({f"first_stage_model.{name}": tensor for name, tensor in inner.state_dict().items()})
-    torch.save({"state_dict": state}, tmp_path / "ar.ckpt")
-    loaded, decoder, info = checkpoints.load_ar(tmp_path / "ar.ckpt")
-    assert same(loaded, model) and same(decoder, inner) and info["preset"] == "tiny"
-    assert torch.equal(loaded.rope, model.rope)
-    assert same(checkpoints.load_tokenizer(tmp_path / "ar.ckpt")[0], inner)
-    del state["transformer.norm.weight"]
-    torch.save({"state_dict": state}, tmp_path / "ar.ckpt")
-    refused("missing: norm.weight", checkpoints.load_ar, tmp_path / "ar.ckpt")
-
-
-@pytest.mark.parametrize("name, changes, problem", [
-    *[(name, None, name) for name in (
-        "encoder.norm_out.weight", "decoder.adaptive.1.beta.bias", "encoder.conv_out.weight",
-        "loss.discriminator.main.5.weight", "model_ema.decodernorm_outbias")],
-    *[(name, torch.zeros(1), name) for name in (
-        "encoder.norm_out.extra", "something.else", "model_ema.more", "loss.discriminator.main.12.weight")],
-    ("model_ema.encodernorm_outbias", torch.zeros(3), "encoder.norm_out.bias is [3]")])
-def test_missing_unexpected_and_misshapen_names_are_listed(tmp_path, name, changes, problem):
-    state, _, _ = lightning(TINY)
-    state[name] = changes
-    if changes is None:
-        del state[name]
-    torch.save({"state_dict": state}, tmp_path / "a.ckpt")
-    with pytest.raises(runtime.UserError) as caught:
-        checkpoints.load_tokenizer(tmp_path / "a.ckpt")
-    problem = problem.removeprefix("model_ema.").removeprefix("loss.discriminator.")
-    assert problem.replace(".", "") in str(caught.value).replace(".", "")
+@pytest.mark.parametrize("change, names", [
+    (None, ("encoder.norm_out.weight", "decoder.adaptive.1.beta.bias", "encoder.conv_out.weight",
+            "loss.discriminator.main.5.weight", "model_ema.decodernorm_outbias")),
+    (torch.zeros(3), ("encoder.norm_out.extra", "something.else", "model_ema.more",
+                      "loss.discriminator.main.12.weight", "model_ema.encodernorm_outbias"))])
+def test_missing_unexpected_and_misshapen_names_are_listed(tmp_path, change, names):
+    for name in names:
+        state, _, _ = lightning(TINY)
+        state[name] = change
+        if change is None:
+            del state[name]
+        letters = name.removeprefix("model_ema.").removeprefix("loss.discriminator.").replace(".", "")
+        refuses(r"\.?".join(letters), tmp_path / "a.ckpt", {"state_dict": state})
 
 
 def test_published_names_are_downloaded_from_the_mirror(tmp_path, monkeypatch):
@@ -181,26 +164,22 @@ def test_our_transformer_brings_its_tokenizer(tmp_path, ema):
     assert (info["weights"], info["step"], info["preset"]) == ("EMA" if ema else "raw", 3, "AR-B")
     assert (info["classes"], info["tokenizer"]) == (["a", "b", "c"], {"path": "x"})
     for changes in ({"first_stage": {}}, {"first_stage": saved}, {"classes": 3, "model": {}, "ema": {}}):
-        torch.save({**saved, **changes}, tmp_path / "bad.pt")
-        refused("bad.pt", checkpoints.load_ar, tmp_path / "bad.pt", ema)
+        refuses("bad.pt", tmp_path / "bad.pt", {**saved, **changes}, checkpoints.load_ar, ema)
 
 
 def test_models_of_the_wrong_kind_are_refused_by_name(tmp_path):
-    torch.save(ours(TINY)[0], tmp_path / "tokenizer.pt")
-    refused("marked open-magvit2-tokenizer", checkpoints.load_ar, tmp_path / "tokenizer.pt")
-    torch.save({"format": "open-magvit2-ar"}, tmp_path / "ar.pt")
-    refused("without its tokenizer", checkpoints.load_tokenizer, tmp_path / "ar.pt")
-    torch.save({"state_dict": {"transformer.norm.weight": torch.zeros(1)}}, tmp_path / "bare.ckpt")
-    refused("without its tokenizer", checkpoints.load_tokenizer, tmp_path / "bare.ckpt")
-    torch.save({"state_dict": {"model_ema.x": torch.zeros(1)}}, tmp_path / "bare.ckpt")
-    refused("EMA weights .* do not match", checkpoints.load_tokenizer, tmp_path / "bare.ckpt")
-    refused("holds no tokenizer", checkpoints.load_tokenizer, tmp_path / "bare.ckpt", False)
+    path = tmp_path / "a.pt"
+    refuses("marked open-magvit2-tokenizer", path, ours(TINY)[0], checkpoints.load_ar)
+    refuses("without its tokenizer", path, {"format": "open-magvit2-ar"})
+    refuses("without its tokenizer", path, {"state_dict": {"transformer.norm.weight": torch.zeros(1)}})
+    refuses("EMA weights .* do not match", path, {"state_dict": {"model_ema.x": torch.zeros(1)}})
+    refused("holds no tokenizer", checkpoints.load_tokenizer, path, False)
 
 
 CONFIG = dataclasses.asdict(TINY)
 ODD = [                             # changes of a tokenizer's file
     *[{name: value} for name in ("config", "model", "args", "preset", "step", "format")
-      for value in (3.5, [1], "x", b"x") if type(value) is not pickles.KINDS[name]],
+      for value in (3.5, [1], "x", b"x") if type(value) is not checkpoints.KINDS[name]],
     {"config": None}, {"config": {"bits": 3}}, {"model": {"a": 1}}, {"model": {3: torch.zeros(1)}},
     {"model": None}, {"format": "something"}, {"format": None}, {"ema": "x"}, {"ema": {"a": torch.zeros(1)}},
     *[{"config": {**CONFIG, name: value}} for name, value in (
@@ -214,13 +193,10 @@ ODD = [                             # changes of a tokenizer's file
 def test_tokenizers_that_are_not_what_they_claim_are_one_line(tmp_path):
     saved = ours(TINY)[0]
     for changes in ODD:
-        torch.save({**saved, **changes}, tmp_path / "a.pt")
         for ema in {"model" not in changes, "ema" in changes}:             # that takes what was changed
-            refused("a.pt", checkpoints.load_tokenizer, tmp_path / "a.pt", ema)
-        if "model" in changes:
-            torch.save({"state_dict": changes["model"]}, tmp_path / "a.pt")
-            refused("a.pt", checkpoints.load_tokenizer, tmp_path / "a.pt")
-            refused("a.pt", checkpoints.load_ar, tmp_path / "a.pt")
+            refuses("a.pt", tmp_path / "a.pt", {**saved, **changes}, checkpoints.load_tokenizer, ema)
+        for load in (checkpoints.load_tokenizer, checkpoints.load_ar) if "model" in changes else ():
+            refuses("a.pt", tmp_path / "a.pt", {"state_dict": changes["model"]}, load)
 
 
 def test_transformers_that_are_not_what_they_claim_are_one_line(tmp_path):
@@ -233,8 +209,7 @@ def test_transformers_that_are_not_what_they_claim_are_one_line(tmp_path):
                     *[{"config": {**saved["config"], name: value}} for name, value in (
                         ("grid", (2 ** 15, 2 ** 15)), ("grid", (0, 8)), ("heads", 3), ("token_dropout", 1),
                         ("bits", (3, 30)))]):
-        torch.save({**saved, **changes}, tmp_path / "a.pt")
-        refused("a.pt", checkpoints.load_ar, tmp_path / "a.pt")
+        refuses("a.pt", tmp_path / "a.pt", {**saved, **changes}, checkpoints.load_ar)
 
 
 def test_truncated_and_missing_files_are_clear_errors(tmp_path):
@@ -243,33 +218,28 @@ def test_truncated_and_missing_files_are_clear_errors(tmp_path):
     cuts = [whole[:size] for size in (0, 100, len(whole) // 2, len(whole) - 100)]
     for content in (*cuts, b"no checkpoint", pickle.dumps([1])):
         (tmp_path / "cut.ckpt").write_bytes(content)
-        refused("cut.ckpt cannot be read", checkpoints.load_tokenizer, tmp_path / "cut.ckpt")
+        refused("cut.ckpt is damaged", checkpoints.load_tokenizer, tmp_path / "cut.ckpt")
     refused("none.ckpt does not exist.* AR-XL", checkpoints.load_tokenizer, tmp_path / "none.ckpt")
-    refused("folder", checkpoints.load_tokenizer, tmp_path)
-    torch.save([1], tmp_path / "list.pt")
-    refused("no dictionary of weights, but a pickled list", checkpoints.load_tokenizer, tmp_path / "list.pt")
-    torch.jit.script(torch.nn.Linear(1, 1)).save(tmp_path / "program.pt")
-    refused("no dictionary of weights", checkpoints.load_tokenizer, tmp_path / "program.pt")
-    torch.save(tokenizer.Tokenizer(TINY), tmp_path / "pickled.pt")
-    refused("but a pickled tokenizer.Tokenizer", checkpoints.load_tokenizer, tmp_path / "pickled.pt")
+    refused("no checkpoint .*in", checkpoints.load_tokenizer, tmp_path)
+    refuses("no dictionary of weights, but a pickled list", tmp_path / "a.pt", [1])
+    refuses("but a pickled tokenizer.Tokenizer", tmp_path / "a.pt", tokenizer.Tokenizer(TINY))
+    torch.jit.script(torch.nn.Linear(1, 1)).save(tmp_path / "a.pt")
+    refused("no dictionary of weights", checkpoints.load_tokenizer, tmp_path / "a.pt")
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_flipped_bytes_are_never_a_traceback(tmp_path, seed):
+def test_flipped_bytes_are_never_a_traceback(tmp_path):
     path = tmp_path / "a.pt"
     torch.save(ours(TINY)[0], path)
     whole = path.read_bytes()
-    chance = random.Random(seed)
     start = whole.index(b"data.pkl")                       # of a pickle of some 9 kB
-    for _ in range(25):
+    for seed in range(100):
+        chance = random.Random(seed)
         damaged = bytearray(whole)
         for _ in range(3):
             damaged[chance.randrange(start, start + 9000)] = chance.randrange(256)
         path.write_bytes(damaged)
-        try:
+        with contextlib.suppress(runtime.UserError):
             checkpoints.load_tokenizer(path)
-        except runtime.UserError as error:
-            assert "a.pt" in str(error)
 
 
 def test_folders_name_their_newest_checkpoint_and_strangers_in_them_are_let_alone(tmp_path):
@@ -297,7 +267,7 @@ def test_a_run_resumes_from_a_folder_or_file_that_holds_all_of_it(tmp_path):
 
     done = run()
     saved = {**stored(done["model"]), "optimizer": done["optimizer"].state_dict(), "lecam": done["lecam"],
-             "rng": runtime.rng_states(), "args": {"tau": 1.0}}
+             "rng": loops.rng_states(), "args": {"tau": 1.0}}
     path = tmp_path / "step-00000003.pt"
     torch.save(saved, path)
     (tmp_path / "step-best.pt").write_bytes(b"the user's")
@@ -309,12 +279,10 @@ def test_a_run_resumes_from_a_folder_or_file_that_holds_all_of_it(tmp_path):
     refused("9.pt does not exist; there are step-00000003.pt$", resume, tmp_path / "step-00000009.pt", done)
     moments = saved["optimizer"]["state"]
     foreign = {key: {**moments[key], "exp_avg": torch.zeros(3)} for key in moments}
-    needed = saved.keys() - {"preset", "ema"}
-    odd = [(name, value) for name in needed for value in (None, [1], {"a": 1})]
+    odd = [(name, value) for name in saved.keys() - {"preset", "ema"} for value in (None, [1], {"a": 1})]
     odd += [("optimizer", {**saved["optimizer"], "state": state})
             for state in (foreign, {**moments, 0: 3}, {**moments, 999: moments[0]})]
-    odd.append(("lecam", torch.zeros(3)))
-    for name, value in odd:
+    for name, value in [*odd, ("lecam", torch.zeros(3))]:
         torch.save({**saved, name: value}, path)
         refused(str(path), resume, "latest", done)
 
@@ -338,8 +306,9 @@ def plant(monkeypatch, owner, name, old, new):
     (tokenizer.Encoder, "__init__", "group_norm(width)", "group_norm(widht)", NameError),
     (tokenizer.Quantizer, "__init__", "super().__init__()", "super().__init__(self.bits)", AttributeError),
     (ar_model.ARModel, "__init__", "self.config = config", "self.config, b = [config]", ValueError),
-    (ar_model.ARConfig, "__post_init__", "max(self.bits)", "max(*self.bits, ())", TypeError)])
-def test_a_bug_in_a_model_is_not_taken_for_damage(monkeypatch, owner, name, old, new, kind):
+    (ar_model.ARConfig, "__post_init__", "max(self.bits)", "max(*self.bits, ())", TypeError),
+    (pickles.Unpickler, "find_class", "self.MADE.get", "self.MAD.get", AttributeError)])
+def test_a_bug_of_ours_is_not_taken_for_damage(monkeypatch, owner, name, old, new, kind):
     plant(monkeypatch, owner, name, old, new)
     with pytest.raises(kind) as caught:
         checkpoints.load_tokenizer(ROOT / "assets" / "toy.pt")
@@ -384,59 +353,46 @@ def stranger(patch, name, kind=object):
     return made
 
 
-class Outer:
-    """Of nested classes, enums, lists and dicts with a class of their own."""
-    class Inner:
-        """Pickles reach it by getattr."""
-        def __init__(self):
-            self.x = torch.ones(2)
-
-    class Colour(enum.Enum):
-        """An enum inside a class."""
-        RED = 1
-
-
-Point = collections.namedtuple("Point", "x y")
-
-
 def foreign_objects(patch):
     """What Lightning files were seen to hold, or could, beside weights."""
-    kinds = (object, list, dict, set)
-    plain, items, names, members = [stranger(patch, f"gone.{kind.__name__}", kind) for kind in kinds]
+    kinds = (object, list, dict, set, tuple)
+    plain, items, names, members, point = [stranger(patch, f"gone.{kind.__name__}", kind) for kind in kinds]
     filled = plain()
     filled.own = filled                                    # a circle
     scalar, dtype = [stranger(patch, f"numpy.core.multiarray.{name}") for name in ("scalar", "dtype")]
     return [np.float64(0.5), np.dtype("float32"), np.arange(3), np.array(["a", None], dtype=object), plain,
             filled, items([1, 2]), names(a=1), members({1}), pathlib.Path("x"), argparse.Namespace(a=1), b"x",
-            collections.deque([1], 3), collections.defaultdict(list, a=1), Point(1, 2), Outer.Inner(), {1, 2},
-            Outer.Colour.RED, type(None), len, frozenset({1}), torch.device("cuda:3"), torch.bfloat16,
-            Call(torch.device, "npu", 0), torch.nn.Linear(2, 2), 2 ** 3000, Call(Call(plain, 1), 2),
-            Call(scalar, dtype, b"8")]                     # the last: numpy 1's scalars
+            collections.deque([1], 3), collections.defaultdict(list, a=1), point((1, 2)), {1, 2}, type(None),
+            Call(Call(getattr, plain, "Inner"), 1), len, frozenset({1}), torch.device("cuda:3"),
+            torch.bfloat16, Call(torch.device, "npu", 0), torch.nn.Linear(2, 2), 2 ** 3000,
+            Call(Call(plain, 1), 2), Call(scalar, dtype, b"8")]          # the last: numpy 1's scalars
 
 
-@pytest.fixture(scope="module")
-def published_states():
-    """{name of a loader: (state_dict of a published file, the model in it, EMA or its only one)}."""
-    state, raw, ema = lightning(TINY)
-    model = ar_model.ARModel(TINY_AR)
-    both = {published_ar_name(name): torch.nn.Parameter(x) for name, x in model.state_dict().items()}
-    both.update({f"first_stage_model.{name}": tensor for name, tensor in raw.state_dict().items()})
-    return {"load_tokenizer": (state, ema), "load_ar": (both, model)}
-
-
-@pytest.mark.parametrize("load", ["load_tokenizer", "load_ar"])
-def test_what_weights_do_not_need_does_not_decide(tmp_path, published_states, load):
-    state, model = published_states[load]
+@pytest.mark.parametrize("load", [checkpoints.load_tokenizer, checkpoints.load_ar])
+def test_what_weights_do_not_need_does_not_decide(tmp_path, load):
+    path = tmp_path / "a.ckpt"
+    state, raw, model = lightning(TINY)
+    if load is checkpoints.load_ar:
+        inner = {f"first_stage_model.{name}": tensor for name, tensor in raw.state_dict().items()}
+        model = ar_model.ARModel(TINY_AR)
+        state = {published_ar_name(name): torch.nn.Parameter(x) for name, x in model.state_dict().items()}
+        refuses("missing: heads", path, {"state_dict": dict(list(state.items())[:-1])}, load)
+        torch.save({"state_dict": state}, path)
+        assert load(path)[1] is None
+        state.update(inner)
     locations = itertools.cycle(["cpu", "npu:0", "xpu:1", "mps", "cuda:3", "hpu", "xla:0"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.serialization, "location_tag", lambda storage: next(locations))
         torch.save({"state_dict": state, "hyper_parameters": foreign_objects(patch),
-                    "lr_schedulers": [{"_last_lr": [np.float64(1e-4)]}]}, tmp_path / "a.ckpt")
-    assert same(getattr(checkpoints, load)(tmp_path / "a.ckpt")[0], model)
-    checkpoints.main(checkpoints.get_args([str(tmp_path / "a.ckpt"), str(tmp_path / "half.pt")]))
-    smaller, *_, info = getattr(checkpoints, load)(tmp_path / "half.pt")
-    assert same(smaller, copy.deepcopy(model).half())
-    assert (info["source"], info["preset"]) == ("published", "tiny")
+                    "lr_schedulers": [{"_last_lr": [np.float64(1e-4)]}]}, path)
+    loaded, *decoder, info = load(path)
+    assert same(loaded, model) and (info["source"], info["preset"]) == ("published", "tiny")
+    if decoder:
+        assert same(decoder[0], raw) and same(checkpoints.load_tokenizer(path)[0], raw)
+        assert torch.equal(loaded.rope, model.rope)
+    checkpoints.main(checkpoints.get_args([str(path), str(tmp_path / "half.pt")]))
+    smaller, *_, about = load(tmp_path / "half.pt")
+    assert same(smaller, model.half()) and (about["source"], about["preset"]) == ("published", "tiny")
 
 
 @pytest.mark.parametrize("needed", [True, False])
@@ -459,57 +415,12 @@ def test_nothing_that_a_file_asks_for_is_run(tmp_path, trap, needed):
     assert (tmp_path / "executed").exists(), "the trap does not work"
 
 
-@pytest.mark.parametrize("load", ["load_tokenizer", "load_ar"])
-def test_files_that_lightning_writes_are_read(tmp_path, published_states, load):
-    """With pytorch-lightning, omegaconf and jsonargparse, which are no dependencies: seen with 2.6.6."""
-    lightning_package = pytest.importorskip("pytorch_lightning")
-    omegaconf = pytest.importorskip("omegaconf")
-    cli = pytest.importorskip("pytorch_lightning.cli")
-    state, model = published_states[load]
-
-    class Model(lightning_package.LightningModule):
-        """Two optimizers by hand, as for a GAN, a schedule in numpy, and hyper-parameters of any kind."""
-
-        def __init__(self, width: int = 4, path: pathlib.Path = pathlib.Path("x")):
-            super().__init__()
-            self.save_hyperparameters()
-            self.save_hyperparameters({
-                "conf": omegaconf.OmegaConf.create({"a": [1, {"b": "${c}"}], "c": 2}), "path": path,
-                "device": torch.device("cuda:3"), "loss": torch.nn.L1Loss(), "dtype": np.dtype("float32")})
-            self.automatic_optimization = False
-            self.nets = torch.nn.ModuleList(torch.nn.Linear(3, 3) for _ in range(2))
-
-        def state_dict(self, *args, **options):
-            """The names of the published files."""
-            return collections.OrderedDict(state)
-
-        def configure_optimizers(self):
-            """Lists of optimizers and schedules."""
-            optimizers = [torch.optim.Adam(net.parameters()) for net in self.nets]
-            schedule = torch.optim.lr_scheduler.LambdaLR
-            return optimizers, [schedule(each, lambda step: np.float64(0.5) ** step) for each in optimizers]
-
-        def training_step(self, batch, index):
-            """A step of both."""
-            for net, optimizer, schedule in zip(self.nets, self.optimizers(), self.lr_schedulers()):
-                optimizer.zero_grad()
-                self.manual_backward(net(batch).square().mean())
-                optimizer.step()
-                schedule.step()
-
-        def train_dataloader(self):
-            """Two batches."""
-            return torch.utils.data.DataLoader(torch.randn(4, 3), batch_size=2)
-
-    flags = {"max_steps": 4, "accelerator": "cpu", "logger": False, "enable_progress_bar": False,
-             "enable_model_summary": False, "default_root_dir": tmp_path}
-    flags = ["fit", *[f"--trainer.{name}={value}" for name, value in flags.items()]]
-    trainer = cli.LightningCLI(Model, args=flags, save_config_callback=None).trainer
-    trainer.save_checkpoint(tmp_path / "a.ckpt")
-    foreign = torch.serialization.get_unsafe_globals_in_checkpoint(tmp_path / "a.ckpt")
-    assert {"omegaconf.dictconfig.DictConfig", "pathlib.PosixPath"} <= set(foreign)
-    assert any(name.endswith("multiarray.scalar") for name in foreign)
-    assert same(getattr(checkpoints, load)(tmp_path / "a.ckpt")[0], model)
+def test_a_file_that_lightning_wrote_is_read():
+    """By LightningCLI 2.6.6: two optimizers by hand, a schedule in numpy, hyper-parameters of OmegaConf."""
+    path = GOLDEN / "lightning.ckpt"
+    foreign = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    assert foreign >= {"omegaconf.dictconfig.DictConfig", "pathlib.PosixPath", "numpy.dtype"}
+    assert checkpoints.read(path)["state_dict"]["nets.1.weight"].shape == (3, 3)
 
 
 # ---- weights to pass on -----------------------------------------------------------------------------------

@@ -78,8 +78,12 @@ def test_transformer_resumes_bit_for_bit_after_kill(tmp_path, flags, ranks, toke
 
 # ---- training: two ranks are one with the double batch ----------------------------------------------------
 
-def assert_close_runs(one, two, parts):
-    """Logs and weights of two runs agree to rounding."""
+def assert_two_ranks_equal_one(folder, script, flags, forked=True):
+    """Logs and weights of two ranks, and of one with the double batch, agree to rounding."""
+    one, two = folder / "1", folder / "2"
+    for ranks, results in ((1, one), (2, two)):
+        run_script(script, *flags, "--length", 3, "--log-every", 1, "--results-dir", results, ranks=ranks,
+                   forked=forked or ranks == 1)
     a, b = logged(one), logged(two)
     assert a.keys() == b.keys()
     for step in a:
@@ -87,7 +91,7 @@ def assert_close_runs(one, two, parts):
         for name, value in a[step].items():
             assert b[step][name] == pytest.approx(value, rel=1e-4, abs=1e-5), (step, name)
     a, b = newest(one), newest(two)
-    for part in parts:
+    for part in ("model", "ema"):
         for name, tensor in a[part].items():
             torch.testing.assert_close(b[part][name], tensor, atol=1e-5, rtol=1e-5, msg=name)
 
@@ -95,17 +99,12 @@ def assert_close_runs(one, two, parts):
 @pytest.mark.parametrize("flags", [IMAGES, [*CLIPS[:-4], "--global-batch-size", 4, "--warmup", 50]],
                          ids=["images", "clips"])
 def test_two_tokenizer_ranks_equal_the_double_batch(tmp_path, flags):
-    flags = [*flags, "--length", 3, "--lr", 1e-4, "--log-every", 1]
-    call(train_tokenizer, "--results-dir", tmp_path / "one", *flags)
-    run_script("train_tokenizer.py", "--results-dir", tmp_path / "two", *flags, ranks=2)
-    assert_close_runs(tmp_path / "one", tmp_path / "two", ["model", "ema"])
+    assert_two_ranks_equal_one(tmp_path, "train_tokenizer.py", [*flags, "--lr", 1e-4])
 
 
 def test_two_transformer_ranks_equal_the_double_batch(tmp_path, tokenizer_path):
-    flags = [*AR[:-2], "--label-dropout", 0, "--tokenizer", tokenizer_path, "--length", 3, "--log-every", 1]
-    call(train_ar, "--results-dir", tmp_path / "one", *flags)
-    run_script("train_ar.py", "--results-dir", tmp_path / "two", *flags, ranks=2, forked=False)    # torchrun
-    assert_close_runs(tmp_path / "one", tmp_path / "two", ["model"])
+    flags = [*AR[:-2], "--label-dropout", 0, "--tokenizer", tokenizer_path]
+    assert_two_ranks_equal_one(tmp_path, "train_ar.py", flags, forked=False)               # under torchrun
 
 
 # ---- tokens and samples: any number of ranks, any interruption ---------------------------------------------

@@ -1,10 +1,8 @@
 """The notebook runs and shows what is stored; what exercises name exists, and their numbers are true."""
-import base64
 import copy
 import csv
 import functools
 import importlib
-import io
 import re
 import shlex
 import time
@@ -12,7 +10,6 @@ import time
 import nbformat
 import pytest
 from nbclient import NotebookClient
-from PIL import Image
 
 from helpers import ROOT
 from test_documents import parser_of
@@ -27,20 +24,12 @@ def code_cells(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
-def sizes(cell):
-    """(width, height) of each picture that a cell shows."""
-    shown = [output.data["image/png"] for output in cell.outputs if "image/png" in output.get("data", {})]
-    return [Image.open(io.BytesIO(base64.b64decode(png))).size for png in shown]
-
-
-def draws(cell):
-    """How many pictures a cell ought to show: its calls outside of functions."""
-    return len(re.findall(r"^(?:show|plt\.show)\(", cell.source, re.MULTILINE))
-
-
-def numbers(text):
-    """All numbers of a text."""
-    return [float(number) for number in re.findall(r"-?\d+(?:\.\d+)?", text)]
+def assert_shown(notebook):
+    """Each cell shows as many pictures as it has calls to do so outside of functions: ten in all, or more."""
+    draws = [len(re.findall(r"^(?:show|plt\.show)\(", cell.source, re.M)) for cell in code_cells(notebook)]
+    shown = [sum("image/png" in output.get("data", {}) for output in cell.outputs)
+             for cell in code_cells(notebook)]
+    assert shown == draws and sum(draws) >= 10
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +40,8 @@ def committed():
 
 def test_the_notebook_is_stored_with_its_pictures(committed):
     assert NOTEBOOK.stat().st_size < 2e6
-    assert sum(draws(cell) for cell in code_cells(committed)) >= 10
+    assert_shown(committed)
     for cell in code_cells(committed):
-        assert len(sizes(cell)) == draws(cell), cell.source
         assert not [output for output in cell.outputs if output.output_type == "error"]
         assert len(cell.source.splitlines()) <= 22 and max(map(len, cell.source.splitlines())) <= 110
 
@@ -66,8 +54,7 @@ def test_the_notebook_runs_and_draws_what_is_stored(committed):
     start = time.time()
     NotebookClient(again, timeout=180, resources={"metadata": {"path": str(ROOT)}}).execute()    # or raises
     assert time.time() - start < 180
-    for cell in code_cells(again):
-        assert len(sizes(cell)) == draws(cell), cell.source
+    assert_shown(again)
 
 
 def test_twelve_exercises_begin_at_functions_that_exist():
@@ -110,7 +97,9 @@ def test_snippets_print_what_their_last_line_says(part, monkeypatch, capsys):
     prelude = re.search(r"```python\n(.*?)```", PARTS[0], re.DOTALL)[1]
     snippet = re.search(r"```python\n(.*?)# prints (.*?)\n```", part, re.DOTALL)
     exec(prelude + snippet[1], {"__name__": "exercise"})
-    assert numbers(capsys.readouterr().out) == pytest.approx(numbers(snippet[2]), rel=0.02)
+    printed, said = [[float(number) for number in re.findall(r"-?\d+(?:\.\d+)?", text)]
+                     for text in (capsys.readouterr().out, snippet[2])]
+    assert printed == pytest.approx(said, rel=0.02)
 
 
 def test_measured_numbers_of_exercises_stand_in_the_csv():

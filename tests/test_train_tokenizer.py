@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import tokenizer
-from support import checkpoints, pictures, runtime
+from support import checkpoints, data, loops, pictures, runtime, sources
 import train_tokenizer as stage1
 from helpers import assert_same, call, error_line, fill_module, golden, logged, newest, refused
 
@@ -82,7 +82,7 @@ def test_every_flag_of_a_published_recipe_is_the_official_one(preset):
     assert runtime.config_from_args(config, args) == config
     found = {name: value for name, value in vars(args).items() if name not in FREE | vars(config).keys()}
     found["length"], found["warmup"], *found["milestones"] = [
-        runtime.to_steps(text, 1000)
+        loops.to_steps(text, 1000)
         for text in (args.length, stage1.TOKENIZER_RECIPES[preset]["warmup"], *args.milestones)]
     assert found == {**OFFICIAL, **OFFICIALLY[preset]}
     expected = golden("lfq_losses")                                        # made with official eps and tau
