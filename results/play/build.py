@@ -23,13 +23,13 @@ from PIL import Image
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT)]
 
-from support import checkpoints, pictures, runtime, shapes                 # noqa: E402
+from support import checkpoints, runtime, shapes                 # noqa: E402
 from support.runtime import require                                        # noqa: E402
 
 HERE = pathlib.Path(__file__).resolve().parent
 TOY = ROOT / "assets" / "toy.pt"
 PHOTO = ROOT / "assets" / "photo.pt"
-TILES = ROOT / "assets" / "photos.png"             # its first row: eight tiles of 64 x 64 pixels, enlarged twice
+TILES = ROOT / "assets" / "photos.png"             # its first row: eight tiles of 64 x 64, enlarged twice
 LARGEST_PAGE = 8 * 2 ** 20                         # bytes
 OWN_SIDE = 96                                      # of a user's photograph: a quarter of a second to decode
 
@@ -40,8 +40,8 @@ def base64_of(array):
 
 
 def weights_of(model, source):
-    """A model as play.js reads it: its config, the names and shapes of its weights, and these one after another
-    as half floats. Convolutions (O, C, k, k) become (O, k, k, C), matrices (O, C) become (O, 1, 1, C)."""
+    """A model as play.js reads it: its config, names and shapes of its weights, and these one after another as
+    half floats. Convolutions (O, C, k, k) become (O, k, k, C), matrices (O, C) become (O, 1, 1, C)."""
     layout = []
     halves = []
     for name, weight in model.state_dict().items():
@@ -49,41 +49,42 @@ def weights_of(model, source):
             weight = weight[:, :, None, None]
         if weight.dim() == 4:
             weight = weight.movedim(1, -1)
-        require(weight.abs().max() < 65504, f"{source}: {name} does not fit into half precision")  # nor does NaN
+        fits = weight.abs().max() < 65504          # nor does NaN
+        require(fits, f"{source}: {name} does not fit into half precision; name another checkpoint")
         layout.append((name, list(weight.shape)))
         halves.append(weight.flatten().half().numpy())
     return {"config": dataclasses.asdict(model.config), "layout": layout,
             "halves": base64_of(np.concatenate(halves))}
 
 
-def tokenizer_of(model, source, images, own_side):
-    """A tokenizer as play.js reads it, with uint8 images (B, 3, S, S) to begin with."""
+def tokenizer_of(model, source):
+    """A tokenizer as play.js reads it."""
     config = model.config
     require(config.grid_axes == "hw" and config.quantizer == "lfq" and config.bits <= 24,
             f"{source}: the page shows tokenizers of images with --quantizer lfq and 24 bits at most")
     require(config.upsampler == "depth-to-space" and config.downsampler == "strided",
             f"{source}: the page has no layers for --upsampler {config.upsampler}, --downsampler "
             f"{config.downsampler}; name a tokenizer with depth-to-space and strided ones")
-    own_side -= own_side % config.downsampling
-    return {**weights_of(model, source), "side": images.shape[-1], "ownSide": own_side,
-            "pictures": [base64_of(image.movedim(0, -1).numpy()) for image in images]}
+    return weights_of(model, source)
 
 
 def photographs():
     """uint8 (8, 3, 64, 64): the originals that `TILES` shows."""
     with Image.open(TILES) as image:
-        row = torch.from_numpy(np.array(image.convert("RGB"))[4:132:2, 4::2]).movedim(-1, 0)       # (3, 64, 528)
+        row = torch.from_numpy(np.array(image.convert("RGB"))[4:132:2, 4::2]).movedim(-1, 0)     # (3, 64, 528)
     return torch.stack([row[:, :, 66 * i:66 * i + 64] for i in range(8)])
 
 
 def buttons(images, names, tokenizer):
-    """HTML of a button for each of uint8 images (B, 3, S, S), pictures to begin with."""
+    """HTML of a button for each of uint8 images (B, 3, S, S): pictures to begin with, for tokenizer 0 or 1."""
     page = ""
     for i, (image, name) in enumerate(zip(images, names)):
         file = io.BytesIO()
         Image.fromarray(image.movedim(0, -1).numpy()).save(file, "png")
         source = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-        page += f'<button onclick="lookAt({tokenizer}, {i})"><img alt="" src="{source}">{name}</button>\n'
+        guess = f"$('surprise-class').value = {i}; " if tokenizer == 0 else ""     # shapes are in class order
+        page += (f'<button onclick="{guess}look(this.firstChild, tokenizers[{tokenizer}])"><img alt="" src="{source}">{name}'
+                 "</button>\n")
     return page
 
 
@@ -97,38 +98,48 @@ def named(match):
     return f"<code>{name}</code> in {file}, line {node.lineno}"
 
 
+def check(config, toy, source):
+    """Refuse transformers that the page has no room for."""
+    require(toy and config.num_classes and len(config.grid) == 2 and not config.separate_heads,
+            f"{source}: the page draws images of classes; name a transformer of such, without "
+            "--separate-heads, with its tokenizer in the same file")
+    require(len(config.bits) == 2 and max(config.bits) <= 6,
+            f"{source}: the page shows two sub-tokens of 6 bits at most, not {config.bits}; name another")
+
+
 def main(args):
     """Write the page of the models that `args` (from `get_args`) name."""
     source = f"--ckpt {args.ckpt}"
     model, toy, info = checkpoints.load_ar(args.ckpt)
     config = model.config
-    require(toy and config.num_classes and len(config.grid) == 2 and not config.separate_heads,
-            f"{source}: the page draws images of classes, without --separate-heads; name such a model, with its "
-            "tokenizer in the same file")
-    require(len(config.bits) == 2 and max(config.bits) <= 6,
-            f"{source}: the page has room for two sub-tokens of 64 entries, but this model has {config.bits} bits")
-    side = config.grid[0] * toy.config.downsampling
+    check(config, toy, source)
+    h, w = config.grid
+    side = h * toy.config.downsampling
     images = torch.from_numpy(shapes.draw_images(range(10), "val", side, plain=True))
-    tokenizers = [tokenizer_of(toy, source, images, side)]
-    transformer = {**weights_of(model, source), "rope": model.rope.flatten(1).tolist()}
     names = [html.escape(name) for name in info["classes"] or map(str, range(config.num_classes))]
+    data = {"transformer": {**weights_of(model, source), "rope": model.rope.flatten(1).tolist()},
+            "tokenizers": [tokenizer_of(toy, source)], "grid": {"h": h, "w": w, "N": h * w}, "ownSide": side}
     fields = {"classes": "".join(f"<option value={n}>{name}</option>" for n, name in enumerate(names)),
               "pictures": buttons(images, shapes.SHAPES, 0),
-              "own": f"It becomes {side} x {side} pixels, and this toy has seen nothing but such shapes: look what "
-                     "is left.",
-              **{f"bars {m}": "<button></button>" * 2 ** bits for m, bits in enumerate(config.bits)}}
+              "own": f"It becomes {side} x {side} pixels. This toy has seen nothing but such shapes: look what it "
+                     "makes of anything else."}
+    for m, bits in enumerate(config.bits):
+        before = "drawing.tokens[drawing.t][0], " * m
+        fields[f"bars {m}"] = "".join(f'<button onclick="turn(drawing.t, [{before}{entry}])">{entry}</button>'
+                                      for entry in range(2 ** bits))
     if args.photo or PHOTO.exists():
         photo, _ = checkpoints.load_tokenizer(args.photo or PHOTO)
-        tokenizers.append(tokenizer_of(photo, f"--photo {args.photo or PHOTO}", photographs(), OWN_SIDE))
+        data["tokenizers"].append(tokenizer_of(photo, f"--photo {args.photo or PHOTO}"))
+        data["ownSide"] = OWN_SIDE - OWN_SIDE % photo.config.downsampling
         fields["pictures"] += buttons(photographs(), [f"photo {n}" for n in range(1, 9)], 1)
-        fields["own"] = (f"Of it the largest square, made {OWN_SIDE} x {OWN_SIDE} pixels. The eight tiles shown are "
-                         "by Aitzol Berasategi, Sander Klootwijk, Jakub Mede and others (results/README.md).")
-    fields["data"] = json.dumps({"tokenizers": tokenizers, "transformer": transformer})
+        fields["own"] = (f"Of it the largest square, made {data['ownSide']} pixels wide. The tiles shown are by "
+                         "Aitzol Berasategi, Sander Klootwijk, Jakub Mede and others (results/README.md).")
+    fields["data"] = json.dumps(data)
     fields["script"] = (HERE / "play.js").read_text("utf-8")
     page = re.sub(r"{{(\S+\.py) (\S+)}}", named, (HERE / "play.html").read_text("utf-8"))
     page = re.sub(r"{{([a-z]+( \d)?)}}", lambda match: fields[match[1]], page)
-    require(len(page) <= LARGEST_PAGE, f"the page would have {len(page) / 2 ** 20:.1f} of at most 8 MiB; name "
-                                       "smaller models")
+    require(len(page) <= LARGEST_PAGE, f"the page would have {len(page) / 2 ** 20:.1f} MiB; name smaller models, "
+                                       f"so that it has {LARGEST_PAGE / 2 ** 20:.0f} at most")
     with runtime.atomic(args.output) as temporary:
         temporary.write_text(page, "utf-8")
     print(f"page  {args.output}, {len(page) / 2 ** 20:.1f} MiB")
@@ -138,7 +149,7 @@ def get_args(argv=None):
     """Parse the command line."""
     parser = runtime.ArgumentParser(__doc__)
     parser.add_argument("--ckpt", default=str(TOY), help="transformer, with its tokenizer")
-    parser.add_argument("--photo", help="tokenizer for photographs; not given: assets/photo.pt, if it is there")
+    parser.add_argument("--photo", help="tokenizer for photographs; not given: assets/photo.pt, if any")
     parser.add_argument("--output", default="runs/play.html", help="page to write")
     return parser.parse_args(argv)
 
