@@ -40,8 +40,8 @@ def base64_of(array):
 
 
 def weights_of(model, source):
-    """A model as play.js reads it: its config, names and shapes of its weights, and these one after another as
-    half floats. Convolutions (O, C, k, k) become (O, k, k, C), matrices (O, C) become (O, 1, 1, C)."""
+    """A model as play.js reads it: config, names and shapes of weights, and all of them as half floats.
+    Convolutions (O, C, k, k) become (O, k, k, C), matrices (O, C) become (O, 1, 1, C)."""
     layout = []
     halves = []
     for name, weight in model.state_dict().items():
@@ -71,20 +71,20 @@ def tokenizer_of(model, source):
 def photographs():
     """uint8 (8, 3, 64, 64): the originals that `TILES` shows."""
     with Image.open(TILES) as image:
-        row = torch.from_numpy(np.array(image.convert("RGB"))[4:132:2, 4::2]).movedim(-1, 0)     # (3, 64, 528)
-    return torch.stack([row[:, :, 66 * i:66 * i + 64] for i in range(8)])
+        row = np.array(image.convert("RGB"))[4:132:2, 4::2]                                     # (64, 528, 3)
+    return torch.stack([torch.from_numpy(row[:, 66 * i:66 * i + 64]).movedim(-1, 0) for i in range(8)])
 
 
 def buttons(images, names, tokenizer):
-    """HTML of a button for each of uint8 images (B, 3, S, S): pictures to begin with, for tokenizer 0 or 1."""
+    """HTML of a button for each of uint8 images (B, 3, S, S): what to begin with, for tokenizer 0 or 1."""
     page = ""
     for i, (image, name) in enumerate(zip(images, names)):
         file = io.BytesIO()
         Image.fromarray(image.movedim(0, -1).numpy()).save(file, "png")
         source = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
         guess = f"$('surprise-class').value = {i}; " if tokenizer == 0 else ""     # shapes are in class order
-        page += (f'<button onclick="{guess}look(this.firstChild, tokenizers[{tokenizer}])"><img alt="" src="{source}">{name}'
-                 "</button>\n")
+        page += (f'<button onclick="{guess}look(this.firstChild, tokenizers[{tokenizer}])">'
+                 f'<img alt="" src="{source}">{name}</button>\n')
     return page
 
 
@@ -121,8 +121,8 @@ def main(args):
             "tokenizers": [tokenizer_of(toy, source)], "grid": {"h": h, "w": w, "N": h * w}, "ownSide": side}
     fields = {"classes": "".join(f"<option value={n}>{name}</option>" for n, name in enumerate(names)),
               "pictures": buttons(images, shapes.SHAPES, 0),
-              "own": f"It becomes {side} x {side} pixels. This toy has seen nothing but such shapes: look what it "
-                     "makes of anything else."}
+              "own": f"It becomes {side} x {side} pixels. This toy has seen nothing but such shapes: look "
+                     "what it makes of anything else."}
     for m, bits in enumerate(config.bits):
         before = "drawing.tokens[drawing.t][0], " * m
         fields[f"bars {m}"] = "".join(f'<button onclick="turn(drawing.t, [{before}{entry}])">{entry}</button>'
@@ -132,14 +132,14 @@ def main(args):
         data["tokenizers"].append(tokenizer_of(photo, f"--photo {args.photo or PHOTO}"))
         data["ownSide"] = OWN_SIDE - OWN_SIDE % photo.config.downsampling
         fields["pictures"] += buttons(photographs(), [f"photo {n}" for n in range(1, 9)], 1)
-        fields["own"] = (f"Of it the largest square, made {data['ownSide']} pixels wide. The tiles shown are by "
-                         "Aitzol Berasategi, Sander Klootwijk, Jakub Mede and others (results/README.md).")
+        fields["own"] = (f"Of it the largest square, made {data['ownSide']} pixels wide. The tiles shown are "
+                         "by Aitzol Berasategi, Sander Klootwijk, Jakub Mede and others (results/README.md).")
     fields["data"] = json.dumps(data)
     fields["script"] = (HERE / "play.js").read_text("utf-8")
     page = re.sub(r"{{(\S+\.py) (\S+)}}", named, (HERE / "play.html").read_text("utf-8"))
     page = re.sub(r"{{([a-z]+( \d)?)}}", lambda match: fields[match[1]], page)
-    require(len(page) <= LARGEST_PAGE, f"the page would have {len(page) / 2 ** 20:.1f} MiB; name smaller models, "
-                                       f"so that it has {LARGEST_PAGE / 2 ** 20:.0f} at most")
+    require(len(page) <= LARGEST_PAGE, f"the page would have {len(page) / 2 ** 20:.1f} MiB, more than "
+                                       f"{LARGEST_PAGE // 2 ** 20}: too much to load; name smaller models")
     with runtime.atomic(args.output) as temporary:
         temporary.write_text(page, "utf-8")
     print(f"page  {args.output}, {len(page) / 2 ** 20:.1f} MiB")

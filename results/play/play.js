@@ -1,10 +1,9 @@
 /* Tokenizer and transformer in a browser: what tokenizer.py, ar_model.py and sample.py do, in plain loops.
 In reading order: 1. layers; 2. tokenizer (eq. 1, 2); 3. transformer (eq. 5 to 7); 4. the page.
 
-A map is {h, w, c, v}: v holds h x w places of c channels, channels last, so that the numbers of a place are
-neighbours: (h, w, C) is what torch has as (C, h, w). Rows of a batch are places, too: (1, R, D). `net` is a
-model's config and its weights, named as in torch. All is float64: JavaScript computes in it anyway, and would
-convert every number of a float32 array, which takes longer than the products. Letters: as in the Python. */
+A map is {h, w, c, v}: v holds h x w places of c channels, the numbers of a place side by side: (h, w, C) is
+what torch has as (C, h, w). Rows of a batch are places, too: (1, R, D). `net` is a model's config and weights,
+these by their names in torch. All is float64, as is JavaScript: float32 would be converted at each use. */
 "use strict";
 
 // ---- 1. Layers --------------------------------------------------------------------------------------------
@@ -26,8 +25,8 @@ function unpack({config, rope, layout, halves}) {
     return net;
 }
 
-/** k x k places, from `before` each `stride`-th one on, as its channels: (h / stride, .., k k C). Beyond edges
-    is 0. With k = stride this is space-to-depth: channel c at (dy, dx) becomes channel (dy k + dx) C + c. */
+/** k x k places, from `before` each `stride`-th one on, as its channels: (h / stride, .., k k C), 0 outside.
+    With k = stride this is space-to-depth: channel c at (dy, dx) becomes channel (dy k + dx) C + c. */
 function windows(x, k, stride, before) {
     const y = newMap(Math.ceil(x.h / stride), Math.ceil(x.w / stride), k * k * x.c);
     for (let i = 0; i < y.v.length; i += x.c) {
@@ -58,7 +57,7 @@ function conv(net, name, x, stride = 1) {
     const {h, w, c: C, v} = k === 1 ? x : windows(x, k, stride, k >> 1);
     const y = newMap(h, w, O);
     for (let i = 0; i < y.v.length; i++) {
-        const [o, place] = [div(i, h * w), i % (h * w)];   // one kernel at all places, as it stays in the cache
+        const [o, place] = [div(i, h * w), i % (h * w)];   // a kernel at all places, as it stays in the cache
         const kernel = weight.subarray(o * C, o * C + C);
         let total = bias[o];
         for (let c = 0; c < C; c++)                        // here all time is spent
@@ -149,8 +148,8 @@ const embed = (net, name, entries) => each(newMap(1, entries.length, net.config.
 function rmsNorm(net, name, x) {
     const mean = new Float64Array(x.w);
     x.v.forEach((value, i) => mean[div(i, x.c)] += value ** 2 / x.c);
-    const normed = each(x, (value, i) => value / Math.sqrt(mean[div(i, x.c)] + 1e-5));
-    return each(normed, (value, i) => value * net[`${name}.weight`].v[i % x.c]);
+    const {v: weight} = net[`${name}.weight`];
+    return each(x, (value, i) => value / Math.sqrt(mean[div(i, x.c)] + 1e-5) * weight[i % x.c]);
 }
 
 /** q, k and v side by side (1, R, 3 D) with the pairs of q and k turned, as (a + ib)(cos + i sin), by the
@@ -341,8 +340,7 @@ async function look(source, net) {
     seen = {net, picture, z, ids, plain: decode(net, ids, z.h, z.w), t: div(z.h, 2) * z.w + div(z.w, 2)};
     $("size").textContent = `${z.h} x ${z.w} of ${z.c} bits, ${z.v.length / 8} bytes for ${side * side * 3}`;
     $("surprise-part").hidden = net !== tokenizers[0];     // of others, the transformer knows no ids
-    const columnOf = (_, k) => $("bit").innerHTML.replaceAll("{k}", k);
-    $("bits").innerHTML = Array.from({length: z.c}, columnOf).join("");
+    $("bits").innerHTML = [...Array(z.c).keys()].map(k => $("bit").innerHTML.replaceAll("{k}", k)).join("");
     change(ids);
 }
 
@@ -391,7 +389,8 @@ function tellSurprise() {
     const bits = surpriseOf(transformer, +$("surprise-class").value, seen.now);
     const colourOf = t => `hsl(10 90% ${Math.max(50, 97 - 4 * bits[t])}%)`;
     paintGrid($("surprise"), grid, bits.map(each => each.toFixed(1)), colourOf);
-    $("surprise-say").textContent = `${(bits.reduce(sum) / grid.N).toFixed(2)} bits a token; blind guessing costs ${seen.z.c}.`;
+    const mean = (bits.reduce(sum) / grid.N).toFixed(2);
+    $("surprise-say").textContent = `${mean} bits a token on average; blind guessing costs ${seen.z.c}.`;
 }
 
 /** Show token t, its first sub-tokens `fixed` and the others drawn. If that makes another token of it, those
@@ -413,9 +412,9 @@ function turn(t, fixed) {
     paint($("drawn"), picture, i => tokenOf(i) < ids.length ? pixel(picture)(i) : [136, 136, 136]);
     paintGrid($("drawn-grid"), grid, ids, ofId(ids));
     const [p1, p2] = p.map((shares, m) => shares[token[m]]);
-    $("drawn-token").textContent = `${frame($("draw"), grid, t)}: sub-token 1 is ${token[0]}, with ${percent(p1)}, ` +
-        `sub-token 2 ${token[1]}, with ${percent(p2)}: id ${token[0]} + ${V} x ${token[1]} = ${ids[t]}. ` +
-        `This pair had ${percent(p1 * p2)}: ${(-Math.log2(p1 * p2)).toFixed(1)} bits of surprise.`;
+    $("drawn-token").textContent = `${frame($("draw"), grid, t)}: id ${ids[t]} = ${token[0]} + ${V} x ` +
+        `${token[1]}. Sub-token 1, ${token[0]}, had ${percent(p1)}; given it, sub-token 2, ${token[1]}, ` +
+        `${percent(p2)}; both ${percent(p1 * p2)}: ${(-Math.log2(p1 * p2)).toFixed(1)} bits of surprise.`;
     p.forEach((shares, m) => [...$(`bars-${m}`).children].forEach((bar, entry) => {
         const here = entry === token[m];                   // Tab enters a row of bars once, arrows move in it
         Object.assign(bar, {title: percent(shares[entry]), ariaPressed: here, tabIndex: here ? 0 : -1});
@@ -447,5 +446,5 @@ async function playOrPause() {
     $("play").textContent = "Draw";
 }
 
-window.play = {transformer, tokenizers, encode, quantise, decode, drawToken, surpriseOf};    // for tests
+window.play = {unpack, encode, quantise, decode, drawToken, surpriseOf, transformer, tokenizers};   // for tests
 startOver();
