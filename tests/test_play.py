@@ -14,16 +14,16 @@ from helpers import ROOT, call, error_line, stored
 from results.play import build
 from support import checkpoints, pictures, shapes
 
-PHOTO = tokenizer.TokenizerConfig(resolution=64, channels=64, channel_multipliers=(1,), blocks=1, mid_blocks=0,
-                                  patch=4, bits=18)
+PHOTO = tokenizer.TokenizerConfig(
+    resolution=64, channels=64, channel_multipliers=(1,), blocks=1, mid_blocks=0, patch=4, bits=18)
 OTHERS = {"three levels": tokenizer.TokenizerConfig(
               resolution=16, channels=32, channel_multipliers=(1, 2, 1), blocks=2, mid_blocks=1, bits=7),
           "no adaptive norm": tokenizer.TokenizerConfig(
-              resolution=24, channels=32, channel_multipliers=(2, 1), blocks=1, mid_blocks=0, patch=3, bits=24,
-              adaptive_norm=False)}
+              resolution=24, channels=32, channel_multipliers=(2, 1), blocks=1, mid_blocks=0, patch=3,
+              bits=24, adaptive_norm=False)}
 # Whole pictures by the page's own steps; `noise` (N, M) decides, or without it all is greedy.
 DRAW = """([label, how, noise]) => {
-    const drawing = {label, tokens: [], past: {}};
+    const drawing = {labels: [label, 10], tokens: [], past: {}};
     const all = [];
     for (let t = 0; t < 64; t++) {
         const drawn = play.drawToken(play.transformer, drawing, t, {...how, noise: n => noise.flat()[n]}, []);
@@ -33,15 +33,19 @@ DRAW = """([label, how, noise]) => {
     return [drawing.tokens, all];
 }"""
 SHOWN = """id => {
-    const canvas = document.getElementById(id);
-    const pixels = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
-    return [canvas.height, canvas.width, Array.from(pixels)];
+    const {width, height} = document.getElementById(id);
+    const copy = new OffscreenCanvas(width, height).getContext("2d");
+    copy.drawImage(document.getElementById(id), 0, 0);
+    return [height, width, Array.from(copy.getImageData(0, 0, width, height).data)];
 }"""
 
 
 def in_halves(model):
     """The model with its weights rounded to half precision, as the page stores them; in eval mode."""
-    return model.half().float().eval()
+    with torch.no_grad():
+        for weight in model.parameters():                              # not the rotary table
+            weight.copy_(weight.half())
+    return model.eval()
 
 
 def made(config, seed=0):
@@ -230,13 +234,14 @@ def test_tokenizers_of_other_shapes_are_computed_as_well(page, name):
 # ---- drawing ----------------------------------------------------------------------------------------------
 
 @pytest.mark.slow
-def test_greedy_pictures_of_all_classes_are_those_of_torch(page, models):
+def test_greedy_pictures_are_those_of_torch(page, models):
+    labels = torch.tensor([1, 4, 8])
     settings = ar_model.sampling_settings(2, cfg_scale=2.0, temperature=0.0)
-    expected = ar_model.sample(models[0], torch.arange(10), torch.zeros(64, 2, 10).double(), settings)
-    for label in range(10):
+    expected = ar_model.sample(models[0], labels, torch.zeros(64, 2, 3).double(), settings)
+    for i, label in enumerate(labels.tolist()):
         how = {"guidance": 2, "temperature": 0, "topK": 0}
         tokens, _ = page.evaluate(DRAW, [label, how, [[0, 0]] * 64])
-        assert tokens == torch.stack(expected, dim=-1)[label].tolist()
+        assert tokens == torch.stack(expected, dim=-1)[i].tolist()
 
 
 @pytest.mark.slow
@@ -252,10 +257,9 @@ def test_draws_and_their_probabilities_are_those_of_torch(page, models, how):
     with torch.no_grad():
         logits = models[0]([each.repeat(2, 1) for each in subtokens], torch.tensor([5, 10]))
     for m in range(2):
-        guided = ar_model.guide(logits[m].transpose(0, 1).flatten(0, 1).view(64, 2, 32).transpose(0, 1)
-                                .reshape(128, 32), how["guidance"])
+        guided = ar_model.guide(logits[m].flatten(0, 1), how["guidance"])               # (64, 32)
         expected = ar_model.probabilities(guided, how["temperature"], how["topK"])
-        assert torch.allclose(torch.tensor([each[m] for each in found]), expected, atol=1e-3)
+        assert torch.allclose(torch.tensor([each[m] for each in found]), expected, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -276,7 +280,10 @@ def test_surprise_is_the_negative_log_likelihood_in_bits(page, models):
     subtokens = ar_model.ids_to_subtokens(ids[None], (5, 5))
     with torch.no_grad():
         nats, _ = models[0](subtokens, torch.tensor([8]), return_loss=True)
-    bits = page.evaluate("play.surpriseOf(play.transformer, 8, seen.ids)")
+    bits = page.evaluate("""tokens => {
+        const drawing = {labels: [8], tokens, past: {}};
+        return tokens.map((_, t) => play.surpriseOf(play.transformer, drawing, t));
+    }""", torch.stack(subtokens, dim=-1)[0].tolist())
     assert len(bits) == 64 and np.mean(bits) == pytest.approx(float(nats) / np.log(2), abs=1e-3)
     page.wait_for_function("mean => document.querySelector('#surprise-say').textContent.startsWith(mean)",
                            arg=f"{np.mean(bits):.2f} bits")
@@ -285,7 +292,7 @@ def test_surprise_is_the_negative_log_likelihood_in_bits(page, models):
 @pytest.mark.slow
 def test_another_bar_takes_another_way_and_what_came_before_stays(page):
     page.select_option("#class", "6")
-    assert page.evaluate("[drawing.label, drawing.tokens.length]") == [6, 1]
+    assert page.evaluate("[drawing.labels, drawing.tokens.length]") == [[6, 10], 1]
     for _ in range(5):
         page.click("text=Step")
     tokens = page.evaluate("drawing.tokens")
@@ -303,7 +310,7 @@ def test_another_bar_takes_another_way_and_what_came_before_stays(page):
     other = tokens[3][0] + (1 if tokens[3][0] < 31 else -1)
     changed = page.evaluate("drawing.tokens")
     assert changed[:3] == tokens[:3] and changed[3][0] == other and len(changed) == 4
-    page.click("text=Back")
+    page.click("text='Back'")
     assert page.evaluate("[drawing.t, drawing.tokens]") == [2, tokens[:3]]
     page.click("text=Start over")                                       # the same seed, the same draws
     for _ in range(5):
@@ -340,7 +347,7 @@ def test_a_page_without_photographs_sends_them_through_the_toy(browser, tmp_path
     assert page.evaluate("[seen.z.h, seen.z.w]") == [8, 8] and page.is_visible("#surprise-part")
     page.set_input_files("input[type=file]", {"name": "own.jpg", "mimeType": "image/jpeg", "buffer": b"none"})
     page.wait_for_timeout(200)
-    assert page.wrongs == ["The browser cannot read this file as a picture."]
+    assert page.wrongs[0] == "The browser cannot read this file as a picture."
     page.close()
 
 
@@ -362,7 +369,12 @@ def test_what_the_page_cannot_show_is_refused(tmp_path, monkeypatch):
     small = dict(resolution=16, channels=32, channel_multipliers=(1, 1), blocks=1, mid_blocks=0)
     assert "quantizer lfq" in said(tokenizer.TokenizerConfig(**small, quantizer="bsq"))
     assert "--upsampler nearest" in said(tokenizer.TokenizerConfig(**small, upsampler="nearest"))
-    assert "--ckpt" in error_line(build, "--ckpt", tmp_path / "a.pt")
+    assert "no AR model" in error_line(build, "--ckpt", tmp_path / "a.pt")
+    config = ar_model.ARConfig(**{**vars(ar_model.PRESETS["toy"]), "bits": (3, 7)})
+    inner = stored(tokenizer.Tokenizer(tokenizer.PRESETS["toy"]))
+    uneven = stored(ar_model.ARModel(config), classes=list("abcdefghij"), first_stage=inner)
+    torch.save(uneven, tmp_path / "a.pt")
+    assert "two sub-tokens" in error_line(build, "--ckpt", tmp_path / "a.pt")
     monkeypatch.setattr(build, "LARGEST_PAGE", 2 ** 20)
     assert "name smaller models" in said(tokenizer.TokenizerConfig(**small, bits=18))
     assert not (tmp_path / "a.html").exists()

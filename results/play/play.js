@@ -2,8 +2,8 @@
 In reading order: 1. layers; 2. tokenizer (eq. 1, 2); 3. transformer (eq. 5 to 7); 4. the page.
 
 A map is {h, w, c, v}: v holds h x w places of c channels, the numbers of a place side by side: (h, w, C) is
-what torch has as (C, h, w). Rows of a batch are places, too: (1, R, D). `net` is a model's config and weights,
-these by their names in torch. All is float64, as is JavaScript: float32 would be converted at each use. */
+what torch has as (C, h, w). Rows of a batch are places, too: (1, R, D). `net`: a model's config, and weights
+by their names in torch. All is float64, as is JavaScript: float32 would be converted at each use. */
 "use strict";
 
 // ---- 1. Layers --------------------------------------------------------------------------------------------
@@ -143,6 +143,7 @@ function decode(net, ids, h, w) {
 /** Rows of an embedding table, one for each entry: (1, R, D). */
 const embed = (net, name, entries) => each(newMap(1, entries.length, net.config.width), (_, i) =>
     net[`${name}.weight`].v[entries[div(i, net.config.width)] * net.config.width + i % net.config.width]);
+const embedToken = (net, m, entry, R) => embed(net, `token_embeddings.${m}`, Array(R).fill(entry));
 
 /** x / sqrt(mean(x^2) + eps) * weight, of each row of x (1, R, D). */
 function rmsNorm(net, name, x) {
@@ -200,33 +201,43 @@ function block(net, name, x, past, position) {
     return add(x, conv(net, `${name}.feed_forward.w2`, each(gate, (value, i) => value * hidden.v[i])));
 }
 
-/** Eq. 5: the context C_t (1, 2, D) of token t. Row 0 knows the class, row 1 does not.
-    drawing: {label, tokens: so far, M sub-tokens each, past: {}}. */
-function contextOf(net, {label, tokens, past}, t) {
-    let x = embed(net, "class_embedding", [label, net.config.num_classes]);
+/** Eq. 5: the context C_t (1, R, D) of token t of a drawing {labels, tokens, past}: R labels, the second one
+    "no class"; the tokens so far, M sub-tokens each; and for `block`, at first, {}. */
+function contextOf(net, {labels, tokens, past}, t) {
+    let x = embed(net, "class_embedding", labels);
     if (t > 0)
-        x = tokens[t - 1].map((entry, m) => embed(net, `token_embeddings.${m}`, [entry, entry])).reduce(add);
+        x = tokens[t - 1].map((entry, m) => embedToken(net, m, entry, labels.length)).reduce(add);
     for (let i = 0; i < net.config.inter_blocks; i++)
         x = block(net, `inter_blocks.${i}`, x, past, t);
     return x;
 }
 
-/** Eq. 6: logits (1, 2, V) of the next sub-token of a token, from its context and the sub-tokens so far. */
-function logitsOf(net, context, given) {
-    const past = {};
-    let x = context;
-    for (let m = 0; m <= given.length; m++) {
-        if (m > 0)
-            x = embed(net, `token_embeddings.${m - 1}`, [given[m - 1], given[m - 1]]);
+/** Token t of a drawing, its first sub-tokens those in `fixed`, the others drawn, and from what (eq. 6):
+    {token: M, p: M x V}. how: guidance, temperature, topK, and noise(n), that of draw number n. */
+function drawToken(net, drawing, t, how, fixed) {
+    const [token, p, past] = [[], [], {}];
+    let x = contextOf(net, drawing, t);
+    net.config.bits.forEach((_, m, {length: M}) => {
         for (let i = 0; i < net.config.intra_blocks; i++)
             x = block(net, `intra_blocks.${i}`, x, past, m);
-    }
-    return conv(net, `heads.${given.length}`, rmsNorm(net, "norm", x));
+        p[m] = probabilities(conv(net, `heads.${m}`, rmsNorm(net, "norm", x)), how);
+        token[m] = fixed[m] ?? draw(p[m], how.noise(t * M + m));
+        x = embedToken(net, m, token[m], drawing.labels.length);
+    });
+    return {token, p};
 }
 
-/** Two rows of logits to V probabilities: guidance, temperature (0: greedy), the top-k likeliest (0: all). */
-function probabilities({c: V, v}, {guidance, temperature, topK}) {
-    const logits = v.slice(0, V).map((logit, i) => v[V + i] + guidance * (logit - v[V + i]));
+/** Eq. 7: -log2 p of token t of a drawing, given those before it: its surprise in bits. */
+function surpriseOf(net, drawing, t) {
+    const token = drawing.tokens[t];
+    const {p} = drawToken(net, drawing, t, {guidance: 1, temperature: 1, topK: 0}, token);
+    return p.reduce((bits, shares, m) => bits - Math.log2(shares[token[m]]), 0);
+}
+
+/** Logits (1, R, V) to V probabilities: guidance, temperature (0: greedy), the top-k likeliest (0: all). */
+function probabilities({w: R, c: V, v}, {guidance, temperature, topK}) {
+    const without = v.slice(V * (R - 1));                  // the class: the last row
+    const logits = without.map((logit, i) => logit + guidance * (v[i] - logit));
     const order = [...logits.keys()].sort((a, b) => logits[b] - logits[a]);          // ties: the lower first
     const kept = new Set(order.slice(0, temperature > 0 ? topK || V : 1));
     return softmax(logits.map((logit, i) => kept.has(i) ? logit / (temperature || 1) : -Infinity));
@@ -243,30 +254,6 @@ function noiseOf(seed, n) {
     return ((a ^ a >>> 14) >>> 0) / 2 ** 32;
 }
 
-/** Token t, its first sub-tokens those in `fixed`, the others drawn, and from what: {token: M, p: M x V}.
-    how: guidance, temperature, topK, and noise(n), that of draw number n. */
-function drawToken(net, drawing, t, how, fixed) {
-    const context = contextOf(net, drawing, t);
-    const [token, p] = [[], []];
-    net.config.bits.forEach((_, m, {length: M}) => {
-        p[m] = probabilities(logitsOf(net, context, token), how);
-        token[m] = fixed[m] ?? draw(p[m], how.noise(t * M + m));
-    });
-    return {token, p};
-}
-
-/** Eq. 7: -log2 p of each token of ids under a class, given those before it: its surprise in bits. */
-function surpriseOf(net, label, ids) {
-    const [k] = net.config.bits;
-    const tokens = ids.map(id => [id & 2 ** k - 1, id >> k]);              // `ids_to_subtokens`, M = 2
-    const past = {};
-    return tokens.map((token, t) => {
-        const how = {guidance: 1, temperature: 1, topK: 0};
-        const {p} = drawToken(net, {label, tokens, past}, t, how, token);
-        return -Math.log2(p[0][token[0]]) - Math.log2(p[1][token[1]]);
-    });
-}
-
 // ---- 4. The page ------------------------------------------------------------------------------------------
 
 const $ = id => document.getElementById(id);
@@ -278,6 +265,7 @@ const percent = p => `${(100 * p).toFixed(p < 0.1 ? 1 : 0)}\u00a0%`;
 const pixel = x => i => [0, 1, 2].map(c => (x.v[3 * i + c] + 1) * 127.5);
 const heat = x => i => [0, 1, 2].map(c => 255 * (x.v[3 * i] + x.v[3 * i + 1] + x.v[3 * i + 2] - c));
 const ofId = ids => t => `hsl(${ids[t] * 137.5 % 360} 60% 80%)`;   // it means nothing: an id is a name
+const pause = ms => new Promise(done => setTimeout(done, ms));
 let seen;           // {net, picture, z, ids: the encoder's, now: changed, plain: ids decoded, t: the chosen}
 let drawing;        // as of `contextOf`, and t: the chosen
 let playing = false;
@@ -339,7 +327,7 @@ async function look(source, net) {
     const ids = quantise(z);
     seen = {net, picture, z, ids, plain: decode(net, ids, z.h, z.w), t: div(z.h, 2) * z.w + div(z.w, 2)};
     $("size").textContent = `${z.h} x ${z.w} of ${z.c} bits, ${z.v.length / 8} bytes for ${side * side * 3}`;
-    $("surprise-part").hidden = net !== tokenizers[0];     // of others, the transformer knows no ids
+    $("surprise-part").hidden = net !== tokenizers[0];
     $("bits").innerHTML = [...Array(z.c).keys()].map(k => $("bit").innerHTML.replaceAll("{k}", k)).join("");
     change(ids);
 }
@@ -362,8 +350,8 @@ function change(ids) {
     document.querySelectorAll(".plane canvas").forEach((canvas, k) =>
         paint(canvas, z, t => [0, 1, 2].fill(255 * (ids[t] >> k & 1))));
     tell(seen.t);
-    if (net === tokenizers[0])
-        setTimeout(tellSurprise);                          // the picture first, its surprise when it is seen
+    if (net === tokenizers[0])                             // of others, the transformer knows no ids
+        pause(0).then(tellSurprise);                       // the picture first, its surprise when it is seen
 }
 
 /** Choose token t: its z as bars, its bits as switches. */
@@ -384,13 +372,25 @@ function tell(t) {
     });
 }
 
-/** How surprising the picture's tokens are to the transformer, under a class: the redder, the more. */
-function tellSurprise() {
-    const bits = surpriseOf(transformer, +$("surprise-class").value, seen.now);
-    const colourOf = t => `hsl(10 90% ${Math.max(50, 97 - 4 * bits[t])}%)`;
-    paintGrid($("surprise"), grid, bits.map(each => each.toFixed(1)), colourOf);
-    const mean = (bits.reduce(sum) / grid.N).toFixed(2);
-    $("surprise-say").textContent = `${mean} bits a token on average; blind guessing costs ${seen.z.c}.`;
+/** How surprising the picture's tokens are to the transformer, under a class: the redder, the more. It tells
+    row by row, and until the next question: the page must not wait. */
+async function tellSurprise() {
+    const [k] = transformer.config.bits;
+    const {c: K} = seen.z;
+    const tokens = seen.now.map(id => [id & 2 ** k - 1, id >> k]);         // `ids_to_subtokens`, M = 2
+    const asked = {labels: [+$("surprise-class").value], tokens, past: {}};
+    const bits = [];
+    seen.asked = asked;
+    while (seen.asked === asked && bits.length < grid.N) {
+        bits.push(surpriseOf(transformer, asked, bits.length));
+        if (bits.length % grid.w === 0) {
+            const colourOf = t => `hsl(10 90% ${Math.max(50, 97 - 4 * bits[t])}%)`;
+            paintGrid($("surprise"), grid, bits.map(each => each.toFixed(1)), colourOf);
+            const mean = (bits.reduce(sum) / bits.length).toFixed(2);
+            $("surprise-say").textContent = `${mean} bits a token on average; blind guessing costs ${K}.`;
+            await pause(0);
+        }
+    }
 }
 
 /** Show token t, its first sub-tokens `fixed` and the others drawn. If that makes another token of it, those
@@ -428,7 +428,7 @@ function turn(t, fixed) {
 
 function startOver(seed = $("seed").value) {
     $("seed").value = seed;
-    drawing = {label: +$("class").value, tokens: [], past: {}};
+    drawing = {labels: [+$("class").value, transformer.config.num_classes], tokens: [], past: {}};
     turn(0);
 }
 
@@ -440,11 +440,11 @@ async function playOrPause() {
     while (playing && drawing.tokens.length < grid.N) {
         $("play").textContent = "Pause";
         turn(drawing.tokens.length);
-        await new Promise(done => setTimeout(done, 50));
+        await pause(50);
     }
     playing = false;
     $("play").textContent = "Draw";
 }
 
-window.play = {unpack, encode, quantise, decode, drawToken, surpriseOf, transformer, tokenizers};   // for tests
+window.play = {unpack, encode, quantise, decode, drawToken, surpriseOf, transformer, tokenizers}; // for tests
 startOver();
