@@ -129,7 +129,7 @@ def shown(page, name):
 def choose(page, number):
     """Choose a picture, counted from 0, of all that the page offers; its ids (N,)."""
     before = page.evaluate("seen")["ids"]
-    page.click(f".pictures button:nth-of-type({number + 1})")
+    page.locator(".pictures button").nth(number).click()
     page.wait_for_function("before => `${seen.ids}` !== `${before}`", arg=before)
     return torch.tensor(page.evaluate("seen.ids"))
 
@@ -317,8 +317,10 @@ def test_another_bar_takes_another_way_and_what_came_before_stays(page):
         page.click("text=Step")
     assert page.evaluate("drawing.tokens") == tokens
     page.click("#play")
-    page.wait_for_function("document.querySelectorAll('#gallery canvas').length === 1")
-    assert page.evaluate("drawing.tokens.length") == 64 and page.inner_text("#play") == "Draw"
+    assert page.inner_text("#play") == "Pause"
+    page.wait_for_function("document.querySelector('#play').textContent === 'Draw'")
+    assert page.evaluate("drawing.tokens.length") == 64 and page.locator("#gallery canvas").count() == 1
+    assert page.evaluate("drawing.tokens")[:6] == tokens
 
 
 # ---- the page ---------------------------------------------------------------------------------------------
@@ -349,6 +351,30 @@ def test_a_page_without_photographs_sends_them_through_the_toy(browser, tmp_path
     page.wait_for_timeout(200)
     assert page.wrongs[0] == "The browser cannot read this file as a picture."
     page.close()
+
+
+def test_what_the_page_tells_to_see_is_so(models, images):
+    model, toy, _ = models
+    labels = torch.arange(10)
+    ids = toy.encode(pictures.to_float(images)).flatten(1)
+    flipped = ids.clone()
+    flipped[:, 27] ^= 1                                                # row 3, column 3
+
+    def bits(ids, labels):                                             # surprise and entropy (10, 64)
+        subtokens = ar_model.ids_to_subtokens(ids, (5, 5))
+        with torch.no_grad():
+            logs = [logits.log_softmax(-1) for logits in model(subtokens, labels)]
+        surprise = -sum(log.gather(-1, part[..., None])[..., 0] for log, part in zip(logs, subtokens))
+        return surprise / np.log(2), sum(-(log.exp() * log).sum(-1) for log in logs) / np.log(2)
+    surprise, entropy = bits(ids, labels)
+    assert entropy[:, 0].mean() > 2 * entropy[:, -8:].mean()
+    assert surprise[:, :8].mean() > surprise[:, 8:].mean() + 0.5
+    assert bits(ids, (labels + 3) % 10)[0].mean() < surprise.mean() + 1
+    more = bits(flipped, labels)[0] - surprise
+    assert more[:, 27].mean() > 3 > 1 > more[:, 28].mean()
+    moved = (toy.decode(flipped.view(-1, 8, 8)) - toy.decode(ids.view(-1, 8, 8))).abs().mean((0, 1))
+    own, ring, corner = moved[12:16, 12:16].mean(), moved[12:16, 16:20].mean(), moved[:4, 28:].mean()
+    assert own > 2 * ring > 4 * corner > 0
 
 
 def test_the_page_names_the_lines_where_functions_stand(path):

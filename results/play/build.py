@@ -75,9 +75,9 @@ def photographs():
     return torch.stack([torch.from_numpy(row[:, 66 * i:66 * i + 64]).movedim(-1, 0) for i in range(8)])
 
 
-def buttons(images, names, tokenizer):
-    """HTML of a button for each of uint8 images (B, 3, S, S): what to begin with, for tokenizer 0 or 1."""
-    page = ""
+def buttons(images, names, tokenizer, text):
+    """HTML of a row of pictures to begin with, uint8 (B, 3, S, S), for tokenizer 0 or 1; `text` above it."""
+    page = f'<small>{text}</small><div class="row pictures">'
     for i, (image, name) in enumerate(zip(images, names)):
         file = io.BytesIO()
         Image.fromarray(image.movedim(0, -1).numpy()).save(file, "png")
@@ -85,7 +85,7 @@ def buttons(images, names, tokenizer):
         guess = f"$('surprise-class').value = {i}; " if tokenizer == 0 else ""     # shapes are in class order
         page += (f'<button onclick="{guess}look(this.firstChild, tokenizers[{tokenizer}])">'
                  f'<img alt="" src="{source}">{name}</button>\n')
-    return page
+    return page + "</div>"
 
 
 def named(match):
@@ -120,7 +120,7 @@ def main(args):
     data = {"transformer": {**weights_of(model, source), "rope": model.rope.flatten(1).tolist()},
             "tokenizers": [tokenizer_of(toy, source)], "grid": {"h": h, "w": w, "N": h * w}, "ownSide": side}
     fields = {"classes": "".join(f"<option value={n}>{name}</option>" for n, name in enumerate(names)),
-              "pictures": buttons(images, shapes.SHAPES, 0),
+              "pictures": buttons(images, shapes.SHAPES, 0, f"Drawn shapes, as {toy.config.bits} bits a token"),
               "own": f"It becomes {side} x {side} pixels. This toy has seen nothing but such shapes: look "
                      "what it makes of anything else."}
     for m, bits in enumerate(config.bits):
@@ -131,7 +131,8 @@ def main(args):
         photo, _ = checkpoints.load_tokenizer(args.photo or PHOTO)
         data["tokenizers"].append(tokenizer_of(photo, f"--photo {args.photo or PHOTO}"))
         data["ownSide"] = OWN_SIDE - OWN_SIDE % photo.config.downsampling
-        fields["pictures"] += buttons(photographs(), [f"photo {n}" for n in range(1, 9)], 1)
+        fields["pictures"] += buttons(photographs(), [f"photo {n}" for n in range(1, 9)], 1,
+                                      f"Photographs, by another tokenizer, as {photo.config.bits} bits a token")
         fields["own"] = (f"Of it the largest square, made {data['ownSide']} pixels wide. The tiles shown are "
                          "by Aitzol Berasategi, Sander Klootwijk, Jakub Mede and others (results/README.md).")
     fields["data"] = json.dumps(data)

@@ -325,7 +325,7 @@ async function look(source, net) {
     const picture = each(newMap(side, side, 3), (_, i) => bytes[div(i, 3) * 4 + i % 3] / 127.5 - 1);
     const z = encode(net, picture);
     const ids = quantise(z);
-    seen = {net, picture, z, ids, plain: decode(net, ids, z.h, z.w), t: div(z.h, 2) * z.w + div(z.w, 2)};
+    seen = {net, picture, z, ids, t: div(z.h, 2) * z.w + div(z.w, 2)};
     $("size").textContent = `${z.h} x ${z.w} of ${z.c} bits, ${z.v.length / 8} bytes for ${side * side * 3}`;
     $("surprise-part").hidden = net !== tokenizers[0];
     $("bits").innerHTML = [...Array(z.c).keys()].map(k => $("bit").innerHTML.replaceAll("{k}", k)).join("");
@@ -337,11 +337,11 @@ const flip = (k, only) => change(seen.now.map((id, t) => t === (only ?? t) ? id 
 
 /** Decode other ids, and show what that changes. */
 function change(ids) {
-    const {net, picture, z, plain} = seen;
+    const {net, picture, z} = seen;
     const now = decode(net, ids, z.h, z.w);
     const edited = ids.some((id, t) => id !== seen.ids[t]);
-    const error = each(now, (value, i) => Math.abs(value - (edited ? plain : picture).v[i]));
-    seen.now = ids;
+    seen = {plain: now, ...seen, now: ids};
+    const error = each(now, (value, i) => Math.abs(value - (edited ? seen.plain : picture).v[i]));
     paint($("picture"), picture, pixel(picture));
     paint($("decoded"), picture, pixel(now));
     paint($("difference"), picture, heat(error));
