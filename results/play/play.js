@@ -263,7 +263,7 @@ const tokenizers = data.tokenizers.map(unpack);
 const {grid} = data;                // {h, w, N: h w}
 const percent = p => `${(100 * p).toFixed(p < 0.1 ? 1 : 0)}\u00a0%`;
 const pixel = x => i => [0, 1, 2].map(c => (x.v[3 * i + c] + 1) * 127.5);
-const heat = x => i => [0, 1, 2].map(c => 255 * (x.v[3 * i] + x.v[3 * i + 1] + x.v[3 * i + 2] - c));
+const heat = x => i => [0, 1, 2].map(c => 255 * (4 * (x.v[3 * i] + x.v[3 * i + 1] + x.v[3 * i + 2]) - c));
 const ofId = ids => t => `hsl(${ids[t] * 137.5 % 360} 60% 80%)`;   // it means nothing: an id is a name
 const pause = ms => new Promise(done => setTimeout(done, ms));
 let seen;           // {net, picture, z, ids: the encoder's, now: changed, plain: ids decoded, t: the chosen}
@@ -413,8 +413,8 @@ function turn(t, fixed) {
     paintGrid($("drawn-grid"), grid, ids, ofId(ids));
     const [p1, p2] = p.map((shares, m) => shares[token[m]]);
     $("drawn-token").textContent = `${frame($("draw"), grid, t)}: id ${ids[t]} = ${token[0]} + ${V} x ` +
-        `${token[1]}. Sub-token 1, ${token[0]}, had ${percent(p1)}; given it, sub-token 2, ${token[1]}, ` +
-        `${percent(p2)}; both ${percent(p1 * p2)}: ${(-Math.log2(p1 * p2)).toFixed(1)} bits of surprise.`;
+        `${token[1]}. Sub-token 1 is ${token[0]} (${percent(p1)}), sub-token 2, given it, ${token[1]} (` +
+        `${percent(p2)}): together ${percent(p1 * p2)}, ${(-Math.log2(p1 * p2)).toFixed(1)} bits of surprise.`;
     p.forEach((shares, m) => [...$(`bars-${m}`).children].forEach((bar, entry) => {
         const here = entry === token[m];                   // Tab enters a row of bars once, arrows move in it
         Object.assign(bar, {title: percent(shares[entry]), ariaPressed: here, tabIndex: here ? 0 : -1});
