@@ -30,7 +30,8 @@ function unpack({config, rope, layout, halves}) {
 function windows(x, k, stride, before) {
     const y = newMap(Math.ceil(x.h / stride), Math.ceil(x.w / stride), k * k * x.c);
     for (let i = 0; i < y.v.length; i += x.c) {
-        const [place, n] = [div(i, y.c), i % y.c / x.c];
+        const place = div(i, y.c);
+        const n = i % y.c / x.c;
         const row = div(place, y.w) * stride + div(n, k) - before;
         const column = place % y.w * stride + n % k - before;
         const from = (row * x.w + column) * x.c;
@@ -44,7 +45,8 @@ function windows(x, k, stride, before) {
 function depthToSpace(x, p) {
     const y = newMap(x.h * p, x.w * p, x.c / p ** 2);
     return each(y, (_, i) => {
-        const [row, column] = [div(i, y.c * y.w), div(i, y.c) % y.w];
+        const row = div(i, y.c * y.w);
+        const column = div(i, y.c) % y.w;
         const c = (row % p * p + column % p) * y.c + i % y.c;
         return x.v[(div(row, p) * x.w + div(column, p)) * x.c + c];
     });
@@ -57,7 +59,8 @@ function conv(net, name, x, stride = 1) {
     const {h, w, c: C, v} = k === 1 ? x : windows(x, k, stride, k >> 1);
     const y = newMap(h, w, O);
     for (let i = 0; i < y.v.length; i++) {
-        const [o, place] = [div(i, h * w), i % (h * w)];   // a kernel at all places, as it stays in the cache
+        const place = i % (h * w);                         // a kernel at all places, as it stays in the cache
+        const o = div(i, h * w);
         const kernel = weight.subarray(o * C, o * C + C);
         let total = bias[o];
         for (let c = 0; c < C; c++)                        // here all time is spent
@@ -179,9 +182,8 @@ function attend(past, D, d) {
     const y = newMap(1, now.w, D);
     for (let i = 0; i < y.v.length; i += d) {              // a head of a row
         const at = div(i, D) * 3 * D + i % D;              // of its q; k lies D further on, v 2 D
-        const q = now.v.subarray(at, at + d);
-        const scores = past.map(({v}) => q.reduce((total, value, n) => total + value * v[at + D + n], 0));
-        const p = softmax(scores.map(score => score / Math.sqrt(d)));
+        const q = now.v.subarray(at, at + d).map(value => value / Math.sqrt(d));
+        const p = softmax(past.map(({v}) => q.reduce((total, value, n) => total + value * v[at + D + n], 0)));
         for (let n = 0; n < d; n++)
             y.v[i + n] = p.reduce((total, share, t) => total + share * past[t].v[at + 2 * D + n], 0);
     }
@@ -235,9 +237,8 @@ function surpriseOf(net, drawing, t) {
 }
 
 /** Logits (1, R, V) to V probabilities: guidance, temperature (0: greedy), the top-k likeliest (0: all). */
-function probabilities({w: R, c: V, v}, {guidance, temperature, topK}) {
-    const without = v.slice(V * (R - 1));                  // the class: the last row
-    const logits = without.map((logit, i) => logit + guidance * (v[i] - logit));
+function probabilities({c: V, v}, {guidance, temperature, topK}) {
+    const logits = v.slice(-V).map((logit, i) => logit + guidance * (v[i] - logit));   // last row: no class
     const order = [...logits.keys()].sort((a, b) => logits[b] - logits[a]);          // ties: the lower first
     const kept = new Set(order.slice(0, temperature > 0 ? topK || V : 1));
     return softmax(logits.map((logit, i) => kept.has(i) ? logit / (temperature || 1) : -Infinity));
@@ -376,7 +377,6 @@ function tell(t) {
     row by row, and until the next question: the page must not wait. */
 async function tellSurprise() {
     const [k] = transformer.config.bits;
-    const {c: K} = seen.z;
     const tokens = seen.now.map(id => [id & 2 ** k - 1, id >> k]);         // `ids_to_subtokens`, M = 2
     const asked = {labels: [+$("surprise-class").value], tokens, past: {}};
     const bits = [];
@@ -387,7 +387,7 @@ async function tellSurprise() {
             const colourOf = t => `hsl(10 90% ${Math.max(50, 97 - 4 * bits[t])}%)`;
             paintGrid($("surprise"), grid, bits.map(each => each.toFixed(1)), colourOf);
             const mean = (bits.reduce(sum) / bits.length).toFixed(2);
-            $("surprise-say").textContent = `${mean} bits a token on average; blind guessing costs ${K}.`;
+            $("surprise-say").textContent = `${mean} bits a token on average; guessing costs ${seen.z.c}.`;
             await pause(0);
         }
     }
@@ -413,8 +413,8 @@ function turn(t, fixed) {
     paintGrid($("drawn-grid"), grid, ids, ofId(ids));
     const [p1, p2] = p.map((shares, m) => shares[token[m]]);
     $("drawn-token").textContent = `${frame($("draw"), grid, t)}: id ${ids[t]} = ${token[0]} + ${V} x ` +
-        `${token[1]}. Sub-token 1 is ${token[0]} (${percent(p1)}), sub-token 2, given it, ${token[1]} (` +
-        `${percent(p2)}): together ${percent(p1 * p2)}, ${(-Math.log2(p1 * p2)).toFixed(1)} bits of surprise.`;
+        `${token[1]}. Sub-token 1 is ${token[0]} (${percent(p1)}), sub-token 2, given it, ${token[1]} ` +
+        `(${percent(p2)}): both ${percent(p1 * p2)}, ${(-Math.log2(p1 * p2)).toFixed(1)} bits of surprise.`;
     p.forEach((shares, m) => [...$(`bars-${m}`).children].forEach((bar, entry) => {
         const here = entry === token[m];                   // Tab enters a row of bars once, arrows move in it
         Object.assign(bar, {title: percent(shares[entry]), ariaPressed: here, tabIndex: here ? 0 : -1});
