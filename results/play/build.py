@@ -103,6 +103,7 @@ def check(config, toy, source):
     require(toy and config.num_classes and len(config.grid) == 2 and not config.separate_heads,
             f"{source}: the page draws images of classes; name a transformer of such, without "
             "--separate-heads, with its tokenizer in the same file")
+    require(config.grid[0] == config.grid[1], f"{source}: the page shows square images; name another")
     require(len(config.bits) == 2 and max(config.bits) <= 6,
             f"{source}: the page shows two sub-tokens of 6 bits at most, not {config.bits}; name another")
 
@@ -120,19 +121,21 @@ def main(args):
     data = {"transformer": {**weights_of(model, source), "rope": model.rope.flatten(1).tolist()},
             "tokenizers": [tokenizer_of(toy, source)], "grid": {"h": h, "w": w, "N": h * w}, "ownSide": side}
     fields = {"classes": "".join(f"<option value={n}>{name}</option>" for n, name in enumerate(names)),
-              "pictures": buttons(images, shapes.SHAPES, 0, f"Drawn shapes, as {toy.config.bits} bits a token"),
+              "pictures": buttons(images, shapes.SHAPES, 0, f"Drawn shapes, {toy.config.bits} bits a token"),
               "own": f"It becomes {side} x {side} pixels. This toy has seen nothing but such shapes: look "
                      "what it makes of anything else."}
     for m, bits in enumerate(config.bits):
-        before = "drawing.tokens[drawing.t][0], " * m
+        before = "drawing.tokens[drawing.t][0], " if m else ""             # what the entry is given
         fields[f"bars {m}"] = "".join(f'<button onclick="turn(drawing.t, [{before}{entry}])">{entry}</button>'
                                       for entry in range(2 ** bits))
     if args.photo or PHOTO.exists():
         photo, _ = checkpoints.load_tokenizer(args.photo or PHOTO)
-        data["tokenizers"].append(tokenizer_of(photo, f"--photo {args.photo or PHOTO}"))
+        source = f"--photo {args.photo or PHOTO}"
+        data["tokenizers"].append(tokenizer_of(photo, source))
+        require(64 % photo.config.downsampling == 0, f"{source}: its stride must divide 64; name another")
         data["ownSide"] = OWN_SIDE - OWN_SIDE % photo.config.downsampling
         fields["pictures"] += buttons(photographs(), [f"photo {n}" for n in range(1, 9)], 1,
-                                      f"Photographs, by another tokenizer, as {photo.config.bits} bits a token")
+                                      f"Photographs, another tokenizer, {photo.config.bits} bits a token")
         fields["own"] = (f"Of it the largest square, made {data['ownSide']} pixels wide. The tiles shown are "
                          "by Aitzol Berasategi, Sander Klootwijk, Jakub Mede and others (results/README.md).")
     fields["data"] = json.dumps(data)
