@@ -3,6 +3,7 @@
 # make test        install into .venv with the test tools, run all tests; make test-fast those of seconds
 # make notebook    install what lecture.ipynb needs, and open it in a browser
 # make report      one page of all that lies in runs/, to open in a browser: runs/report.html
+# make play        a page to play with, tokenizer and transformer alive in the browser: runs/play.html
 # make claims      the paper's claims on small models, three seeds each: hours; results/claims.md
 # make test-slurm  results/slurm.sh under a real Slurm of two nodes, for root on Debian or Ubuntu: ten minutes
 # make bench       time and memory of what this project claims to do fast
@@ -16,7 +17,7 @@ RUN := GOMP_SPINCOUNT=10000 $(VENV)/bin/python
 # Tests are many small runs: two at a time, one thread each; who has none left takes some of the other's.
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo demo-video notebook report test test-fast test-slurm claims bench clean
+.PHONY: demo demo-video notebook report play test test-fast test-slurm claims bench clean
 
 demo: $(VENV)/installed
 	$(RUN) train_tokenizer.py --resume
@@ -49,6 +50,9 @@ notebook: $(VENV)/installed
 
 report: $(VENV)/installed
 	$(RUN) results/report.py runs
+
+play: $(VENV)/installed
+	$(RUN) results/play/build.py
 
 claims: $(VENV)/installed
 	$(RUN) results/claims.py

@@ -31,13 +31,37 @@ from support.runtime import require
 #     packed weights: 1.4; bfloat16 weights, half the bytes: 1.4 with units for it, 0.4 on this core, without
 #     compiled blocks, and CUDA graphs in place of some 300 launches a step: not yet measured on any GPU
 
+class Cache:
+    """Keys and values of one block for all tokens so far: a slot for the class and each token but the last.
+
+    Static buffers. One tensor a block, as compilers copy a stacked one at every write; zeros, as a masked
+    slot that holds NaN would spoil the sum.
+    """
+
+    def __init__(self, like, rows, heads, slots, head_dim):
+        self.keys = like.new_zeros(rows, heads, slots, head_dim)
+        self.values = torch.zeros_like(self.keys)
+
+    def write(self, position, k, v):
+        """Put k and v (R, H, d) into the slot `position` (1,)."""
+        self.keys[:, :, position] = k.unsqueeze(2)
+        self.values[:, :, position] = v.unsqueeze(2)
+
+    def attend(self, q, length, mask=None):
+        """What the queries q (R, H, d) find in the first `length` slots: (R, H, d)."""
+        keys = self.keys[:, :, :length]                                                   # (R, H, length, d)
+        values = self.values[:, :, :length]
+        return F.scaled_dot_product_attention(q.unsqueeze(2), keys, values, mask).squeeze(2)
+
+
 def last_within_token(q, keys, values):
     """`ar_model.attention` for the last of [context, sub-token 1, .., sub-token m], in closed form.
 
     From its q, m keys and 1 + m values, each (R, H, d). The context's key is zero (its rotary entry is), so
     its score is 0 and its value v_0 the start. Every sub-token of score s then pulls the result towards its
     value by its share of the softmax so far, e^s / (e^total + e^s) = sigmoid(s - total). With M = 2 that is
-    one gate a head and no kernel at all: v_0 + sigmoid(q k / sqrt(d)) (v_1 - v_0)."""
+    one gate a head and no kernel at all: v_0 + sigmoid(q k / sqrt(d)) (v_1 - v_0).
+    """
     attended = values[0]
     total = 0.0                                 # log of the softmax's denominator: e^0 for the context
     for k, v in zip(keys, values[1:]):
@@ -66,7 +90,8 @@ def prepare_for_sampling(model, dtype=torch.float32):
     """Turn `model`, on its final device, into its fastest form for sampling: never to train or save again.
 
     Weights in `dtype`, packed on a CPU; rotary table and heads in float32, as logits of bfloat16 carry 8
-    bits, and guidance magnifies their rounding. Returns the model, in eval mode."""
+    bits, and guidance magnifies their rounding. Returns the model, in eval mode.
+    """
     rope = model.rope
     model.to(dtype).eval().requires_grad_(False)
     model.heads.float()
@@ -81,11 +106,10 @@ def prepare_for_sampling(model, dtype=torch.float32):
 # LlamaBlock.forward in pieces of fixed shape, of which torch.compile makes one graph each for all layers.
 # Attention over the cache stays outside: its length changes, and there is nothing in it left to fuse.
 
-def store(block, x, rope, keys, values, position):
-    """x (R, D) to its query (R, H, d); key and value go into slot `position` (1,) of the block's cache."""
+def store(block, x, rope, cache, position):
+    """x (R, D) to its query (R, H, d); its key and value go into slot `position` (1,) of the cache."""
     q, k, v = block.attention.project(block.attention_norm(x), rope)
-    keys[:, :, position] = k.unsqueeze(2)
-    values[:, :, position] = v.unsqueeze(2)
+    cache.write(position, k, v)
     return q
 
 
@@ -113,7 +137,8 @@ class Sampler:
     """Draws batches of one size: `sampler(labels, seeds)`. All buffers are allocated here, none in the loop.
 
     Without guidance (every cfg_scale 1) there is no unconditional pass. A step reads the filled slots of the
-    caches, rounded up to a multiple of `bucket`; with `compile` it is a CUDA graph for each such length."""
+    caches, rounded up to a multiple of `bucket`; with `compile` it is a CUDA graph for each of these lengths.
+    """
 
     @torch.no_grad()
     def __init__(self, model, batch_size, settings, compile=False, bucket=None):
@@ -129,10 +154,8 @@ class Sampler:
         N = config.tokens
         self.lengths = [min((t // self.bucket + 1) * self.bucket, N) for t in range(N)]
         rows = 2 * batch_size if self.guided else batch_size
-        # Keys and values: a slot for the class and each token but the last. One tensor a block, as compilers
-        # copy a stacked one at every write; zeros, as a masked slot that holds NaN would spoil the sum.
-        slots = (rows, config.heads, N, config.width // config.heads)
-        self.caches = [(like.new_zeros(slots), like.new_zeros(slots)) for _ in model.inter_blocks]
+        self.caches = [Cache(like, rows, config.heads, N, config.width // config.heads)
+                       for _ in model.inter_blocks]
         self.mask = like.new_full((N, N), -math.inf).triu(1)    # additive: SDPA converts bools in every layer
         self.x = like.new_zeros(rows, config.width)             # the class, and then the newest token
         self.position = torch.zeros(1, dtype=torch.int64, device=like.device)
@@ -168,10 +191,9 @@ class Sampler:
         mask = None
         if self.bucket > 1:                     # hides the slots behind the position
             mask = self.mask[self.position, :length].expand(len(x), 1, 1, length)
-        for block, (keys, values) in zip(self.model.inter_blocks, self.caches):
-            q = store(block, x, rope, keys, values, self.position).unsqueeze(2)           # (R, H, 1, d)
-            attended = F.scaled_dot_product_attention(q, keys[:, :, :length], values[:, :, :length], mask)
-            x = finish(block, x, attended.squeeze(2))                                     # (R, D)
+        for block, cache in zip(self.model.inter_blocks, self.caches):
+            q = store(block, x, rope, cache, self.position)                               # (R, H, d)
+            x = finish(block, x, cache.attend(q, length, mask))                           # (R, D)
         return x
 
     def draw_token(self, context):
@@ -202,7 +224,8 @@ class Sampler:
 
         kept: M int64 tensors (n,), sub-tokens that all begin with; the rest is drawn. told: called after each
         token. A sample depends on its label and seed, not on its neighbours; but products of another batch
-        size differ in their last bits and can tip a draw."""
+        size differ in their last bits and can tip a draw.
+        """
         no_class = self.model.config.num_classes
         labels = torch.as_tensor(labels, device=self.x.device)
         require(0 <= int(labels.min()) and int(labels.max()) <= no_class,
@@ -247,7 +270,8 @@ def generate(model, tokenizer, labels, seeds, how, kept=()):
 
     model: an ARModel, best of `prepare_for_sampling`; tokenizer: that of its tokens, on its device; labels,
     seeds and kept: see `Sampler`. The last batch is filled up and cut again, as products of another size
-    round differently: a sample depends on label, seed, batch size and its place in the batch alone."""
+    round differently: a sample depends on label, seed, batch size and its place in the batch alone.
+    """
     labels = torch.as_tensor(labels)
     device = model.class_embedding.weight.device
     at_once = 4 if tokenizer.config.frames else how.batch_size     # a clip's activations take 20 times more
@@ -303,13 +327,15 @@ def how_from_args(args, model, info, count, looking=False):
 
 
 def in_words(settings):
-    """M `ar_model.Settings` by the names of their flags, a value for all sub-tokens or one for each: text."""
-    said = []
-    for field in dataclasses.fields(ar_model.Settings):
-        values = [f"{getattr(setting, field.name):g}" for setting in settings]
-        shown = values if len(set(values)) > 1 else values[:1]
-        said.append(" ".join([field.name.replace("_", "-"), *shown]))
-    return ", ".join(said)
+    """M `ar_model.Settings` as one says them, a value for all sub-tokens or one for each: text."""
+    columns = []
+    for setting in settings:
+        entries = f"the {setting.top_k} likeliest entries" if setting.top_k else "all entries"
+        if setting.top_p < 1:
+            entries += f" up to a probability of {setting.top_p:g}"
+        columns.append([f"{setting.cfg_scale:g}", f"{setting.temperature:g}", entries])
+    said = [" / ".join(column if len(set(column)) > 1 else column[:1]) for column in zip(*columns)]
+    return "guidance {}, temperature {}, {}".format(*said)
 
 
 def get_args(argv=None):
@@ -355,7 +381,7 @@ def main(args):
     runtime.warn_of_slow_half(device.type, args.mixed_precision)
     for_grid = args.num_fid_samples is None
     require(for_grid or not (args.classes or args.save_images or args.keep), "--num-fid-samples makes an npz "
-            "of all classes; leave --classes, --save-images and --keep out, which are for a grid")
+            "of all classes, but --classes, --save-images and --keep belong to a grid; leave these out")
     require(args.keep or not args.rows, "--rows is for --keep FILE; add it, or leave --rows out")
     each = args.num_images or (4 if args.keep else 8)
     model, tokenizer, info = checkpoints.load_pair(args.ckpt, args.tokenizer, not args.raw_weights)

@@ -41,9 +41,13 @@ def psnr(reference, images):
 
 
 def window_sums(x):
-    """Sums over 7 x 7 windows: (.., H, W) to (.., H - 6, W - 6)."""
-    x = sum(x[..., i:x.shape[-2] - 6 + i, :] for i in range(7))
-    return sum(x[..., i:x.shape[-1] - 6 + i] for i in range(7))
+    """Sums over 7 x 7 windows: (.., H, W) to (.., H - 6, W - 6). As 4 + 2 + 1: 6 times faster than pools."""
+    for dim in (-1, -2):
+        n = x.shape[dim]
+        twos = x.narrow(dim, 0, n - 1) + x.narrow(dim, 1, n - 1)
+        fours = twos.narrow(dim, 0, n - 3) + twos.narrow(dim, 2, n - 3)
+        x = fours.narrow(dim, 0, n - 6) + twos.narrow(dim, 4, n - 6) + x.narrow(dim, 6, n - 6)
+    return x
 
 
 def ssim(reference, images):
@@ -58,16 +62,21 @@ def ssim(reference, images):
     require(min(images.shape[2:]) >= 7, f"SSIM needs images of 7 x 7 or more, not {list(images.shape[2:])}")
     c1 = (0.01 * 255) ** 2
     c2 = (0.03 * 255) ** 2
-    x = reference.int()                                                  # (B, 3, H, W), sums are exact
-    y = images.int()
-    mean_x = window_sums(x).double() / 49                                # (B, 3, H - 6, W - 6)
-    mean_y = window_sums(y).double() / 49
-    squares = mean_x * mean_x + mean_y * mean_y
-    product = mean_x * mean_y
-    variances = (window_sums(x * x + y * y).double() / 49 - squares) * (49 / 48)              # x's plus y's
-    covariance = (window_sums(x * y).double() / 49 - product) * (49 / 48)
-    similarity = (2 * product + c1) * (2 * covariance + c2) / ((squares + c1) * (variances + c2))
-    return similarity.mean((2, 3)).mean(1)
+    # A few channels at a time keep the intermediate maps in a CPU's cache, which doubles the speed.
+    size = max(1, 2 ** (16 if images.device.type == "cpu" else 24) // images[0, 0].numel())
+    means = []
+    for x, y in zip(reference.flatten(0, 1).split(size), images.flatten(0, 1).split(size)):
+        x = x.int()                                                      # (channels, H, W), sums are exact
+        y = y.int()
+        mean_x = window_sums(x).double() / 49                            # (channels, H - 6, W - 6)
+        mean_y = window_sums(y).double() / 49
+        squares = mean_x * mean_x + mean_y * mean_y
+        product = mean_x * mean_y
+        variances = (window_sums(x * x + y * y).double() / 49 - squares) * (49 / 48)          # x's plus y's
+        covariance = (window_sums(x * y).double() / 49 - product) * (49 / 48)
+        similarity = (2 * product + c1) * (2 * covariance + c2) / ((squares + c1) * (variances + c2))
+        means.append(similarity.mean((1, 2)))
+    return torch.cat(means).unflatten(0, images.shape[:2]).mean(1)
 
 
 def codebook_usage(counts):
