@@ -1,12 +1,14 @@
 """What both training loops share: lengths, ranks, skipped steps, logs, saving; not what is trained."""
 import argparse
 import collections
+import concurrent.futures
 import contextlib
 import json
 import math
 import os
 import pathlib
 import re
+import threading
 import time
 
 import torch
@@ -166,17 +168,47 @@ def save_checkpoint(results_dir, step, checkpoint, keep=3):
     path = pathlib.Path(results_dir) / f"step-{step:08d}.pt"             # names that sort by age
     if runtime.is_main():
         start = time.monotonic()
-        with runtime.atomic(path) as temporary, open(temporary, "wb") as file:
+        with runtime.atomic(path) as temporary, open(temporary, "wb") as file, flushed(file):
             torch.save(checkpoint, file)
         seconds = time.monotonic() - start
-        if seconds > 0.8 * grace():
-            print(f"warning: the save took {seconds:.1f} s, but {grace()} s after a signal torchrun kills; "
-                  f"start it with --shutdown-timeout {math.ceil(2 * seconds) + 10}", flush=True)
+        path.with_name(SLOW_SAVE).unlink(missing_ok=True)
+        if seconds > 0.8 * min(grace(), 30):
+            runtime.write_json(path.with_name(SLOW_SAVE), {"seconds": round(seconds, 1)})
+            warn_of_slow_save(results_dir)
         for old in runtime.list_checkpoints(results_dir)[:-keep]:
             if old != path:
                 old.unlink(missing_ok=True)
     runtime.barrier()
     return path
+
+
+@contextlib.contextmanager
+def flushed(file):
+    """Within it the disk writes what `file` has got so far, rather than all of it at the end, in fsync."""
+    done = threading.Event()
+
+    def flush():
+        while not done.wait(0.1):
+            os.fsync(file.fileno())
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        flushing = pool.submit(flush)
+        try:
+            yield
+        finally:
+            done.set()
+            flushing.result()                              # raises what the disk said
+
+
+SLOW_SAVE = ".slow-save.json"                              # how long the last save took, if that was long
+
+
+def warn_of_slow_save(results_dir):
+    """Say so if the last save in `results_dir` took longer than a signal leaves time for."""
+    slow = pathlib.Path(results_dir, SLOW_SAVE)
+    if slow.exists() and (seconds := runtime.read_json(slow)["seconds"]) > 0.8 * grace():
+        runtime.print_main(f"warning: the last save took {seconds} s, but {grace()} s after a signal torchrun"
+                           f" kills; start it with --shutdown-timeout {math.ceil(2 * seconds) + 10}")
 
 
 def grace():

@@ -107,8 +107,8 @@ def import_av():
 def write_video(path, frames, fps=25):
     """Write frames, uint8 array (T, H, W, 3), atomically, in the format of the suffix, or raise `UserError`.
 
-    .webp is exact, .gif has 256 colours a frame; of both, equal frames become one that lasts longer, and a note
-    in the file lets `video_frames` know all of them. .mp4 and .mkv are H.264, .avi is MPEG-4, both close to
+    .webp is exact, .gif has 256 colours a frame; of both, equal frames become one that lasts longer, and a
+    note in the file tells `video_frames` of them. .mp4 and .mkv are H.264, .avi is MPEG-4, both close to
     what is seen, and padded to even sides (their colours have half the resolution).
     """
     suffix = pathlib.Path(path).suffix.lower()

@@ -108,7 +108,8 @@ def measure_entropy(form, bits, tokens, seed):
 
 def entropy(args, device):
     """The exact term, its approximations and the dense softmax: time and memory of forward and backward."""
-    print(f"entropy term, K = {args.bits}, forward and backward, fp32, CPU, {torch.get_num_threads()} threads")
+    threads = torch.get_num_threads()
+    print(f"entropy term, K = {args.bits}, forward and backward, fp32, CPU, {threads} threads")
     print("tokens N | form | time | memory | time of exact", flush=True)
     for tokens in args.tokens:
         found = {}                                                         # {form: of the last N}

@@ -16,7 +16,7 @@ import evaluate
 import sample
 import train_ar
 import train_tokenizer
-from support import checkpoints, codec, metrics, runtime
+from support import checkpoints, codec, loops, metrics, runtime
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def mock(monkeypatch):
 
     def use():
         monkeypatch.setattr(runtime, "setup_process_group", lambda device: on_cpu("cpu") and MOCK)
-        monkeypatch.setattr(runtime, "distributed", Undistributed)
+        monkeypatch.setattr(loops, "distributed", Undistributed)
         return Mock()
     return use
 

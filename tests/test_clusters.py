@@ -13,7 +13,7 @@ import time
 import pytest
 
 import train_tokenizer
-from support import runtime
+from support import loops, runtime
 from helpers import Run, assert_same, call, newest, run_script, save_images
 
 pytestmark = [pytest.mark.slow,
@@ -208,7 +208,8 @@ def test_a_signal_while_tokens_are_encoded_keeps_those_that_are(tmp_path):
 
 # ---- what torchrun makes of it ----------------------------------------------------------------------------
 
-def test_torchrun_saves_whoever_is_signalled_twice(tmp_path, whole):
+def test_torchrun_saves_whoever_is_signalled_twice_and_warns_of_a_slow_save(tmp_path, whole):
+    runtime.write_json(tmp_path / loops.SLOW_SAVE, {"seconds": 100})
     run, processes = started(tmp_path, "train_tokenizer.py", "--num-workers", 1, ranks=2, forked=False)
     os.kill(run.pid, TERM)
     time.sleep(0.1)
@@ -218,6 +219,7 @@ def test_torchrun_saves_whoever_is_signalled_twice(tmp_path, whole):
     done = run.wait()
     assert_saved(done, tmp_path, code=1)
     assert_gone(processes)
+    assert done.stdout.startswith("warning: the last save took 100 s, but 30 s after a signal torchrun")
     assert_resumes("train_tokenizer.py", tmp_path, whole("train_tokenizer.py", 2), ranks=2)
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 import torch._dynamo.testing
-from helpers import ROOT, call, error_line, logged, newest, run_script
+from helpers import call, error_line, logged, newest, run_script
 
 import ar_model
 import bench
@@ -16,16 +16,27 @@ import sample
 import tokenizer
 import train_ar
 import train_tokenizer
+from support import runtime
 
 IMAGES = ["--image-size", 16, "--blocks", 1, "--bits", 6, "--global-batch-size", 4, "--warmup", 0,
           "--log-every", 1, "--length", 2, "--lr", 1e-4, "--gan-weight", 0.1, "--discriminator", "blurpool",
           "--lecam-weight", 0.05, "--entropy-weight", 0.1]
 # 9 frames: of 5 the discriminator makes 2, of which oneDNN (torch 2.14) makes garbage for gradients in bf16.
 CLIPS = ["--preset", "toy-video", *IMAGES, "--frames", 9, "--discriminator", "patchgan-3d"]
-AR = ["--tokenizer", ROOT / "assets/toy.pt", "--width", 32, "--heads", 2, "--inter-blocks", 2, "--online",
-      "--val-size", 4, "--log-every", 1, "--warmup", 0, "--token-dropout", 0.1]
+AR = ["--split", 3, 3, "--width", 32, "--heads", 2, "--inter-blocks", 2, "--global-batch-size", 4,
+      "--val-size", 4, "--length", 2, "--log-every", 1, "--warmup", 0, "--token-dropout", 0.1, "--online"]
 SHAPE = dataclasses.replace(ar_model.PRESETS["toy"], width=32, heads=2, inter_blocks=2, bits=(3, 4),
                             grid=(3, 4))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A tokenizer and a transformer of a few steps."""
+    folder = tmp_path_factory.mktemp("trained")
+    call(train_tokenizer, *IMAGES, "--results-dir", folder / "tokenizer")
+    tokens = str(runtime.latest_checkpoint(folder / "tokenizer"))
+    call(train_ar, *AR, "--tokenizer", tokens, "--results-dir", folder / "ar")
+    return tokens, str(runtime.latest_checkpoint(folder / "ar"))
 
 
 # ---- no tensor is made on the wrong device, and graphs draw the same -------------------------------------
@@ -77,8 +88,10 @@ def test_pieces_of_the_sampler_are_compiled_once_for_all_layers():
     (train_tokenizer, CLIPS, "bf16"), (train_tokenizer, CLIPS, "fp16"), (train_ar, AR, "bf16"),
     (train_ar, AR, "fp16")],
     ids=["images-bf16", "images-fp16", "clips-bf16", "clips-fp16", "transformer-bf16", "transformer-fp16"])
-def test_a_half_precision_step_is_close_to_float32(tmp_path, script, flags, dtype):
+def test_a_half_precision_step_is_close_to_float32(tmp_path, trained, script, flags, dtype):
     flags = [*flags, "--length", 1, "--lr", 1e-3, "--global-batch-size", 2]
+    if script is train_ar:
+        flags += ["--tokenizer", trained[0]]
     for precision in ("fp32", dtype):
         call(script, *flags, "--mixed-precision", precision, "--results-dir", tmp_path / precision)
     full, half = logged(tmp_path / "fp32")[1], logged(tmp_path / dtype)[1]

@@ -50,7 +50,7 @@ def test_it_draws_the_tokens_of_the_plain_sampler(shape, values):
     for bucket in (1, 4):
         sampler = Sampler(model, 3, settings, bucket=bucket)
         assert max(sampler.lengths) == shape.tokens and all(n > t for t, n in enumerate(sampler.lengths))
-        sampler.caches[0][0].fill_(1e4)                                 # rubbish behind the position
+        sampler.caches[0].keys.fill_(1e4)                               # rubbish behind the position
         assert equal(sampler(labels, range(3)), expected)
     assert equal(fast(sample.prepare_for_sampling(model), labels, settings), expected)
 
@@ -108,11 +108,11 @@ def test_the_closed_form_is_attention_with_a_vanishing_context(M):
 def test_buffers_are_allocated_once_and_as_large_as_needed():
     model, labels = build(small_config()), torch.tensor([0, 1])
     guided, free = (Sampler(model, 2, sampling_settings(2, cfg_scale=scale)) for scale in (2.0, 1.0))
-    pointers = [tensor.data_ptr() for cache in guided.caches for tensor in cache]
+    pointers = [tensor.data_ptr() for cache in guided.caches for tensor in vars(cache).values()]
     guided(labels, [0, 1])
-    assert pointers == [tensor.data_ptr() for cache in guided.caches for tensor in cache]
+    assert pointers == [tensor.data_ptr() for cache in guided.caches for tensor in vars(cache).values()]
     assert len(pointers) == 2 * 2
-    for keys, values in guided.caches:                              # class, all tokens but one
+    for keys, values in (vars(cache).values() for cache in guided.caches):        # class, all tokens but one
         assert keys.shape == values.shape == (4, 2, 15, 24)
         assert not keys[:, :, 0].any() and keys[:, :, 1:].any(dim=-1).all() and values.any(dim=-1).all()
     expected = free(labels, [0, 1])
@@ -397,8 +397,12 @@ def test_published_settings_are_the_defaults_of_published_presets(preset, scales
 
 
 def test_settings_are_said_in_words():
-    settings = sampling_settings(2, cfg_scale=(1.9, 2), top_p=0.96)
-    assert sample.in_words(settings) == "cfg-scale 1.9 2, temperature 1, top-k 0, top-p 0.96"
+    for values, words in (
+            ({"cfg_scale": 2.0}, "guidance 2, temperature 1, all entries"),
+            ({"cfg_scale": (1.9, 2), "temperature": (1.1, 0.5)}, "guidance 1.9 / 2, temperature 1.1 / 0.5"),
+            ({"top_k": (0, 7), "top_p": 0.96},
+             "guidance 1, temperature 1, all entries up to a probability of 0.96 / the 7 likeliest entries")):
+        assert sample.in_words(sampling_settings(2, **values)).startswith(words)
 
 
 def test_classes_go_by_number_or_by_name():
