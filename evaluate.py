@@ -38,7 +38,7 @@ import torch.nn.functional as F
 import torchvision.transforms.functional as TF
 
 import sample
-from support import checkpoints, data, loops, metrics, pictures, runtime, sets, sources
+from support import checkpoints, data, loops, metrics, pictures, runtime, sets, shapes, sources
 from support.checkpoints import RANDOM_LABEL
 from support.runtime import require
 from support.sets import FRECHET, Chosen
@@ -238,7 +238,11 @@ def choose(args, trained_on, split, view, count, batch_size):
         prefix = "" if split == "train" else "val_"
         path = trained_on[f"{prefix}data_path"] or trained_on["data_path"]
         split_list = trained_on[f"{prefix}split_list"]
-        view = dataclasses.replace(view, resize=view.resize or trained_on["resize"])
+        view = dataclasses.replace(view, resize=view.resize or trained_on["resize"],
+                                   frame_stride=args.frame_stride or trained_on["frame_stride"] or 1)
+    elif args.frame_stride:
+        view = dataclasses.replace(view, frame_stride=args.frame_stride)
+    view = dataclasses.replace(view, drop_alpha=args.protocol == "official")      # as the official loader
     samples = sources.build_dataset(path, split, view, split_list)
     order = range(len(samples))
     if view.crop == "random":
@@ -501,10 +505,11 @@ def add_flags(parser, data_default, count_default):
     """Flags of every command that measures. The texts say what holds if a flag is not given."""
     group = parser.add_argument_group("real samples")
     group.add_argument("--data-path", help=f"folder, tar files or generated[-plain] ({data_default})")
-    group.add_argument("--split", choices=sources.SPLITS, help="part of the data set")
+    group.add_argument("--split", choices=shapes.SPLITS, help="part of the data set")
     group.add_argument("--split-list", help="official UCF-101 list of the clips to use, as testlist01.txt")
     group.add_argument("--num-samples", type=runtime.positive_int, help=f"how many ({count_default})")
     group.add_argument("--resize", type=runtime.positive_int, help="shorter side before the crop")
+    group.add_argument("--frame-stride", type=runtime.positive_int, help="of clips: every n-th frame")
     group = parser.add_argument_group("computing")
     group.add_argument("--protocol", choices=("clean", "official"), default="clean",
                        help="official: what the published numbers were made with, quirks included")

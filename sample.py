@@ -380,8 +380,8 @@ def main(args):
     device = runtime.setup_process_group(args.device)
     runtime.warn_of_slow_half(device.type, args.mixed_precision)
     for_grid = args.num_fid_samples is None
-    require(for_grid or not (args.classes or args.save_images or args.keep), "--num-fid-samples makes an npz "
-            "of all classes, but --classes, --save-images and --keep belong to a grid; leave these out")
+    require(for_grid or not (args.save_images or args.keep), "--num-fid-samples makes an npz, but "
+            "--save-images and --keep belong to a grid; leave these out")
     require(args.keep or not args.rows, "--rows is for --keep FILE; add it, or leave --rows out")
     each = args.num_images or (4 if args.keep else 8)
     model, tokenizer, info = checkpoints.load_pair(args.ckpt, args.tokenizer, not args.raw_weights)
@@ -389,7 +389,8 @@ def main(args):
     names = drawn.class_names(info["classes"], model.config.num_classes)
     require(names or not args.classes, f"--classes: {info['path']} is an unconditional model; leave it out")
     classes = max(1, len(names))                          # an unconditional model has one nameless class
-    labels = drawn.find_classes(args.classes, names) if for_grid and names else range(classes)
+    chosen = names and (for_grid or args.classes)
+    labels = drawn.find_classes(args.classes, names) if chosen else range(classes)
     count = args.num_fid_samples or len(labels) * each
     how = how_from_args(args, model, info, count, for_grid)
     beside, kept = keep_rows(args, model, tokenizer) if args.keep else ([], ())
@@ -406,6 +407,8 @@ def main(args):
     record = {"n": count, **dataclasses.asdict(how), "global_seed": args.global_seed, "device": device.type,
               "torch": torch.__version__, "tokenizer": info["tokenizer"],
               "checkpoint": {name: info[name] for name in ("path", "preset", "weights", "step", "source")}}
+    if args.classes and not for_grid:
+        record["classes"] = list(labels)
     record["checkpoint"]["sha256"] = runtime.on_main(checkpoints.weights_hash, model)
     runtime.print_facts(("model", f"{info['path']}: {info['preset']}, {info['weights']} weights"),
                         ("samples", f"{count:,} of {len(labels):,} classes, seed {args.global_seed}"),
@@ -415,11 +418,12 @@ def main(args):
     prepare_for_sampling(model.to(device), runtime.AUTOCAST_DTYPES[args.mixed_precision] or torch.float32)
 
     def draw(numbers):                                    # batches of the samples with these numbers
+        turns = range(classes) if for_grid else labels    # of which classes come by turns
         seeds = [(args.global_seed, n) for n in numbers]
-        return generate(model, tokenizer, [n % classes for n in numbers], seeds, how, kept)
+        return generate(model, tokenizer, [turns[n % len(turns)] for n in numbers], seeds, how, kept)
 
     if not for_grid:
-        drawn.write_set(output, draw, record)
+        drawn.write_set(output, draw, record, labels)
     elif runtime.is_main():                               # so few that it is not worth sharing them out
         numbers = [i * classes + label for label in labels for i in range(each)]
         samples = torch.cat(list(draw(numbers))).split(each)         # classes x (k, 3, [T,] H, W)

@@ -72,6 +72,7 @@ def get_args(argv=None):
     group.add_argument("--image-size", type=count, help="side of the crops (the tokenizer's resolution)")
     group.add_argument("--resize", type=count, help="shorter side before the crop (--image-size)")
     group.add_argument("--frames", type=count, help="of a clip (the tokenizer's)")
+    group.add_argument("--frame-stride", type=count, help="every n-th frame of a video (the tokenizer's)")
     group.add_argument("--init-from", help="start from this AR model, a file or a published name as AR-B")
     group.add_argument("--unconditional", action="store_true", help="ignore the classes of the data set")
     group.add_argument("--tokens", help="file for stored tokens (tokens.bin in --results-dir)")
@@ -201,14 +202,16 @@ def build_datasets(args):
     require(bool(args.split_list) == bool(args.val_split_list), "--split-list and --val-split-list are a "
             "pair, such as trainlist01.txt and testlist01.txt; give both or neither")
     crop = "random" if args.online else "ten" if args.ten_crop else "center"
-    view = data.View(args.image_size, args.frames, crop, args.flip, args.resize)
+    view = data.View(args.image_size, args.frames, crop, args.flip, args.resize,
+                     frame_stride=args.frame_stride or 1)
     dataset = sources.build_dataset(args.data_path, "train", view, args.split_list)
     classes = () if args.unconditional else dataset.classes
     require(classes or args.unconditional, f"--data-path {dataset.name} has no classes; make a subfolder for "
                                            f"each, or add --unconditional")
     view = dataclasses.replace(view, crop="center", flip=False)
     held_out = sources.build_dataset(args.val_data_path or args.data_path, "val", view, args.val_split_list,
-                                     classes=classes)
+                                     classes=classes,
+                                     flag="--val-data-path" if args.val_data_path else "--data-path")
     if runtime.on_main(data.same_samples, dataset, held_out):
         runtime.print_main(f"no validation: {dataset.name} has no val/ or test/; see --val-data-path")
         held_out = None

@@ -82,6 +82,7 @@ def get_args(argv=None):
     group.add_argument("--split-list", help="of clips: official UCF-101 list of those to train on")
     group.add_argument("--val-split-list", help="of clips: official UCF-101 list of the held-out ones")
     group.add_argument("--resize", type=count, help="shorter side before the crop (--image-size)")
+    group.add_argument("--frame-stride", type=count, default=1, help="of clips: every n-th frame of a video")
     group.add_argument("--flip", action="store_true", help="mirror half of them (published: no)")
     group.add_argument("--init-from", help="start from this tokenizer (and discriminator), ours or published")
     group.add_argument("--freeze", choices=("encoder",), help="train the decoder alone: the tokens stay")
@@ -202,7 +203,8 @@ def build_datasets(args):
     require(bool(args.split_list) == bool(args.val_split_list), "--split-list and --val-split-list are a "
             "pair, such as trainlist01.txt and testlist01.txt; give both or neither")
     frames = args.frames if args.preset in video.PRESETS else None
-    view = data.View(args.resolution, frames, "random", args.flip, args.resize)
+    view = data.View(args.resolution, frames, "random", args.flip, args.resize,
+                     frame_stride=args.frame_stride)
     dataset = sources.build_dataset(args.data_path, "train", view, args.split_list)
     passes = runtime.world_size() * args.accumulation
     most = len(dataset) // passes * passes
@@ -211,7 +213,8 @@ def build_datasets(args):
                            f"{dataset.name} has {len(dataset)} {dataset.kind}s")
         args.global_batch_size = most
     view = replace(view, crop="center", flip=False)
-    held_out = sources.build_dataset(args.val_data_path or args.data_path, "val", view, args.val_split_list)
+    held_out = sources.build_dataset(args.val_data_path or args.data_path, "val", view, args.val_split_list,
+                                     flag="--val-data-path" if args.val_data_path else "--data-path")
     items = [held_out[i] for i in data.evenly_spaced(4 if frames else 8, len(held_out))]
     if not any(items):
         held_out.raise_if_broken()

@@ -38,7 +38,7 @@ FORMATS = {                         # the mark of our own files: (model, config,
     "open-magvit2-video-tokenizer": (video.VideoTokenizer, video.VideoTokenizerConfig, video.PRESETS),
     "open-magvit2-ar": (ar_model.ARModel, ar_model.ARConfig, ar_model.PRESETS)}
 *TOKENIZERS, AR = FORMATS
-TRAINED_ON = ("data_path", "val_data_path", "resize", "split_list", "val_split_list")
+TRAINED_ON = ("data_path", "val_data_path", "resize", "split_list", "val_split_list", "frame_stride")
 PUBLISHED_NAMES = ("encoder.", "decoder.", "loss.discriminator.", "loss.perceptual_loss.", "model_ema.",
                    "transformer.")
 # The published names below transformer.* and ours. Inside a block they are the same.

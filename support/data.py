@@ -262,6 +262,7 @@ def get_args(argv=None):
     parser.add_argument("--data-path", default="generated", help="folder of images or videos, tar files as "
                         "in 'shards-{000..127}.tar', or the built-in sets generated and generated-plain")
     parser.add_argument("--frames", type=count, help="look at clips of so many frames")
+    parser.add_argument("--frame-stride", type=count, default=1, help="of clips: every n-th frame")
     parser.add_argument("--split", choices=SPLITS, default="train", help="which part of the data")
     parser.add_argument("--image-size", type=count, default=64, help="side of the square crop")
     parser.add_argument("--resize", type=count, help="shorter side before the crop (--image-size)")
@@ -275,7 +276,8 @@ def get_args(argv=None):
 
 def main(args):
     """Write the grid and print what the data set holds."""
-    view = View(args.image_size, args.frames, args.crop, args.flip, args.resize)
+    view = View(args.image_size, args.frames, args.crop, args.flip, args.resize,
+                frame_stride=args.frame_stride)
     dataset = build_dataset(args.data_path, args.split, view)
     require(args.frames or args.output.lower().endswith(".png"), f"--output {args.output} is no .png")
     by_class = dataset.labels.argsort(stable=True)        # a row for each of ten

@@ -83,8 +83,9 @@ def write_grid(output, samples, names, beside, alone):
     pictures.save_samples(output, grid, len(grid) // len(samples), captions if any(captions) else None)
 
 
-def write_set(output, draw, record):
-    """The npz of the samples from number 0 on. Every rank draws parts of a batch each; rank 0 joins them.
+def write_set(output, draw, record, labels):
+    """The npz of the samples from number 0 on, in turn of the classes `labels`, which become its arr_1. Every
+    rank draws parts of a batch each; rank 0 joins them.
 
     draw: a function of numbers that yields batches of the samples with these. A collective."""
     record = json.loads(json.dumps(record))               # as it will be read again
@@ -104,7 +105,7 @@ def write_set(output, draw, record):
                 if output.exists():
                     print(f"{output} exists already, made with these settings")
                 else:
-                    join_parts(output, parts, record)
+                    join_parts(output, parts, record, labels)
                 shutil.rmtree(folder)
     except runtime.Stopped as stopped:
         kept = sum(part.exists() for part in parts)
@@ -129,7 +130,7 @@ def missing_parts(output, parts, record):
     return [] if output.exists() else [k for k, part in enumerate(parts) if not part.exists()]
 
 
-def join_parts(output, parts, record):
+def join_parts(output, parts, record, labels):
     """Make of `parts`, files in a folder of their own, the npz and its JSON."""
     header = {"descr": "|u1", "fortran_order": False,
               "shape": (record["n"], *np.load(parts[0], mmap_mode="r").shape[1:])}
@@ -140,5 +141,7 @@ def join_parts(output, parts, record):
             np.lib.format.write_array_header_1_0(file, header)
             for part in sources.watched(parts, "joining", unit="parts"):
                 file.write(np.load(part).tobytes())
+        with archive.open("arr_1.npy", "w") as file:
+            np.lib.format.write_array(file, np.resize(np.array(labels, np.int64), record["n"]))
     runtime.write_json(output.with_suffix(".json"), record)
     os.replace(whole, output)

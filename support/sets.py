@@ -22,7 +22,8 @@ from PIL import Image
 
 from support import data, metrics, pictures, runtime, sources
 from support.checkpoints import RANDOM_LABEL
-from support.reading import Unreadable, decoding
+from support.reading import (IMAGE_SUFFIXES, VIDEO_SUFFIXES, Unreadable, decoding, is_clip,
+                             video_frames)
 from support.runtime import require
 
 WIDTHS = {"inception": (2048, 2023), "i3d": (400,)}        # networks that see sets: D of what they give
@@ -102,19 +103,31 @@ class Chosen:
 
 
 def open_samples(path):
-    """(data set, what identifies it) of the samples in an npz file, or in a folder of images of one size."""
+    """(data set, what identifies it) of the samples in an npz file, or in a folder of images, or of
+    clips, of one size."""
     if not os.path.isdir(path):
         return Npz(path), runtime.on_main(runtime.sha256_of, path)
-    samples = sources.Folder(path, data.View(1, crop="original"))
+    files = [file for file in sorted(map(str, pathlib.Path(path).rglob("*")))
+             if file.lower().endswith(IMAGE_SUFFIXES + VIDEO_SUFFIXES)]
     sizes = set()
-    for file in sources.watched(samples.paths, f"looking through {path}"):
+    for file in sources.watched(files, f"looking through {path}"):
         try:
-            with decoding(), Image.open(file) as image:
-                sizes.add(image.size[::-1])
+            if is_clip(file):
+                shown = [frame().size[::-1] for frame in video_frames(file)]
+                sizes.add((len(shown), *shown[0]))
+            else:
+                with decoding(), Image.open(file) as image:
+                    sizes.add(image.size[::-1])
         except (OSError, Unreadable):
             raise runtime.UserError(f"--samples: {file} is empty or no image; make it again") from None
-    require(len(sizes) == 1, f"--samples {path} mixes the sizes {sorted(sizes)[:2]}; all must have one")
-    samples.axes = sizes.pop()
+    require(len(sizes) < 2, f"--samples {path} mixes the sizes {sorted(sizes)[:2]}; all must have one")
+    axes = sizes.pop() if files else (1, 1)
+    frames = axes[0] if len(axes) == 3 else None
+    samples = sources.Folder(path, data.View(1, frames, "original"), typed=f"unlabelled:{path}")
+    samples.axes = axes
+    if samples.paths[0].lower().endswith((".jpg", ".jpeg", ".jfif", ".mp4", ".avi", ".mkv")):
+        runtime.print_main(f"warning: --samples {path}: JPEG and most videos are lossy, and metrics see that "
+                           f"loss, too; save PNG, animated WebP, or an npz")
     return samples, runtime.on_main(data.fingerprint, samples, range(len(samples)))
 
 

@@ -24,7 +24,7 @@ import torchvision
 import torchvision.transforms.functional as TF
 
 from support import layouts, pictures, runtime, shapes
-from support.layouts import PARTS, SPLITS, watched
+from support.layouts import PARTS, watched
 from support.reading import (IMAGE_SUFFIXES, Samples, Strings, TooShort, as_rgb, decode, decoding,
                              video_frames)
 from support.runtime import UserError, require
@@ -281,6 +281,7 @@ class Generated(Samples):
     def __init__(self, split, view, plain=False, length=None):
         require(not (view.frames and (view.flip or view.crop == "ten")), "--flip and --ten-crop: mirrored, a "
                 "generated clip that moves left is one that moves right; leave the flag out")
+        require(view.frame_stride == 1, "--frame-stride is for videos, not for generated clips; leave it out")
         self.split = split
         self.plain = plain
         length = length or (1_000 if split != "train" else 10_000 if view.frames else 20_000)

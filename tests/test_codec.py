@@ -1,5 +1,6 @@
 """support/codec.py, the command line of tokenizer.py: what is encoded comes back, of any size and length."""
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -109,6 +110,18 @@ def test_tiled_files_come_back_and_say_how_far_from_the_whole(files, capsys):
     assert "levels from the image in one piece" in capsys.readouterr().out
     beside, alone = [np.asarray(Image.open(place / name / "0-a.png")) for name in ("beside", "alone")]
     assert np.array_equal(beside[:, 154:304], alone)
+
+
+def test_where_nothing_is_trained_a_small_tokenizer_of_photographs_serves(files, capsys, monkeypatch):
+    monkeypatch.chdir(files)
+    call(codec, "reconstruct", ROOT / "assets" / "photo.png", "--output", "out")
+    out = capsys.readouterr().out
+    assert "runs/tokenizer is empty, so this is assets/photo.pt" in out and "1.1250 bits a pixel" in out
+    assert float(re.search(r"PSNR ([\d.]+) dB", out)[1]) > 24
+    (files / "runs" / "tokenizer").mkdir(parents=True)
+    shutil.copy(files.parent / "image.pt", files / "runs" / "tokenizer" / "step-00000003.pt")
+    call(codec, "reconstruct", "a.png", "--output", "out")
+    assert "photo.pt" not in capsys.readouterr().out and codec.PHOTO.stat().st_size < 4e6
 
 
 def test_files_may_stand_before_and_after_flags():

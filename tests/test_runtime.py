@@ -165,7 +165,7 @@ def test_our_own_errors_are_one_line_and_bugs_are_tracebacks(monkeypatch, capsys
 @pytest.mark.parametrize("script, flags, problem", [
     ("support.data", ["--data-path", "/no/such"], "/no/such"),
     ("support.data", ["--image-size", 0], "--image-size"),
-    ("support.pictures", ["no-run"], "no-run"), ("tokenizer.py", ["decode", "a.npz"], "runs/tokenizer"),
+    ("support.pictures", ["no-run"], "no-run"), ("tokenizer.py", ["decode", "a.npz"], "a.npz"),
     ("train_tokenizer.py", ["--channels", 40], "channels 40"),
     ("train_tokenizer.py", ["--resume"], "is damaged"), ("train_ar.py", [], "runs/tokenizer"),
     ("sample.py", [], "runs/ar"), ("evaluate.py", [], "runs/tokenizer"),
