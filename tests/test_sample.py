@@ -192,7 +192,7 @@ def saved(request, tmp_path_factory):
 def samples_of(path):
     """arr_0 of an npz, as an evaluator reads it."""
     with np.load(path) as file:
-        assert file.files == ["arr_0"]
+        assert file.files == ["arr_0", "arr_1"] and len(file["arr_0"]) == len(file["arr_1"])
         return file["arr_0"]
 
 
@@ -320,6 +320,10 @@ def test_a_grid_shows_members_of_the_set_by_class(tmp_path, saved):
         drawn = samples_of(tmp_path / "a.npz")[i * 3 + label]
         assert (alone == (drawn if drawn.ndim == 3 else drawn[0])).mean() > 0.99
     assert Image.open(tmp_path / "a.png").size[1] == 2 * (96 + 2 + 14) + 2
+    call(sample, "--ckpt", saved[0], "--num-fid-samples", 5, "--classes", "cat,0", "--output",
+         tmp_path / "b.npz")
+    with np.load(tmp_path / "a.npz") as whole, np.load(tmp_path / "b.npz") as some:
+        assert whole["arr_1"].tolist() == [0, 1, 2] * 4 and some["arr_1"].tolist() == [2, 0, 2, 0, 2]
 
 
 def test_an_image_is_completed_below_its_kept_rows(tmp_path, saved, monkeypatch):
@@ -423,7 +427,7 @@ def test_classes_go_by_number_or_by_name():
 
 @pytest.mark.parametrize("flags, message", [
     ("--ckpt /no/such.pt", "/no/such.pt"), ("--classes dog", "'dog' is none of the 3 classes"),
-    ("--classes ant --num-fid-samples 5", "--num-fid-samples"), ("--num-images 0", "--num-images"),
+    ("--save-images --num-fid-samples 5", "--num-fid-samples"), ("--num-images 0", "--num-images"),
     ("--num-fid-samples 0", "--num-fid-samples"), ("--cfg-scale 1 2 3", "--cfg-scale has 3 values"),
     ("--cfg-scale strong", "--cfg-scale"), ("--top-p 0", "--top-p 0"), ("--top-k 1.5", "--top-k"),
     ("--temperature -1", "--temperature"), ("--output x.jpg", "--output x.jpg"),

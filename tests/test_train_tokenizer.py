@@ -71,7 +71,7 @@ OFFICIALLY = {
                     global_batch_size=128, gan_weight=0.3, discriminator="patchgan-3d")}
 # Flags that are no part of a recipe: where, how fast, what is kept and shown.
 FREE = set("""preset data_path val_data_path split_list val_split_list init_from freeze results_dir resume
-    keep weights_dir mixed_precision channels_last compile activation_checkpointing num_workers device
+frame_stride     keep weights_dir mixed_precision channels_last compile activation_checkpointing num_workers device
     global_seed log_every checkpoint_every dry_run""".split())
 
 
