@@ -209,9 +209,7 @@ def build_datasets(args):
     require(classes or args.unconditional, f"--data-path {dataset.name} has no classes; make a subfolder for "
                                            f"each, or add --unconditional")
     view = dataclasses.replace(view, crop="center", flip=False)
-    held_out = sources.build_dataset(args.val_data_path or args.data_path, "val", view, args.val_split_list,
-                                     classes=classes,
-                                     flag="--val-data-path" if args.val_data_path else "--data-path")
+    held_out = sources.build_held_out(args, view, classes)
     if runtime.on_main(data.same_samples, dataset, held_out):
         runtime.print_main(f"no validation: {dataset.name} has no val/ or test/; see --val-data-path")
         held_out = None

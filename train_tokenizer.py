@@ -213,8 +213,7 @@ def build_datasets(args):
                            f"{dataset.name} has {len(dataset)} {dataset.kind}s")
         args.global_batch_size = most
     view = replace(view, crop="center", flip=False)
-    held_out = sources.build_dataset(args.val_data_path or args.data_path, "val", view, args.val_split_list,
-                                     flag="--val-data-path" if args.val_data_path else "--data-path")
+    held_out = sources.build_held_out(args, view)
     items = [held_out[i] for i in data.evenly_spaced(4 if frames else 8, len(held_out))]
     if not any(items):
         held_out.raise_if_broken()

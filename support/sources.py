@@ -362,7 +362,7 @@ class Torchvision(Samples):
 
 # ---- 4. What --data-path means -----------------------------------------------------------------------------
 
-def build_dataset(data_path, split, view, split_list=None, length=None, classes=(), flag="--data-path"):
+def build_dataset(data_path, split, view, split_list=None, length=None, classes=()):
     """The data set behind `--data-path`, of images or clips as `view` says.
 
     * None or "generated": the generated set, "generated-plain" its easier images; `length` of them (None:
@@ -375,17 +375,9 @@ def build_dataset(data_path, split, view, split_list=None, length=None, classes=
     * a zip with dataset.json, as EDM and StyleGAN write it.
 
     classes: the names of a training set's, so that a label means the same here, where some may be missing (by
-    default those of train/ beside val/). flag: what messages call the path. Raises `UserError` for a path
-    that is missing, empty or ambiguous. A collective.
+    default those of train/ beside val/). Raises `UserError` for a path that is missing, empty or ambiguous. A
+    collective.
     """
-    try:
-        return named_dataset(data_path, split, view, split_list, length, classes)
-    except UserError as error:
-        raise UserError(str(error).replace("--data-path", flag)) from None
-
-
-def named_dataset(data_path, split, view, split_list, length, classes):
-    """See `build_dataset`."""
     typed = "generated" if data_path is None else str(data_path)
     meant, path = re.fullmatch(r"(classes:|unlabelled:)?(.*)", typed, re.DOTALL).groups()
     path = os.path.expanduser(path)
@@ -409,3 +401,16 @@ def named_dataset(data_path, split, view, split_list, length, classes):
     if zipfile.is_zipfile(path) and path.endswith(".zip"):
         return Zip(path, view)
     raise layouts.no_samples(path, IMAGE_SUFFIXES)
+
+
+def build_held_out(args, view, classes=()):
+    """The held-out set of a trainer's flags: that of --val-data-path, or else the val part of --data-path.
+    Raises `UserError` as `build_dataset` does, by the name of the flag that was given."""
+    try:
+        return build_dataset(args.val_data_path or args.data_path, "val", view, args.val_split_list,
+                             classes=classes)
+    except UserError as error:
+        text = str(error).replace("--split-list", "--val-split-list")
+        if args.val_data_path:
+            text = text.replace("--data-path", "--val-data-path")
+        raise UserError(text) from None

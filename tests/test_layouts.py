@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import tarfile
+import types
 import zipfile
 
 import av
@@ -36,9 +37,9 @@ def unpack(root, *patterns):
     return root
 
 
-def refuse(problem, *what, **more):
+def refuse(problem, *what):
     """Assert that such a set is refused in one line."""
-    refused(problem, build_dataset, *what, **more)
+    refused(problem, build_dataset, *what)
 
 
 # ---- read as what they are ---------------------------------------------------------------------------------
@@ -170,7 +171,9 @@ def test_what_is_no_list_of_classes_is_refused_with_the_folder_to_give(tmp_path,
     ("x.png", "single file")])
 def test_a_file_in_place_of_a_folder_is_named(tmp_path, name, way_out):
     unpack(tmp_path, name)
-    refuse(f"--val-data-path.*{way_out}", tmp_path / name, "val", View(8), flag="--val-data-path")
+    refuse(f"^--data-path.*{way_out}", tmp_path / name, "val", View(8))
+    args = types.SimpleNamespace(data_path="generated", val_data_path=tmp_path / name, val_split_list=None)
+    refused(f"^--val-data-path.*{way_out}", sources.build_held_out, args, View(8))
 
 
 def test_the_tar_of_tars_names_the_commands_and_these_work(tmp_path):

@@ -92,8 +92,9 @@ OF_EACH = {                                    # lr, warm-up, length; width, hea
     "AR-XL": (2.4e-4, "7ep", "350ep", 1536, 24, 48, 4, 2.474)}
 # What no recipe says: data, files, the speed, and the precision, which the paper does not tell.
 OURS = """preset tokenizer data_path val_data_path split_list val_split_list val_size image_size resize frames
-frame_stride     init_from tokens token_precision results_dir mixed_precision compile activation_checkpointing num_workers
-    device global_seed resume log_every val_every checkpoint_every keep dry_run warmup ema_warmup""".split()
+    frame_stride init_from tokens token_precision results_dir mixed_precision compile activation_checkpointing
+    num_workers device global_seed resume log_every val_every checkpoint_every keep dry_run warmup
+    ema_warmup""".split()
 
 
 @pytest.mark.parametrize("preset", OF_EACH)

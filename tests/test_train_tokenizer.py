@@ -71,8 +71,8 @@ OFFICIALLY = {
                     global_batch_size=128, gan_weight=0.3, discriminator="patchgan-3d")}
 # Flags that are no part of a recipe: where, how fast, what is kept and shown.
 FREE = set("""preset data_path val_data_path split_list val_split_list init_from freeze results_dir resume
-frame_stride     keep weights_dir mixed_precision channels_last compile activation_checkpointing num_workers device
-    global_seed log_every checkpoint_every dry_run""".split())
+    keep weights_dir mixed_precision channels_last compile activation_checkpointing num_workers device
+    frame_stride global_seed log_every checkpoint_every dry_run""".split())
 
 
 @pytest.mark.parametrize("preset", OFFICIALLY)
