@@ -649,3 +649,27 @@ def test_tables_show_complete_results_of_their_rows(place, capsys, changes, show
     assert ("imagenet 1.234 / 22.01 / 100.00% (50000, official)" in printed) == shown
     assert ("--ckpt in1k-256 --data-path data/imagenet --image-size 256" in printed) != shown
     assert all("--protocol official" in line for line in printed.splitlines() if "  python" in line)
+
+
+def test_folders_of_clips_are_samples_and_lossy_files_are_told(tmp_path, capsys):
+    clips = np.random.default_rng(0).integers(0, 256, (2, 5, 16, 16, 3), np.uint8)
+    for name, suffix in (("exact", ".webp"), ("lossy", ".mp4")):
+        for i in range(2):
+            pictures.write_video(tmp_path / name / f"{i}{suffix}", clips[i])
+        samples, _ = sets.open_samples(tmp_path / name)
+        assert samples.axes == (5, 16, 16) and samples[1][0].shape == (3, 5, 16, 16)
+        assert np.array_equal(samples[1][0].movedim(0, -1).numpy(), clips[1]) == (name == "exact")
+        assert ("are lossy" in capsys.readouterr().out) == (name == "lossy")
+    pictures.write_video(tmp_path / "exact" / "2.webp", clips[0, :3])
+    refused("mixes the sizes", sets.open_samples, tmp_path / "exact")
+
+
+@pytest.mark.parametrize("protocol, drop", [("clean", False), ("official", True)])
+def test_data_are_seen_as_the_protocol_and_the_model_want(tmp_path, protocol, drop):
+    for i in range(2):
+        pictures.write_video(tmp_path / f"{i}.webp", np.zeros((9, 16, 16, 3), np.uint8))
+    args = evaluate.get_args(["reconstruction", "--protocol", protocol])
+    trained_on = {**evaluate.NOTHING, "data_path": f"unlabelled:{tmp_path}", "frame_stride": 2}
+    view = data.View(16, 5)
+    chosen = evaluate.choose(args, trained_on, "train", view, None, 2)
+    assert (chosen.samples.view.frame_stride, chosen.samples.view.drop_alpha) == (2, drop)
