@@ -13,6 +13,7 @@ import io
 import pathlib
 import random
 import struct
+import sys
 
 import numpy as np
 from PIL import Image
@@ -72,6 +73,9 @@ def main(args):
                     for tile in tiles_of(image, shorter, most):
                         tile.save(args.target / f"{count:05d}.png")
                         count += 1
+    if not count:
+        print(f"error: {args.packages} holds none of the packages above; see --help", file=sys.stderr)
+        sys.exit(2)
     print(f"{count} tiles in {args.target}")
 
 

@@ -22,10 +22,12 @@ def main(args):
     try:
         import pyarrow.parquet
     except ImportError:
-        sys.exit("error: pyarrow is not installed: pip install pyarrow")
+        print("error: pyarrow is not installed: pip install pyarrow", file=sys.stderr)
+        sys.exit(2)
     files = sorted(args.source.glob("*.parquet"))
     if not files:
-        sys.exit(f"error: {args.source} holds no *.parquet; check the path")
+        print(f"error: {args.source} holds no *.parquet; check the path", file=sys.stderr)
+        sys.exit(2)
     for file in files:
         part = file.name.split("-")[0]                    # train, validation or test
         batches = pyarrow.parquet.ParquetFile(file).iter_batches(256, columns=["image", "label"])
