@@ -142,9 +142,9 @@ def draw(claim, sources, path, small=False):
     laws = power_laws(claim, sources[0])
     xs = claim.x if isinstance(claim.x, list) else [claim.x]
     numbers = xs[0] in claim.figures or isinstance(claim.settings[0][xs[0]], (int, float))
-    varied = means(claim, sources[0]).values()
-    varied = [quantity for quantity in claim.figures
-              if len({found[quantity][0] for found in varied if quantity in found}) > 1]
+    found = means(claim, sources[0]).values()
+    varied = [quantity for quantity in claim.figures         # a constant, such as of dead bits, is no picture
+              if len({each[quantity][0] for each in found if quantity in each}) > 1] or claim.figures
     shown = [(x, quantity) for x in xs for quantity in varied if quantity not in (*xs, "flops")]
     if small:                                                # how well, and how: what the claims are about
         shown = sorted(shown, key=lambda one: one[1] != "usage")[:2][::-1] if "usage" in varied else shown[:2]

@@ -307,8 +307,8 @@ def write_clips(folder, counts):
 @pytest.mark.slow
 def test_official_clips_are_10000_of_the_training_split(files, place, monkeypatch):
     write_clips(place / "clips", {"train": 5, "test": 3})
-    clean, official = [reconstruct(files["clips"], "--data-path", "clips", "--metrics", "psnr", "--protocol",
-                                   protocol) for protocol in ("clean", "official")]
+    clean, official = [reconstruct(files["clips"], "--data-path", "classes:clips", "--metrics", "psnr",
+                                   "--protocol", protocol) for protocol in ("clean", "official")]
     assert (clean["n"], clean["data"]["crop"]) == (3, "center")
     assert (official["n"], official["data"]["crop"]) == (10, "random")                 # five clips twice
     assert official["data"]["split"] == "train" and values(clean) != values(official)
