@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
@@ -103,6 +104,21 @@ def save_images(folder, count):
         pixels = np.random.default_rng(i).integers(0, 256, (20, 24, 3), np.uint8)
         Image.fromarray(pixels).save(path)
     return folder
+
+
+@contextlib.contextmanager
+def chromium():
+    """A headless Chromium, the system's or playwright's own; skips the test where there is none."""
+    api = pytest.importorskip("playwright.sync_api")
+    names = ("chromium-headless-shell", "chromium", "google-chrome")
+    program = next(filter(None, map(shutil.which, names)), None)       # None: that of `playwright install`
+    with api.sync_playwright() as playwright:
+        try:
+            browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        except api.Error:
+            pytest.skip("no Chromium here")
+        yield browser
+        browser.close()
 
 
 def golden(name):

@@ -17,7 +17,7 @@ from PIL import Image
 import ar_model
 import report
 from support import checkpoints, data, metrics, pictures, runtime, sources
-from helpers import ROOT, call, error_line
+from helpers import ROOT, call, chromium, error_line
 
 DOCUMENTS = [ROOT / name for name in ("README.md", "results/README.md", "results/EXERCISES.md")]
 README = (ROOT / "README.md").read_text()
@@ -96,21 +96,13 @@ def test_a_report_of_unfinished_runs(runs, tmp_path, kept):
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [1280, 400])
 def test_a_report_fits_the_window(runs, width):
-    api = pytest.importorskip("playwright.sync_api")
     make_report(runs)
-    names = ("chromium-headless-shell", "chromium", "google-chrome")
-    program = next(filter(None, map(shutil.which, names)), None)       # None: that of `playwright install`
-    with api.sync_playwright() as playwright:
-        try:
-            browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        except api.Error:
-            pytest.skip("no Chromium here")
+    with chromium() as browser:
         page = browser.new_page(viewport={"width": width, "height": 800})
         page.goto((runs / "report.html").as_uri())
         page.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         assert page.evaluate("[...document.images].every(each => each.naturalWidth > 0)")
-        browser.close()
 
 
 # ---- commands, flags, links -------------------------------------------------------------------------------

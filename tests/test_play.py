@@ -1,7 +1,6 @@
 """The page to play with: in a browser, the same ids, pixels, tokens and probabilities as in torch."""
 import io
 import re
-import shutil
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ from PIL import Image
 
 import ar_model
 import tokenizer
-from helpers import ROOT, call, error_line, stored
+from helpers import ROOT, call, chromium, error_line, stored
 from results.play import build
 from support import checkpoints, pictures, shapes
 
@@ -78,16 +77,8 @@ def path(models, tmp_path_factory):
 @pytest.fixture(scope="module")
 def browser():
     """Chromium, playwright's own or the system's."""
-    api = pytest.importorskip("playwright.sync_api")
-    names = ("chromium-headless-shell", "chromium", "google-chrome")
-    program = next(filter(None, map(shutil.which, names)), None)       # None: that of `playwright install`
-    with api.sync_playwright() as playwright:
-        try:
-            found = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        except api.Error:
-            pytest.skip("no Chromium here")
+    with chromium() as found:
         yield found
-        found.close()
 
 
 def opened(browser, path, width=1280, scheme="light"):
