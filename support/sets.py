@@ -20,9 +20,9 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from support import data, metrics, pictures, runtime, sources
+from support import data, layouts, metrics, pictures, runtime, sources
 from support.checkpoints import RANDOM_LABEL
-from support.reading import (IMAGE_SUFFIXES, VIDEO_SUFFIXES, Unreadable, decoding, is_clip,
+from support.reading import (IMAGE_SUFFIXES, VIDEO_SUFFIXES, Unreadable, decoding, is_moving,
                              video_frames)
 from support.runtime import require
 
@@ -107,17 +107,12 @@ def open_samples(path):
     clips, of one size."""
     if not os.path.isdir(path):
         return Npz(path), runtime.on_main(runtime.sha256_of, path)
-    files = [file for file in sorted(map(str, pathlib.Path(path).rglob("*")))
-             if file.lower().endswith(IMAGE_SUFFIXES + VIDEO_SUFFIXES)]
+    found, _ = layouts.list_files(path, IMAGE_SUFFIXES + VIDEO_SUFFIXES)
+    files = [os.path.join(path, name) for _, text, _ in found for name in layouts.listed(text)]
     sizes = set()
     for file in sources.watched(files, f"looking through {path}"):
         try:
-            if is_clip(file):
-                shown = [frame().size[::-1] for frame in video_frames(file)]
-                sizes.add((len(shown), *shown[0]))
-            else:
-                with decoding(), Image.open(file) as image:
-                    sizes.add(image.size[::-1])
+            sizes.add(axes_of(file))
         except (OSError, Unreadable):
             raise runtime.UserError(f"--samples: {file} is empty or no image; make it again") from None
     require(len(sizes) < 2, f"--samples {path} mixes the sizes {sorted(sizes)[:2]}; all must have one")
@@ -129,6 +124,20 @@ def open_samples(path):
         runtime.print_main(f"warning: --samples {path}: JPEG and most videos are lossy, and metrics see that "
                            f"loss, too; save PNG, animated WebP, or an npz")
     return samples, runtime.on_main(data.fingerprint, samples, range(len(samples)))
+
+
+def axes_of(file):
+    """([T,] H, W) of an image or a clip. Raises `Unreadable` or OSError."""
+    if file.lower().endswith(IMAGE_SUFFIXES):
+        with decoding(), Image.open(file) as image:
+            if not is_moving(image):
+                return image.size[::-1]
+    frames = video_frames(file)
+    first = next(frames, None)
+    if first is None:
+        raise Unreadable("it has no frames")
+    size = first().size[::-1]
+    return 1 + sum(1 for _ in frames), *size
 
 
 def reference(path, axes, batch_size):
