@@ -310,7 +310,8 @@ def main(args):
         lock = runtime.lock(args.results_dir)                            # held until `main` ends
         tokenizer.to(device)
     if not args.online:
-        dataset = tokens.stored(dataset, records["tokenizer"], tokenizer, args)
+        dataset = tokens.stored(dataset, records["tokenizer"], tokenizer, args,
+                                fingerprint=records["dataset"]["fingerprint"])
     if held_out:
         held_out = tokens.stored(held_out, records["tokenizer"], tokenizer, args, limit=args.val_size)
     if args.dry_run:

@@ -68,12 +68,13 @@ def encode(tokenizer, x, precision):
         return tokenizer.encode(pictures.to_float(x.to(device, non_blocking=True))).flatten(1)
 
 
-def stored(dataset, made_with, tokenizer, args, limit=None):
+def stored(dataset, made_with, tokenizer, args, limit=None, fingerprint=""):
     """`Tokens` of `dataset`, encoded first unless tokens.bin in --results-dir, or --tokens, has them; with a
     `limit`, that of held-out images, of so many at most and tokens-val.bin. None for --dry-run: a check.
 
-    made_with: the record of the tokenizer; its "sha256" is None where that is not known. Raises `UserError`
-    for a file of other tokens, and if more than 1 % of the images are broken. A collective."""
+    made_with: the record of the tokenizer; its "sha256" is None where that is not known. fingerprint: of the
+    whole set, where it is known. Raises `UserError` for a file of other tokens, and if more than 1 % of the
+    images are broken. A collective."""
     path = pathlib.Path(args.tokens or f"{args.results_dir}/tokens.bin")
     require(path.suffix == ".bin", f"--tokens {path}: give it a name that ends in .bin")
     if limit:
@@ -84,9 +85,10 @@ def stored(dataset, made_with, tokenizer, args, limit=None):
     shape = [len(indices), 10 if dataset.view.crop == "ten" else 1, math.prod(grid)]
     found = runtime.on_main(header_of, path, math.prod(shape))
     like = str(found.get("data", "2:"))                   # an older kind, in a file by an older version
+    if fingerprint[:2] != like[:2]:
+        fingerprint = runtime.on_main(data.fingerprint, dataset, indices, like)
     facts = {"tokenizer": made_with["sha256"], "grid": list(grid), "shape": shape, "crops": dataset.view.crop,
-             "data": runtime.on_main(data.fingerprint, dataset, indices, like),
-             "precision": args.token_precision}
+             "data": fingerprint, "precision": args.token_precision}
     origin = f"{made_with['path']} of {dataset.name}"
     if found:
         known = [name for name, value in facts.items() if value]
