@@ -234,15 +234,16 @@ def choose(args, trained_on, split, view, count, batch_size):
     """`Chosen`: `count` (None: all) of --data-path or, without, of what a model was trained on."""
     path = args.data_path
     split_list = args.split_list
+    resize = view.resize
+    frame_stride = args.frame_stride
     if path is None and split_list is None:
         prefix = "" if split == "train" else "val_"
         path = trained_on[f"{prefix}data_path"] or trained_on["data_path"]
         split_list = trained_on[f"{prefix}split_list"]
-        view = dataclasses.replace(view, resize=view.resize or trained_on["resize"],
-                                   frame_stride=args.frame_stride or trained_on["frame_stride"] or 1)
-    elif args.frame_stride:
-        view = dataclasses.replace(view, frame_stride=args.frame_stride)
-    view = dataclasses.replace(view, drop_alpha=args.protocol == "official")      # as the official loader
+        resize = resize or trained_on["resize"]
+        frame_stride = frame_stride or trained_on["frame_stride"]
+    view = dataclasses.replace(view, resize=resize, frame_stride=frame_stride or 1,
+                               drop_alpha=args.protocol == "official")       # as the official loader does
     samples = sources.build_dataset(path, split, view, split_list)
     order = range(len(samples))
     if view.crop == "random":

@@ -147,7 +147,8 @@ def draw(claim, sources, path, small=False):
               if len({each[quantity][0] for each in found if quantity in each}) > 1] or claim.figures
     shown = [(x, quantity) for x in xs for quantity in varied if quantity not in (*xs, "flops")]
     if small:                                                # how well, and how: what the claims are about
-        shown = sorted(shown, key=lambda one: one[1] != "usage")[:2][::-1] if "usage" in varied else shown[:2]
+        usage = [one for one in shown if one[1] == "usage"]
+        shown = [*shown[:1], *(usage or shown[1:2])]
     width, height = (2.1, 2.2) if small else (3.1, 3.4)
     figure, panels = pyplot.subplots(1, len(shown), squeeze=False,
                                      figsize=(width * len(shown), height + (0 if numbers else 1)))

@@ -167,14 +167,15 @@ def given_labels(folder, names):
         return labels_of_json(path, path.read_bytes(), listed(names))
     if not re.match(rb"ILSVRC2012_val_\d{8}\.\w+\0", names):
         return None
+    names = listed(names)
     for place in path.absolute().parents[:5]:           # Kaggle's list lies four folders up
         wnids = wnids_beside(place)
         if wnids:
-            missing = [name for name in listed(names) if name[:23] not in wnids]
+            missing = [name for name in names if name[:23] not in wnids]
             require(not missing, f"the list of labels in {place} lacks {missing[:1]} of {folder}")
             classes = sorted(set(wnids.values()))
             number = {name: i for i, name in enumerate(classes)}
-            return classes, np.array([number[wnids[name[:23]]] for name in listed(names)])
+            return classes, np.array([number[wnids[name[:23]]] for name in names])
     runtime.print_main(f"{folder} has no labels: where they are needed, put Kaggle's LOC_val_solution.csv or "
                        f"the folder ILSVRC2012_devkit_t12 beside it")
     return None
