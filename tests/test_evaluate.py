@@ -656,6 +656,7 @@ def test_folders_of_clips_are_samples_and_lossy_files_are_told(tmp_path, capsys)
     for name, suffix in (("exact", ".webp"), ("lossy", ".mp4")):
         for i in range(2):
             pictures.write_video(tmp_path / name / f"{i}{suffix}", clips[i])
+        (tmp_path / name / f"._0{suffix}").write_bytes(b"of macOS")
         samples, _ = sets.open_samples(tmp_path / name)
         assert samples.axes == (5, 16, 16) and samples[1][0].shape == (3, 5, 16, 16)
         assert np.array_equal(samples[1][0].movedim(0, -1).numpy(), clips[1]) == (name == "exact")
