@@ -22,7 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import ar_model
-from support import checkpoints, data, drawn, pictures, reading, runtime, sources
+from support import checkpoints, data, drawn, loops, pictures, reading, runtime
 from support.runtime import require
 
 # ---- 1. The same tokens, faster ----------------------------------------------------------------------------
@@ -168,7 +168,7 @@ class Sampler:
         if compile:                             # the pieces, and then the whole step for every length
             self.pieces = [torch.compile(piece, fullgraph=True, dynamic=False) for piece in self.pieces]
             # Warm-up: compiles, and lets libraries allocate their workspaces.
-            for length in sources.watched(self.lengths, "compiling", unit="steps"):
+            for length in loops.watched(self.lengths, "compiling", unit="steps"):
                 self.step(length)
             pool = torch.cuda.graph_pool_handle()               # the graphs share their scratch memory
             for length in sorted(set(self.lengths)):
@@ -279,7 +279,7 @@ def generate(model, tokenizer, labels, seeds, how, kept=()):
     if how.compile:
         tokenizer.to(memory_format=torch.channels_last).decoder.compile(dynamic=False)
     tokens = math.ceil(len(labels) / how.batch_size) * model.config.tokens
-    progress = sources.watched(range(tokens), "drawing", unit="steps")
+    progress = loops.watched(range(tokens), "drawing", unit="steps")
     told = functools.partial(next, progress)
     for first in range(0, len(labels), how.batch_size):
         chosen = [min(i, len(labels) - 1) for i in range(first, first + how.batch_size)]

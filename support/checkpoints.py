@@ -330,7 +330,7 @@ def in_our_form(mark, state, published, **more):
 def weights_hash(model):
     """sha256 of names and weights: which model it is, wherever its file lies and whatever else is in it."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in loops.watched(sorted(model.state_dict().items()), "hashing", unit="tensors"):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().float().contiguous().numpy())
     return digest.hexdigest()

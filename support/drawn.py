@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torchvision.models import VGG16_Weights
 
-from support import pictures, runtime, sources
+from support import loops, pictures, runtime
 from support.runtime import require
 
 # ---- 1. Classes --------------------------------------------------------------------------------------------
@@ -139,7 +139,7 @@ def join_parts(output, parts, record, labels):
     with runtime.atomic(whole) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
             np.lib.format.write_array_header_1_0(file, header)
-            for part in sources.watched(parts, "joining", unit="parts"):
+            for part in loops.watched(parts, "joining", unit="parts"):
                 file.write(np.load(part).tobytes())
         with archive.open("arr_1.npy", "w") as file:
             np.lib.format.write_array(file, np.resize(np.array(labels, np.int64), record["n"]))

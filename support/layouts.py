@@ -10,13 +10,11 @@ import os
 import pathlib
 import re
 import sys
-import time
 
 import numpy as np
 import scipy.io
-from tqdm import tqdm
 
-from support import runtime, shapes
+from support import loops, runtime, shapes
 from support.reading import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Unreadable, is_clip
 from support.runtime import UserError, require
 
@@ -219,24 +217,6 @@ def labels_of_json(path, text, names):
 
 # ---- 4. All files below a folder ---------------------------------------------------------------------------
 
-def watched(items, title, size=lambda item: 1, unit="files"):
-    """Yield `items`, and show on rank 0 how many have passed: a bar on a terminal, elsewhere a line after a
-    second and every half minute. size: how many of `unit` an item is."""
-    total = len(items) if hasattr(items, "__len__") else None
-    of = f" of {total:,}" if total else ""
-    count = 0
-    due = time.monotonic() + 1
-    silent = None if runtime.is_main() else True          # None: silent if this is no terminal
-    with tqdm(desc=title, total=total, unit=f" {unit}", leave=False, disable=silent) as bar:
-        for item in items:
-            count += size(item)
-            bar.update(size(item))
-            if bar.disable and time.monotonic() > due:
-                runtime.print_main(f"{title}: {count:,}{of} {unit}")
-                due = time.monotonic() + 30
-            yield item
-
-
 def list_files(folder, suffixes):
     """([(subfolder, the paths of its files with a NUL after each, their number)], {suffix: other files}).
 
@@ -245,7 +225,7 @@ def list_files(folder, suffixes):
     """
     left_out = collections.Counter()
     walk = files_below(folder, suffixes, left_out)
-    walk = watched(walk, f"looking through {folder}", lambda item: item[2])
+    walk = loops.watched(walk, f"looking through {folder}", lambda item: item[2])
     found = [(place, os.fsencode(text), number) for place, text, number in walk]
     return sorted(found, key=lambda part: (part[0].split(os.sep)[0], part[0])), left_out
 

@@ -1,4 +1,4 @@
-"""What both training loops share: lengths, ranks, skipped steps, logs, saving; not what is trained."""
+"""What loops share, above all the two of training: lengths, ranks, skipped steps, logs, bars, saving."""
 import argparse
 import collections
 import concurrent.futures
@@ -139,6 +139,24 @@ class Logger:
                  if name == listed or listed.endswith("/") and name.startswith(listed)]
         eta = tqdm.format_interval(remaining)
         runtime.print_main(" | ".join([f"step {step}/{self.length}", *shown, f"ETA {eta}"]))
+
+
+def watched(items, title, size=lambda item: 1, unit="files"):
+    """Yield `items`, and show on rank 0 how many have passed: a bar on a terminal, elsewhere a line after a
+    second and every half minute. size: how many of `unit` an item is."""
+    total = len(items) if hasattr(items, "__len__") else None
+    of = f" of {total:,}" if total else ""
+    count = 0
+    due = time.monotonic() + 1
+    silent = None if runtime.is_main() else True          # None: silent if this is no terminal
+    with tqdm(desc=title, total=total, unit=f" {unit}", leave=False, disable=silent) as bar:
+        for item in items:
+            count += size(item)
+            bar.update(size(item))
+            if bar.disable and time.monotonic() > due:
+                runtime.print_main(f"{title}: {count:,}{of} {unit}")
+                due = time.monotonic() + 30
+            yield item
 
 
 def print_table(rows, header):

@@ -17,7 +17,7 @@ import zlib
 
 import torch
 
-from support import runtime
+from support import loops, runtime
 from support.runtime import UserError, require
 
 PUBLISHED = {                       # name: (repository of https://huggingface.co/TencentARC, file)
@@ -117,8 +117,11 @@ def read(path, whole=False):
             stored = Inert()                               # TorchScript, which torch.load would run in part
         else:
             stored = torch.load(path, "cpu", RESTRICTED, weights_only=False, mmap=zipped)
-        flipped = zipfile.ZipFile(path).testzip() if whole else None     # the first of a wrong checksum
-    require(not flipped, f"checkpoint {path} is damaged, in {flipped}; copy it again, or use an earlier one")
+        archive = zipfile.ZipFile(path) if zipped and whole else None
+        for name in loops.watched(archive.namelist() if archive else (), f"checking {path}", unit="parts"):
+            with archive.open(name) as part:               # which compares checksums where it ends
+                while part.read(1 << 20):
+                    pass
     require(isinstance(stored, dict), f"checkpoint {path} is no dictionary of weights, but a pickled "
                                       f"{type(stored).__name__}")
     return checked(path, stored)

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from support import data, layouts, metrics, pictures, runtime, sources
+from support import data, layouts, loops, metrics, pictures, runtime, sources
 from support.checkpoints import RANDOM_LABEL
 from support.reading import (IMAGE_SUFFIXES, VIDEO_SUFFIXES, Unreadable, decoding, is_moving,
                              video_frames)
@@ -97,7 +97,7 @@ class Chosen:
         order: a sample's numbers have the same last bits on any number of ranks."""
         workers = 0 if isinstance(self.samples, Npz) else self.num_workers       # its file has one position
         batches = data.eval_batches(self.samples, self.order, self.batch_size, workers)
-        for x, _, indices in sources.watched(batches, title, unit="batches"):
+        for x, _, indices in loops.watched(batches, title, unit="batches"):
             yield torch.cat([x, x[-1:].expand(self.batch_size - len(x), *x.shape[1:])]), len(x), indices
         self.samples.raise_if_broken(all_ranks=True)
 
@@ -110,7 +110,7 @@ def open_samples(path):
     found, _ = layouts.list_files(path, IMAGE_SUFFIXES + VIDEO_SUFFIXES)
     files = [os.path.join(path, name) for _, text, _ in found for name in layouts.listed(text)]
     sizes = set()
-    for file in sources.watched(files, f"looking through {path}"):
+    for file in loops.watched(files, f"looking through {path}"):
         try:
             sizes.add(axes_of(file))
         except (OSError, Unreadable):
@@ -293,7 +293,7 @@ def distances(asked, reference, made, official, device, seed):
              "digits": "fp16" if official else "fp32"}                 # fp16 as in ADM's evaluator
     values = {}
     both = None
-    for key in sources.watched(asked, "distances", unit="metrics"):
+    for key in loops.watched(asked, "distances", unit="metrics"):
         if key in FRECHET:
             values.update(frechet(key, reference, made, official))
         elif key == "inception_score":

@@ -23,8 +23,8 @@ import torch
 import torchvision
 import torchvision.transforms.functional as TF
 
-from support import layouts, pictures, runtime, shapes
-from support.layouts import PARTS, watched
+from support import layouts, loops, pictures, runtime, shapes
+from support.layouts import PARTS
 from support.reading import (IMAGE_SUFFIXES, Samples, Strings, TooShort, as_rgb, decode, decoding,
                              video_frames)
 from support.runtime import UserError, require
@@ -183,7 +183,7 @@ def make_index(shards, names):
     paths = []
     places = []
     labels = []
-    for number, shard in enumerate(watched(shards, "reading the headers of", unit="shards")):
+    for number, shard in enumerate(loops.watched(shards, "reading the headers of", unit="shards")):
         images = index_shard(shard)
         paths.append("".join(f"{names[number]}:{member}\0" for member, *_ in images))
         places += [(number, offset, size) for _, offset, size, _ in images]

@@ -23,7 +23,7 @@ import torchvision.transforms as transforms
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from support import data, layouts, pictures, reading, runtime, shapes, sources
+from support import data, layouts, loops, pictures, reading, runtime, shapes, sources
 from support.data import View, build_dataset
 from helpers import call, refused, run_script
 
@@ -467,8 +467,8 @@ def test_nothing_but_the_listing_of_folders_grows_with_a_set(tmp_path, monkeypat
 
 def test_a_long_search_says_how_far_it_is(monkeypatch, capsys):
     now = iter([0.0, 0.5, 2.0, 3.0, 33.0, 34.0, 34.5, 35.0])
-    monkeypatch.setattr(layouts, "time", types.SimpleNamespace(monotonic=lambda: next(now)))
-    assert list(layouts.watched(iter("abcde"), "looking", lambda item: 500)) == list("abcde")
+    monkeypatch.setattr(loops, "time", types.SimpleNamespace(monotonic=lambda: next(now)))
+    assert list(loops.watched(iter("abcde"), "looking", lambda item: 500)) == list("abcde")
     assert capsys.readouterr().out == "looking: 1,000 files\nlooking: 2,000 files\n"
 
 

@@ -29,7 +29,7 @@ from support.runtime import require                                        # noq
 HERE = pathlib.Path(__file__).resolve().parent
 TOY = ROOT / "assets" / "toy.pt"
 PHOTO = ROOT / "assets" / "photo.pt"
-TILES = ROOT / "assets" / "photos.png"             # its first row: eight tiles of 64 x 64, enlarged twice
+TILES = ROOT / "assets" / "photos.png"             # its first row: five tiles of 64 x 64, enlarged twice
 LARGEST_PAGE = 8 * 2 ** 20                         # bytes
 OWN_SIDE = 96                                      # of a user's photograph: a quarter of a second to decode
 
@@ -69,10 +69,10 @@ def tokenizer_of(model, source):
 
 
 def photographs():
-    """uint8 (8, 3, 64, 64): the originals that `TILES` shows."""
+    """uint8 (5, 3, 64, 64): the originals that `TILES` shows."""
     with Image.open(TILES) as image:
-        row = np.array(image.convert("RGB"))[4:132:2, 4::2]                                     # (64, 528, 3)
-    return torch.stack([torch.from_numpy(row[:, 66 * i:66 * i + 64]).movedim(-1, 0) for i in range(8)])
+        row = np.array(image.convert("RGB"))[4:132:2, 4::2]                                     # (64, 405, 3)
+    return torch.stack([torch.from_numpy(row[:, 66 * i:66 * i + 64]).movedim(-1, 0) for i in range(5)])
 
 
 def buttons(images, names, tokenizer, text):
@@ -134,7 +134,7 @@ def main(args):
         data["tokenizers"].append(tokenizer_of(photo, source))
         require(64 % photo.config.downsampling == 0, f"{source}: its stride must divide 64; name another")
         data["ownSide"] = OWN_SIDE - OWN_SIDE % photo.config.downsampling
-        fields["pictures"] += buttons(photographs(), [f"photo {n}" for n in range(1, 9)], 1,
+        fields["pictures"] += buttons(photographs(), [f"photo {n}" for n in range(1, 6)], 1,
                                       f"Photographs, another tokenizer, {photo.config.bits} bits a token")
         fields["own"] = (f"Of it the largest square, made {data['ownSide']} pixels wide. The tiles shown are "
                          "by Aitzol Berasategi, Sander Klootwijk, Jakub Mede and others (results/README.md).")
