@@ -25,12 +25,14 @@ PARTS = {"train": ["train"], "val": ["val", "test"], "test": ["test", "val"]}   
 # Which part of a data set a folder of this name is. Others only look like one, as train2017 and seg_train do.
 PART_FOLDERS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
                 "test": "test", "testing": "test"}
-LIKE_A_PART = r"(?:.*[\W_])?(tra|val|tes)(?:in|ining|id|idation|t|ting)?(?:[\W_\d].*)?"
+LIKE_A_PART = r"(?:.*[\W_])?(tra|val|tes)(?:in|ining|id|idation|t|ting)?(?:[ab]|set|data|images?|[\W_\d].*)?"
+JUNK = ("@eaDir", "$RECYCLE.BIN", "__MACOSX")    # what a file server, Windows and macOS leave in any folder
 
 
 def choose_split(folder, split):
     """(the folder that holds `split`, which part of the data set it is or None, train/ beside it or None)."""
-    folders = sorted(item.name for item in os.scandir(folder) if item.is_dir() and item.name[0] != ".")
+    folders = sorted(item.name for item in os.scandir(folder) if item.is_dir() and item.name[0] != "."
+                     and item.name not in JUNK)
     found = [name for name in folders if name.lower() in PART_FOLDERS]
     parts = {PART_FOLDERS[name.lower()]: name for name in found}
     if not found:
@@ -50,7 +52,8 @@ def choose_split(folder, split):
     require(part, f"--data-path {folder} has {' and '.join(found)} but no {' or '.join(PARTS[split])} "
                   f"folder; add one, or {advice}")
     say_part(folder / parts[part], part, split)
-    return folder / parts[part], part, folder / parts["train"] if len(parts) > 1 and part != "train" else None
+    train = folder / parts["train"] if "train" in parts and part != "train" else None
+    return folder / parts[part], part, train
 
 
 def say_part(name, part, split):
@@ -101,6 +104,7 @@ def no_samples(path, suffixes):
 # ---- 3. Samples and their labels ---------------------------------------------------------------------------
 
 PAGES = r"\d{5,}(_\d+)?"                         # 00000/ 01000/ .. as of FFHQ and WebVid: parts of one heap
+PICTURES = r"(?i)(jpeg)?(images?|imgs?)"         # the pictures themselves, beside their masks or the like
 
 
 def find_samples(folder, of_clips, typed, known=False):
@@ -150,6 +154,9 @@ def check_classes(folder, classes, places, known, typed):
     common = os.path.commonpath(places)
     require(not common or (known and common == classes[0]), f"--data-path: all that {folder} holds lies in "
             f"one folder; give {os.path.join(folder, common)}, or {anyway}")
+    pictures = [name for name in classes if re.fullmatch(PICTURES, name)]
+    require(common or not pictures, f"--data-path: {', '.join(classes[:3])} in {folder} look like pictures "
+            f"and what belongs to them; give {os.path.join(folder, *pictures[:1])}, or {anyway}")
     deep = [place for place in places if os.sep in place]
     require(not deep, f"--data-path: {os.path.join(folder, *deep[:1])} lies deeper than a class; give the "
                       f"folder whose subfolders are the classes, or {anyway}")
@@ -210,6 +217,8 @@ def labels_of_json(path, text, names):
     if known is None:
         return [], np.zeros(len(names), np.int64)
     labels = [number.get(name.replace(os.sep, "/"), -1) for name in names]
+    require(max(labels) < 10 ** 6, f"{path} has the label {max(labels)}, but should have numbers of classes, "
+                                   f"from 0 to 999999")
     require(min(labels) >= 0, f"{path} has no label for {labels.count(-1)} images, such as "
                               f"{names[labels.index(min(labels))]}")
     return [str(i) for i in range(max(labels) + 1)], np.array(labels)
@@ -236,16 +245,18 @@ def moving_or_frames(folder, found, left_out):
     found = [part for part in found if part[2]]
     if not found:
         return found, left_out
-    first = os.path.join(folder, os.fsdecode(found[0][1].split(b"\0")[0]))
-    with contextlib.suppress(OSError, Unreadable):
-        if is_clip(first):
-            return found, left_out
+    for name in listed(found[0][1])[:9]:                  # the first may be damaged
+        with contextlib.suppress(OSError, Unreadable):
+            if is_clip(os.path.join(folder, name)):
+                return found, left_out
     clips = []
+    longest = max(number for *_, number in found)         # one clip of a single picture is only too short
     for place, text, number in found:
         numbers = re.findall(rb"(\d+)[^\d/]*\.\w+\0", text)
-        require(place and len(set(map(int, numbers))) == number > 1, f"--data-path {folder} holds no videos, "
-                f"and {os.path.join(folder, place)} is no clip, which is a folder of numbered pictures below "
-                f"the folder to give; for images, leave --frames out")
+        numbered = longest > 1 and len(set(map(int, numbers))) == number
+        require(place and numbered, f"--data-path {folder} holds no videos, and "
+                f"{os.path.join(folder, place)} is no clip, which is a folder of numbered pictures below the "
+                f"folder to give; for images, leave --frames out")
         clips.append((os.path.dirname(place), os.fsencode(place) + b"\0", 1))
     runtime.print_main(f"{folder}: {len(clips)} folders of numbered pictures are read as clips")
     return clips, left_out
@@ -275,7 +286,7 @@ def files_below(folder, suffixes, left_out):
         suffix = os.path.splitext(names[0])[1] if names else ""
         is_plain = suffix.lower() in suffixes and text.count(f"{suffix}\0") == len(names)
         if not is_plain or bisect.bisect(names, ".") < bisect.bisect(names, "/"):      # "." + 1: hidden ones
-            names = [name for name in names if name[0] != "."]
+            names = [name for name in names if name[0] != "." and name not in JUNK]
             others = [name for name in names if not name.lower().endswith(suffixes)]
             names = [name for name in names if name.lower().endswith(suffixes)]
             text = "".join(f"{start}{name}\0" for name in names)

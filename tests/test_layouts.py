@@ -49,6 +49,8 @@ def refuse(problem, *what):
     (["train/{a,b}/{0..1}.jpg", "validation/{a,b}/0.jpg", "README.md"], "val", 2, ["a", "b"], ""),
     (["Training/{a,b}/0.jpg", "Testing/{a,b}/{0..3}.jpg"], "val", 8, ["a", "b"], "Testing serves as val.*te"),
     (["train/{a,b}/0.jpg", "val/{a,b}/{0..1}.jpg"], "test", 4, ["a", "b"], "val serves as test"),
+    (["test/{a,b}/0.jpg", "validation/{a,c}/0.jpg"], "val", 2, ["a", "c"], ""),
+    (["{a,b,@eaDir,$RECYCLE.BIN,__MACOSX}/0.jpg", "a/@eaDir/0.jpg/x.jpg"], "val", 2, ["a", "b"], ""),
     (["{train_interior,train_station}/0.jpg"], "train", 2, ["train_interior", "train_station"], ""),
     (["{a,b}/0.{TIF,gif,jfif,ppm,JPEG}", "{a,b}/0.{heic,svg}", "x.txt"], "train", 10, ["a", "b"],
      r"2 \.heic, 2 \.svg, 1 \.txt")])
@@ -63,7 +65,8 @@ def test_parts_and_suffixes_that_people_use(tmp_path, capsys, names, split, coun
     (["photos/{0..3}.jpg"], "classes:{}", 4, ["photos"]), (["photos/{0..3}.jpg"], "unlabelled:{}", 4, []),
     (["{a,b}/{x,y}/0.jpg"], "classes:{}", 4, ["a", "b"]), (["{a,b}/{x,y}/0.jpg"], "unlabelled:{}", 4, []),
     (["{00000,01000}/{0..1}.png", "x.png"], "unlabelled:{}", 5, []),
-    (["train/images/0.jpg", "valid/images/{0..1}.jpg"], "unlabelled:{}", 1, [])])
+    (["train/images/0.jpg", "valid/images/{0..1}.jpg"], "unlabelled:{}", 1, []),
+    (["{images,masks}/0.png"], "classes:{}", 2, ["images", "masks"])])
 def test_what_could_be_meant_otherwise_can_be_said(tmp_path, names, typed, count, classes):
     dataset = build_dataset(typed.format(unpack(tmp_path, *names)), "train", View(8))
     assert (len(dataset), dataset.classes) == (count, classes)
@@ -118,6 +121,9 @@ def test_edm_and_stylegan_write_labels_into_a_json(tmp_path, labels, classes, ex
     assert folder.labels.tolist() == packed.labels.tolist() == expected
     assert all(torch.equal(folder[i][0], packed[i][0]) for i in range(3))
     if labels:
+        known[0][1] = 10 ** 12
+        (tmp_path / "set" / "dataset.json").write_text(json.dumps({"labels": known}))
+        refuse("label 1000000000000, .* from 0 to 999999", tmp_path / "set", "train", View(8))
         (tmp_path / "set" / "dataset.json").write_text(json.dumps({"labels": known[1:]}))
         refuse("no label for 1 images, such as 00000/img00000000.png", tmp_path / "set", "train", View(8))
     (tmp_path / "set" / "dataset.json").write_text("[]")
@@ -134,6 +140,8 @@ def test_shards_come_by_any_pattern_of_the_shell(tmp_path, pattern):
     dataset = build_dataset(f"{tmp_path}/{pattern}", "train", View(8))
     assert [path[-5:] for path in dataset.paths] == ["a.png", "b.png"]
     refuse("no file has such a name", f"{tmp_path}/t-*.tar", "train", View(8))
+    tarfile.open(tmp_path / "t-0.TAR", "w").close()
+    refuse("holds no images", f"{tmp_path}/t-0.TAR", "train", View(8))
 
 
 # ---- refused, with the way out -----------------------------------------------------------------------------
@@ -151,6 +159,9 @@ def test_shards_come_by_any_pattern_of_the_shell(tmp_path, pattern):
     (["{a/abbey,a/airfield,z/zoo}/0.jpg"], "a/abbey lies deeper.*classes:{} .*unlabelled:{} "),
     (["{00000,01000,69000}/0.png"], "00000, 01000, .. in {} look like parts of one heap.*unlabelled:{} "),
     (["train2017/0.jpg", "val2017/0.jpg", "annotations/x.json"], "such as {}/val2017"),
+    (["{trainA,trainB,testA,testB}/0.jpg"], "such as {}/trainB"), (["{trainset,testset}/0.png"], "/trainset"),
+    (["{JPEGImages,SegmentationClass}/2007_000032.png"], "give {}/JPEGImages, or .* classes:{} "),
+    (["{images,annotations}/{training,validation}/ADE_1.png"], "give {}/images, or"),
     (["train/images/0.jpg", "valid/images/0.jpg"], "give {}/train/images, or"),
     (["val/{a,b}/0.jpg", "valid/{a,b}/0.jpg"], "val, valid, of which two are the same part"),
     (["{ILSVRC2012_img_train,ILSVRC2012_img_val}.tar"], "mkdir train .*for f in n"),
@@ -244,6 +255,15 @@ def test_an_avi_with_empty_slots_is_whole_and_a_cut_one_is_not(tmp_path):
     whole = (tmp_path / "a.avi").read_bytes()
     (tmp_path / "a.avi").write_bytes(whole[:len(whole) // 2])
     refused("truncated", list, reading.video_frames(tmp_path / "a.avi"), kind=ValueError)
+
+
+def test_the_first_picture_does_not_decide_what_all_are(tmp_path):
+    unpack(tmp_path, "{a,b}/{x,y}/{1..9}.png", "b/z/1.png")
+    assert len(build_dataset(tmp_path, "train", View(8, 5))) == 5         # one of them is too short
+    (tmp_path / "moving" / "a").mkdir(parents=True)
+    for number in range(5):
+        (tmp_path / "moving" / "a" / f"{number}.webp").write_bytes(picture(10, "webp", 7) if number else b"")
+    assert len(build_dataset(f"classes:{tmp_path / 'moving'}", "train", View(8, 5))) == 5
 
 
 def test_clips_that_are_too_short_are_counted_apart(tmp_path, capfd):
