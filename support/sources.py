@@ -49,8 +49,9 @@ class Folder(Samples):
         paths = Strings(names, os.path.join(folder, ""))
         classes = list(classes) if own and classes else own
         strange = [name for name in own if name not in classes]
-        require(not strange, f"--data-path: {folder} has class folders that the training set lacks, which "
-                             f"decides on labels: {', '.join(strange[:5])}; rename or remove them")
+        require(not strange, f"--data-path: {folder} has classes that the training set lacks, which decides "
+                             f"on labels: {', '.join(strange[:5])}; rename or remove them, or do "
+                             f"without labels, by 'unlabelled:' before the folder of --data-path")
         if split_list:
             classes, listed = layouts.read_split_list(split_list, classes)
             every = layouts.listed(names)
@@ -113,7 +114,8 @@ class TarShards(Samples):
         paths = Strings(bytearray(index["names"]), folder)
         labels = index["labels"]
         if not len(paths):
-            raise layouts.no_samples(pattern, IMAGE_SUFFIXES)
+            raise UserError(f"--data-path {pattern} holds no images ({' '.join(IMAGE_SUFFIXES)}); unpack tar "
+                            f"files of videos or arrays, and see what --data-path says of the folder")
         unlabelled = np.flatnonzero(labels < 0)
         require(len(unlabelled) in (0, len(paths)), f"--data-path {pattern}: {len(unlabelled)} of "
                 f"{len(paths)} images have no .cls member, such as {paths[int(unlabelled[:1].sum())]}; label "
@@ -326,7 +328,8 @@ class Torchvision(Samples):
     """
 
     def __init__(self, name, split, view):
-        require(name in TORCHVISION and not view.frames, f"--data-path torchvision:{name} is no set of "
+        require(not view.frames, f"--data-path torchvision:{name} has images: leave --frames out")
+        require(name in TORCHVISION, f"--data-path torchvision:{name} is no set of "
                 f"images that is read so, as are {', '.join(TORCHVISION)}; unpack it, and give the folder")
         folder = os.path.join(runtime.cache_dir(), "torchvision")
         parts = TORCHVISION[name]
@@ -395,10 +398,10 @@ def build_dataset(data_path, split, view, split_list=None, length=None, classes=
         return Folder(folder, view, part, classes, train, typed=typed)
     require(not meant, f"--data-path {typed} is no folder; check the path")
     require(not view.frames, f"--data-path {path} is no folder of videos; check the path")
-    if path.endswith(".tar") or re.search(r"[*?{]", path):
+    if path.lower().endswith(".tar") or re.search(r"[*?{]", path):
         return TarShards(path, view)
     require(os.path.exists(path), f"--data-path {path} does not exist; check the path")
-    if zipfile.is_zipfile(path) and path.endswith(".zip"):
+    if zipfile.is_zipfile(path) and path.lower().endswith(".zip"):
         return Zip(path, view)
     raise layouts.no_samples(path, IMAGE_SUFFIXES)
 
