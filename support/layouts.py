@@ -173,8 +173,12 @@ def given_labels(folder, names):
     if not re.match(rb"ILSVRC2012_val_\d{8}\.\w+\0", names):
         return None
     names = listed(names)
-    for place in path.absolute().parents[:5]:           # Kaggle's list lies four folders up
-        wnids = wnids_beside(place)
+    # Kaggle's list lies four folders up, of where the folder is or of where a link leads to.
+    for place in (*path.absolute().parents[:5], *path.resolve().parents[:5]):
+        try:
+            wnids = wnids_beside(place)
+        except (ValueError, LookupError, scipy.io.matlab.MatReadError) as error:
+            raise UserError(f"the list of labels in {place} is damaged ({error}); copy it again") from None
         if wnids:
             missing = [name for name in names if name[:23] not in wnids]
             require(not missing, f"the list of labels in {place} lacks {missing[:1]} of {folder}")

@@ -100,7 +100,12 @@ def test_imagenet_has_its_labels_from_kaggle_and_from_the_devkit(tmp_path, capsy
     assert train.labels.tolist() == [0, 0, 1, 1, 2, 2] and val.labels.tolist() == [1, 0, 2, 2]
     assert (train.part, val.part) == ("train", "val")
     assert build_dataset(folder / "val", "val", View(8)).labels.tolist() == [1, 0, 2, 2]
+    (tmp_path / "link").symlink_to(folder / "val")
+    assert build_dataset(tmp_path / "link", "val", View(8)).labels.tolist() == [1, 0, 2, 2]
     for name in ("LOC_val_solution.csv", "ILSVRC2012_devkit_t12/data/meta.mat"):
+        if (tmp_path / name).exists():
+            (tmp_path / name).write_bytes(b"\xff")
+            refuse("list of labels in .* is damaged", folder, "val", View(8))
         (tmp_path / name).unlink(missing_ok=True)
     assert build_dataset(folder, "val", View(8)).classes == []
     assert "has no labels: where they are needed" in capsys.readouterr().out
