@@ -214,6 +214,9 @@ def build_datasets(args):
         args.global_batch_size = most
     view = replace(view, crop="center", flip=False)
     held_out = sources.build_held_out(args, view)
+    if runtime.on_main(data.same_samples, dataset, held_out):
+        runtime.print_main(f"grid_psnr is of training {dataset.kind}s: {dataset.name} has no val/ or test/, "
+                           f"see --val-data-path")
     items = [held_out[i] for i in data.evenly_spaced(4 if frames else 8, len(held_out))]
     if not any(items):
         held_out.raise_if_broken()

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms.functional import pil_to_tensor
 
-from support import checkpoints, data, metrics, pictures, reading, runtime, sources
+from support import checkpoints, data, layouts, metrics, pictures, reading, runtime, sources
 from support.runtime import require
 
 # ---- 1. Of any size: in parts ------------------------------------------------------------------------------
@@ -101,8 +101,10 @@ def read_files(files, config):
     paths = []
     for path in map(pathlib.Path, files):
         require(path.exists(), f"{path} does not exist; check the path")
-        found = sorted(path.rglob("*")) if path.is_dir() else [path]
-        found = [file for file in found if file.suffix.lower() in suffixes]
+        found = [path] if path.suffix.lower() in suffixes else []
+        if path.is_dir():                                  # the same files as --data-path would read
+            found = [path / name for _, text, _ in layouts.list_files(path, suffixes)[0]
+                     for name in layouts.listed(text)]
         require(found, f"{path}: this tokenizer takes {' '.join(suffixes)}, or a folder of them")
         paths += [(file, file.relative_to(path if path.is_dir() else path.parent)) for file in found]
     for i, (path, below) in enumerate(paths):              # numbered: two folders may hold the same name
@@ -200,6 +202,10 @@ def main(args):
     print(f"{ckpt}: {info['preset']}, {info['weights']} weights")
     identity = checkpoints.weights_hash(model)
     folder = args.output or "runs/reconstructions"
+    ids_file = pathlib.Path(args.output or "runs/ids.npz")
+    runtime.check_writable(ids_file.parent if args.command == "encode" else folder)
+    if args.command == "encode":
+        require(not ids_file.is_dir(), f"--output {ids_file} is a folder; name a file in it")
     if args.command == "decode":
         require(args.files, "decode needs files: the npz that encode wrote")
         for path in args.files:
@@ -228,10 +234,10 @@ def main(args):
     require(encoded, "none of the files could be read")
     if args.command == "encode":
         about = {"tokenizer": identity, "ckpt": str(ckpt), "samples": encoded}
-        with runtime.atomic(args.output or "runs/ids.npz") as temporary:
+        with runtime.atomic(ids_file) as temporary, open(temporary, "wb") as file:
             classes = [path.split("/")[0] if "/" in path else "" for path in paths]
-            np.savez(temporary, about=np.array(json.dumps(about)), paths=paths, classes=classes, **arrays)
-        print(f"wrote {args.output or 'runs/ids.npz'}")
+            np.savez(file, about=np.array(json.dumps(about)), paths=paths, classes=classes, **arrays)
+        print(f"wrote {ids_file}")
 
 
 if __name__ == "__main__":

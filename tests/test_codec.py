@@ -31,6 +31,9 @@ def files(tmp_path):
     Image.fromarray(pixels[1]).save(folder / "more" / "a.png")
     pictures.write_video(folder / "b.gif", pixels, 10)
     (folder / "c.png").write_bytes(b"no image")
+    (folder / "@eaDir").mkdir()
+    for name in ("._a.png", "@eaDir/a.png"):               # which no data set reads
+        (folder / name).write_bytes((folder / "a.png").read_bytes())
     yield folder
     if dist.is_initialized():                              # the command line's, which run_script would end
         dist.destroy_process_group()
@@ -40,15 +43,15 @@ def files(tmp_path):
 def test_encode_then_decode_is_reconstruct_bit_for_bit(files, kind, capsys):
     place = files.parent
     call(codec, "reconstruct", files, "--ckpt", place / f"{kind}.pt", "--output", place / "beside")
-    call(codec, "encode", files, "--ckpt", place / f"{kind}.pt", "--output", place / "ids.npz")
-    call(codec, "decode", place / "ids.npz", "--ckpt", place / f"{kind}.pt", "--output", place / "alone")
+    call(codec, "encode", files, "--ckpt", place / f"{kind}.pt", "--output", place / "ids")
+    call(codec, "decode", place / "ids", "--ckpt", place / f"{kind}.pt", "--output", place / "alone")
     out = capsys.readouterr().out
     assert out.count("broken file left out") == (2 if kind == "clip" else 4) and "19 x 23" in out
     assert out.count("b.gif (it moves, in 7 frames") == (0 if kind == "clip" else 2)
     assert "dB" in out and "bits a" in out
     written = sorted(path.name for path in (place / "alone").iterdir())
     assert written == ["0-a.png", *(["1-b.webp"] if kind == "clip" else []), "3-a.png"]
-    with np.load(place / "ids.npz") as ids:
+    with np.load(place / "ids") as ids:
         assert [ids["paths"][0], ids["paths"][-1], ids["classes"][-1]] == ["a.png", "more/a.png", "more"]
     for name in written:
         with Image.open(place / "beside" / name) as beside, Image.open(place / "alone" / name) as alone:
@@ -142,6 +145,8 @@ def test_mistakes_of_the_command_line_are_one_line(files):
     for flags, problem in ((["reconstruct", "nowhere.jpg"], "nowhere.jpg does not exist"),
                            (["reconstruct", files / "ids.npz"], "ids.npz: this tokenizer takes"),
                            (["encode", files / "c.png"], "none of the files could be read"),
+                           (["encode", files / "a.png", "--output", files], "is a folder; name a file"),
+                           (["encode", "--output", files / "a.png" / "x"], "no folder; name another"),
                            (["decode", files / "a.png"], "a.png is damaged"), (["decode"], "needs files"),
                            (["decode", files / "foreign.npz"], "foreign.npz holds no ids"),
                            (["decode", "nowhere.npz"], "nowhere.npz does not exist"),
