@@ -33,12 +33,12 @@ def read_metrics(results_dir, kinds=(int, float)):
     path = pathlib.Path(results_dir) / "metrics.jsonl"
     require(path.exists(), f"{path} does not exist; name the --results-dir of a training run")
     curves = {}
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(ValueError, AttributeError, KeyError):
+    for line in path.read_text(errors="replace").splitlines():
+        with contextlib.suppress(ValueError, AttributeError, KeyError, TypeError):
             values = json.loads(line)
             for name, value in values.items():
                 if isinstance(value, kinds):
-                    curves.setdefault(name, {})[values["step"]] = value
+                    curves.setdefault(name, {})[int(values["step"])] = value
     return curves
 
 

@@ -162,7 +162,7 @@ def part_of(samples, trained_on):
         return f"training {samples.kind}s"
     if samples.part in ("val", "test"):
         return f"{samples.part} split"
-    doubt = "not what the model was trained on" if learned is False else "which the model may have seen"
+    doubt = "not the training set as a whole" if learned is False else "which the model may have seen"
     return f"{samples.part} split, {doubt}" if samples.part else f"not parted, {doubt}"
 
 

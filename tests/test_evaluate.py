@@ -224,7 +224,7 @@ def test_originals_statistics_are_reused_and_references_are_of_the_same_size(fil
     ("own", ("--data-path", "own/train"), "training images", None),
     ("own", ("--data-path", "copy"), "training images", None),
     ("own/val", ("--data-path", "own"), "training images", None),
-    ("own", ("--data-path", "flat"), "not parted, not what the model was trained on", None),
+    ("own", ("--data-path", "flat"), "not parted, not the training set as a whole", None),
     ("gone", ("--data-path", "flat"), "not parted, which the model may have seen", None),
     (None, ("--data-path", "flat"), "not parted, which the model may have seen", None),
     ("generated", (), "val split", 24), ("generated", ("--split", "train"), "training images", 24)])
@@ -487,7 +487,7 @@ def test_without_flags_generation_draws_what_fits_the_training_set_and_downloads
     assert (first["n"], third["n"], len(drawn)) == (5, 6, 2)
     assert first["reference"]["path"] == "few" and first["sampling"]["checkpoint"]["path"].endswith("01.pt")
     assert "as many images of few, training images" in measured_on(first, "tokens")
-    assert "train split, not what the model was trained on" in measured_on(third, "tokens")
+    assert "train split, not the training set as a whole" in measured_on(third, "tokens")
     assert "left out fid, sfid" in capsys.readouterr().out
     call("generation", "--samples", drawn[0], "--ckpt", "runs/ar")     # a folder: its newest checkpoint
     assert results()[-1]["reference"]["path"] == "few"

@@ -81,5 +81,8 @@ def test_curves_are_written_in_the_format_of_the_suffix(tmp_path, runs, suffix, 
 def test_mistakes_with_curves_are_one_line(tmp_path, runs):
     assert "loss/l1" in error_line(pictures, tmp_path / "tok", "--values", "lost")
     assert ".png, .pdf, .svg" in error_line(pictures, "no-run", "--output", "c.jpeg")       # before it reads
+    with open(tmp_path / "tok" / "metrics.jsonl", "ab") as file:             # what others wrote beside ours
+        file.write(b'\xff\xfe\n{"step": [1], "usage": 1}\n{"step": null, "usage": 1}\n[3]\n')
+    call(pictures, tmp_path / "tok", "--output", tmp_path / "c.png")
     (tmp_path / "tok" / "metrics.jsonl").write_text("")
     assert "nothing is logged" in error_line(pictures, tmp_path / "tok")
