@@ -155,8 +155,8 @@ def check_classes(folder, classes, places, known, typed):
     require(not common or (known and common == classes[0]), f"--data-path: all that {folder} holds lies in "
             f"one folder; give {os.path.join(folder, common)}, or {anyway}")
     pictures = [name for name in classes if re.fullmatch(PICTURES, name)]
-    require(common or not pictures, f"--data-path: {', '.join(classes[:3])} in {folder} look like pictures "
-            f"and what belongs to them; give {os.path.join(folder, *pictures[:1])}, or {anyway}")
+    require(common or known or not pictures, f"--data-path: {', '.join(classes[:3])} in {folder} look like "
+            f"pictures and what belongs to them; give {os.path.join(folder, *pictures[:1])}, or {anyway}")
     deep = [place for place in places if os.sep in place]
     require(not deep, f"--data-path: {os.path.join(folder, *deep[:1])} lies deeper than a class; give the "
                       f"folder whose subfolders are the classes, or {anyway}")
