@@ -206,12 +206,7 @@ def build_datasets(args):
     view = data.View(args.resolution, frames, "random", args.flip, args.resize,
                      frame_stride=args.frame_stride)
     dataset = sources.build_dataset(args.data_path, "train", view, args.split_list)
-    passes = runtime.world_size() * args.accumulation
-    most = len(dataset) // passes * passes
-    if args.init_from and args.global_batch_size > len(dataset) and most:
-        runtime.print_main(f"--global-batch-size {args.global_batch_size} is lowered to {most}, as "
-                           f"{dataset.name} has {len(dataset)} {dataset.kind}s")
-        args.global_batch_size = most
+    loops.fit_batch(args, dataset)
     view = replace(view, crop="center", flip=False)
     held_out = sources.build_held_out(args, view)
     items = [held_out[i] for i in data.evenly_spaced(4 if frames else 8, len(held_out))]
