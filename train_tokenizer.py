@@ -388,6 +388,7 @@ def clip(network, optimizer, scaler, args):
 def main(args):
     """Train a tokenizer as `args` (from `get_args`) say."""
     device = runtime.setup_process_group(args.device)
+    runtime.check_writable(args.results_dir, "--results-dir")
     loops.warn_of_slow_save(args.results_dir)
     dataset, examples = build_datasets(args)                             # a wrong path costs no download
     model, discriminator, perceptual = build_networks(args, device)

@@ -414,11 +414,11 @@ def atomic(path):
         temporary.unlink(missing_ok=True)
 
 
-def check_writable(folder):
+def check_writable(folder, flag="--output"):
     """Refuse a `folder`, which need not exist, before work is done for it if nothing can be written there."""
     place = next(each for each in pathlib.Path(folder, "file").absolute().parents if each.exists())
     require(place.is_dir() and os.access(place, os.W_OK),
-            f"--output: {place} may not be written to, or is no folder; name another")
+            f"{flag}: {place} may not be written to, or is no folder; name another")
 
 
 def write_json(path, value):

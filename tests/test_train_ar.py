@@ -496,7 +496,8 @@ def test_no_flags_take_the_newest_tokenizer_and_its_data(tmp_path, monkeypatch, 
     (["--online", "--ten-crop"], "--ten-crop"), (["--resume", "/no/such.pt"], "/no/such.pt"),
     (["--token-dropout", 2], "token_dropout"), (["--preset", "AR-S"], "--preset"),
     (["--frames", 9], "--frames"), (["--nonsense"], "--nonsense"), (["--betas", 0.9, 1], "--betas"),
-    (["--center-crop", "--online"], "--online"), (["--init-from", "/no/such.pt"], "/no/such.pt")])
+    (["--center-crop", "--online"], "--online"), (["--init-from", "/no/such.pt"], "/no/such.pt"),
+    (["--results-dir", "/dev/null/x", "--dry-run"], "--results-dir: /dev/null may not be written to")])
 def test_mistakes_are_one_line_and_exit_status_2(tmp_path, stage1, flags, message):
     flags = ["--results-dir", tmp_path / "run", *TINY, "--tokenizer", stage1[0], *flags]
     assert message in error_line(train_ar, *flags)
