@@ -510,6 +510,10 @@ def test_an_npz_is_read_sample_by_sample(place, save):
 
 # ---- mistakes, and tables ----------------------------------------------------------------------------------
 
+def test_flags_without_a_command_are_those_of_reconstruction():
+    assert evaluate.get_args(["--num-samples", "3"]) == evaluate.get_args(["reconstruction", "--num-samples", "3"])
+
+
 @pytest.mark.parametrize("kind, flags, words", [
     ("images", ("--data-path", "nowhere"), "--data-path nowhere"),
     ("images", ("--image-size", 18), "18.*multiple"),
