@@ -517,4 +517,5 @@ def fetch(url, weights_dir=None, sha256=None):
         return main_first(download)
     except (OSError, RuntimeError) as error:
         raise UserError(f"cannot download {url} ({error}); fetch it elsewhere and put it at {path}, or name "
-                        f"the folder that holds it with --weights-dir") from None
+                        f"the folder that holds it in $OPEN_MAGVIT2_WEIGHTS, or, for a network of metrics or "
+                        f"losses, with --weights-dir") from None
