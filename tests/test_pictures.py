@@ -83,7 +83,7 @@ def test_a_value_logged_once_is_drawn_as_a_point(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 5, "usage": 0.5}\n')
     call(pictures, tmp_path, "--output", tmp_path / "c.png")
     picture = np.asarray(Image.open(tmp_path / "c.png").convert("RGB")).astype(int)
-    blue = (abs(picture - [31, 119, 180]).sum(-1) < 30).any(1)             # rows: legend's line, and the point
+    blue = (abs(picture - [31, 119, 180]).sum(-1) < 30).any(1)      # rows: the legend, and the point
     assert blue[len(blue) // 3:].any()
 
 
