@@ -523,7 +523,7 @@ def add_flags(parser, data_default, count_default):
 
 
 def get_args(argv=None):
-    """Parse the command line; no command at all means "judge what is in runs/"."""
+    """Parse the command line; without a command, it is `reconstruction`."""
     parser = runtime.ArgumentParser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     count = runtime.positive_int
@@ -561,7 +561,10 @@ def get_args(argv=None):
     p.add_argument("--reference", default="VIRTUAL_imagenet256_labeled.npz", help="ADM's npz, for table 5")
     p.add_argument("--output", default="runs/evaluation", help="folder with the JSON files of earlier runs")
     p.add_argument("--protocol", choices=("official", "clean"), default="official", help="of what is shown")
-    return parser.parse_args((sys.argv[1:] if argv is None else list(argv)) or [REC])
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if not argv or argv[0].startswith("--") and argv[0] != "--help":
+        argv = [REC, *argv]
+    return parser.parse_args(argv)
 
 
 def main(args):

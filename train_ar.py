@@ -197,7 +197,8 @@ def prepare(args):
 
 
 def build_datasets(args):
-    """(training set, held-out set or None) of images or clips. Their labels are of the same classes."""
+    """(training set, held-out set or None) of images or clips. Their labels are of the same classes. With
+    --init-from, a set smaller than --global-batch-size lowers that."""
     require(args.online or not args.flip, "--flip goes with --online; stored tokens have --ten-crop")
     require(bool(args.split_list) == bool(args.val_split_list), "--split-list and --val-split-list are a "
             "pair, such as trainlist01.txt and testlist01.txt; give both or neither")
@@ -205,6 +206,7 @@ def build_datasets(args):
     view = data.View(args.image_size, args.frames, crop, args.flip, args.resize,
                      frame_stride=args.frame_stride or 1)
     dataset = sources.build_dataset(args.data_path, "train", view, args.split_list)
+    loops.fit_batch(args, dataset)
     classes = () if args.unconditional else dataset.classes
     require(classes or args.unconditional, f"--data-path {dataset.name} has no classes; make a subfolder for "
                                            f"each, or add --unconditional")
@@ -280,6 +282,7 @@ def learning_rate(step, length, warmup, args):
 def main(args):
     """Train an AR model as `args` (from `get_args`) say."""
     device = runtime.setup_process_group(args.device)
+    runtime.check_writable(args.results_dir, "--results-dir")
     loops.warn_of_slow_save(args.results_dir)
     tokenizer, dataset, held_out, config, records = prepare(args)
     classes = dataset.classes[:config.num_classes]                       # none, if --unconditional

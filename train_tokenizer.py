@@ -206,12 +206,7 @@ def build_datasets(args):
     view = data.View(args.resolution, frames, "random", args.flip, args.resize,
                      frame_stride=args.frame_stride)
     dataset = sources.build_dataset(args.data_path, "train", view, args.split_list)
-    passes = runtime.world_size() * args.accumulation
-    most = len(dataset) // passes * passes
-    if args.init_from and args.global_batch_size > len(dataset) and most:
-        runtime.print_main(f"--global-batch-size {args.global_batch_size} is lowered to {most}, as "
-                           f"{dataset.name} has {len(dataset)} {dataset.kind}s")
-        args.global_batch_size = most
+    loops.fit_batch(args, dataset)
     view = replace(view, crop="center", flip=False)
     held_out = sources.build_held_out(args, view)
     if runtime.on_main(data.same_samples, dataset, held_out):
@@ -396,6 +391,7 @@ def clip(network, optimizer, scaler, args):
 def main(args):
     """Train a tokenizer as `args` (from `get_args`) say."""
     device = runtime.setup_process_group(args.device)
+    runtime.check_writable(args.results_dir, "--results-dir")
     loops.warn_of_slow_save(args.results_dir)
     dataset, examples = build_datasets(args)                             # a wrong path costs no download
     model, discriminator, perceptual = build_networks(args, device)

@@ -84,7 +84,8 @@ def main(args):
     for k, (name, lines) in enumerate(panels.items(), 1):
         panel = figure.add_subplot(rows, columns, k)
         for label, style, line in lines:
-            panel.plot(list(line), list(line.values()), style, label=label)
+            marker = "o" if len(line) == 1 else ""             # a line through one point would be invisible
+            panel.plot(list(line), list(line.values()), style, marker=marker, label=label)
         panel.set(title=name, xlabel="step")
         panel.grid(alpha=0.3)
         panel.legend(frameon=False)

@@ -39,6 +39,16 @@ def micro_batch_size(global_batch_size, accumulation):
     return global_batch_size // passes
 
 
+def fit_batch(args, dataset):
+    """With --init-from, a set smaller than --global-batch-size lowers that, to what the ranks can share."""
+    passes = runtime.world_size() * args.accumulation
+    most = len(dataset) // passes * passes
+    if args.init_from and args.global_batch_size > len(dataset) and most:
+        runtime.print_main(f"--global-batch-size {args.global_batch_size} is lowered to {most}, as "
+                           f"{dataset.name} has {len(dataset)} {dataset.kind}s")
+        args.global_batch_size = most
+
+
 def distributed(module, device):
     """`module` in DistributedDataParallel: gradients are averaged over ranks, buffers are each rank's own."""
     wrapped = DistributedDataParallel(module, device_ids=[device] if device.type == "cuda" else None,

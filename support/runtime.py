@@ -414,11 +414,11 @@ def atomic(path):
         temporary.unlink(missing_ok=True)
 
 
-def check_writable(folder):
+def check_writable(folder, flag="--output"):
     """Refuse a `folder`, which need not exist, before work is done for it if nothing can be written there."""
     place = next(each for each in pathlib.Path(folder, "file").absolute().parents if each.exists())
     require(place.is_dir() and os.access(place, os.W_OK),
-            f"--output: {place} may not be written to, or is no folder; name another")
+            f"{flag}: {place} may not be written to, or is no folder; name another")
 
 
 def write_json(path, value):
@@ -517,4 +517,5 @@ def fetch(url, weights_dir=None, sha256=None):
         return main_first(download)
     except (OSError, RuntimeError) as error:
         raise UserError(f"cannot download {url} ({error}); fetch it elsewhere and put it at {path}, or name "
-                        f"the folder that holds it with --weights-dir") from None
+                        f"the folder that holds it in $OPEN_MAGVIT2_WEIGHTS, or, for a network of metrics or "
+                        f"losses, with --weights-dir") from None

@@ -510,6 +510,11 @@ def test_an_npz_is_read_sample_by_sample(place, save):
 
 # ---- mistakes, and tables ----------------------------------------------------------------------------------
 
+def test_flags_without_a_command_are_those_of_reconstruction():
+    flags = ["--num-samples", "3"]
+    assert evaluate.get_args(flags) == evaluate.get_args(["reconstruction", *flags])
+
+
 @pytest.mark.parametrize("kind, flags, words", [
     ("images", ("--data-path", "nowhere"), "--data-path nowhere"),
     ("images", ("--image-size", 18), "18.*multiple"),
@@ -517,7 +522,8 @@ def test_an_npz_is_read_sample_by_sample(place, save):
     ("images", ("--metrics", "rfvd"), "rfvd is not.*images; take psnr"),
     ("clips", ("--metrics", "rfid"), "--metrics rfid is not.*clips"),
     ("clips", ("--original-resolution",), "is for images"),
-    ("images", ("--metrics", "rfid", "--weights-dir", "."), "pt_inception-2015-12-05-672.*--weights-dir")])
+    ("images", ("--metrics", "rfid", "--weights-dir", "."),
+     "pt_inception-2015-12-05-672.*OPEN_MAGVIT2_WEIGHTS.*--weights-dir")])
 def test_wrong_flags_of_reconstruction_are_one_line(files, place, monkeypatch, kind, flags, words):
     def offline(*args, **kwargs):
         raise urllib.error.URLError("no network")

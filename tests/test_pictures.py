@@ -2,6 +2,7 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from support import curves, loops, pictures, reading, sources
 from helpers import call, error_line, refused
@@ -76,6 +77,14 @@ def test_runs_of_the_same_name_are_told_apart(tmp_path, monkeypatch, runs):
 def test_curves_are_written_in_the_format_of_the_suffix(tmp_path, runs, suffix, first):
     call(pictures, tmp_path / "tok", tmp_path / "ar", "--output", tmp_path / f"c{suffix}")
     assert (tmp_path / f"c{suffix}").read_bytes().startswith(first)
+
+
+def test_a_value_logged_once_is_drawn_as_a_point(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 5, "usage": 0.5}\n')
+    call(pictures, tmp_path, "--output", tmp_path / "c.png")
+    picture = np.asarray(Image.open(tmp_path / "c.png").convert("RGB")).astype(int)
+    blue = (abs(picture - [31, 119, 180]).sum(-1) < 30).any(1)      # rows: the legend, and the point
+    assert blue[len(blue) // 3:].any()
 
 
 def test_mistakes_with_curves_are_one_line(tmp_path, runs):

@@ -444,6 +444,10 @@ def test_fine_tuning_keeps_what_fits_of_another_model(tmp_path, stage1, capsys):
     assert "anew: heads.0, heads.1, token_embeddings.0, token_embeddings.1" in capsys.readouterr().out
     assert torch.equal(newest(tmp_path / "c")["model"]["norm.weight"], old["norm.weight"])
     refused("missing: inter_blocks", train, tmp_path / "d", *flags, "--inter-blocks", 2)
+    few = ["--data-path", save_data(tmp_path / "few", train=3), "--global-batch-size", 64]
+    train(tmp_path / "e", *flags, *few)
+    assert "--global-batch-size 64 is lowered to 9, as " in capsys.readouterr().out
+    refused("64 is more than the 9", train, tmp_path / "f", "--tokenizer", stage1[0], *few)
 
 
 @pytest.mark.parametrize("classes, kept", [([f"dir{i}" for i in range(1000)], 0), (None, 1000)],
@@ -492,7 +496,8 @@ def test_no_flags_take_the_newest_tokenizer_and_its_data(tmp_path, monkeypatch, 
     (["--online", "--ten-crop"], "--ten-crop"), (["--resume", "/no/such.pt"], "/no/such.pt"),
     (["--token-dropout", 2], "token_dropout"), (["--preset", "AR-S"], "--preset"),
     (["--frames", 9], "--frames"), (["--nonsense"], "--nonsense"), (["--betas", 0.9, 1], "--betas"),
-    (["--center-crop", "--online"], "--online"), (["--init-from", "/no/such.pt"], "/no/such.pt")])
+    (["--center-crop", "--online"], "--online"), (["--init-from", "/no/such.pt"], "/no/such.pt"),
+    (["--results-dir", "/dev/null/x", "--dry-run"], "--results-dir: /dev/null may not be written to")])
 def test_mistakes_are_one_line_and_exit_status_2(tmp_path, stage1, flags, message):
     flags = ["--results-dir", tmp_path / "run", *TINY, "--tokenizer", stage1[0], *flags]
     assert message in error_line(train_ar, *flags)

@@ -347,6 +347,7 @@ def test_a_checkpoint_outlives_its_picture_and_only_some_are_kept(tmp_path, monk
     (["--image-size", 30], "30"), (["--channels", 40], "channels 40"), (["--length", "ten"], "--length"),
     (["--perceptual-weight", 1, "--weights-dir", "/dev/null/x"], "--perceptual-weight 0"),
     (["--resume", "/no/such.pt"], "/no/such.pt"), (["--tau", 0], "tau"),
+    (["--results-dir", "/dev/null/x"], "--results-dir: /dev/null may not be written to"),
     (["--gan-weight", 1, "--image-size", 16], "--discriminator blurpool"),
     (["--gan-weight", 1, "--discriminator", "patchgan-3d"], "patchgan-3d"),
     (["--init-from", "/no/such.pt"], "/no/such.pt"), (["--split-list", "x.txt"], "--val-split-list"),
