@@ -244,7 +244,13 @@ def choose(args, trained_on, split, view, count, batch_size):
         frame_stride = frame_stride or trained_on["frame_stride"]
     view = dataclasses.replace(view, resize=resize, frame_stride=frame_stride or 1,
                                drop_alpha=args.protocol == "official")       # as the official loader does
-    samples = sources.build_dataset(path, split, view, split_list)
+    try:
+        samples = sources.build_dataset(path, split, view, split_list)
+    except runtime.UserError as error:
+        if args.data_path:
+            raise
+        raise runtime.UserError(f"{error}. That is what the model was trained on: say with --data-path where "
+                                f"it lies now") from None
     order = range(len(samples))
     if view.crop == "random":
         more = np.random.default_rng(view.seed).permutation(len(samples)).tolist()

@@ -213,7 +213,8 @@ def build_datasets(args):
     view = dataclasses.replace(view, crop="center", flip=False)
     held_out = sources.build_held_out(args, view, classes)
     if runtime.on_main(data.same_samples, dataset, held_out):
-        runtime.print_main(f"no validation: {dataset.name} has no val/ or test/; see --val-data-path")
+        runtime.print_main(f"no validation: all of {held_out.name} is trained on; add val/ beside train/, or "
+                           f"see --val-data-path")
         held_out = None
     elif classes:
         strange = set(held_out.classes or ["(none)"]).difference(classes)

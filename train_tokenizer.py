@@ -210,7 +210,7 @@ def build_datasets(args):
     view = replace(view, crop="center", flip=False)
     held_out = sources.build_held_out(args, view)
     if runtime.on_main(data.same_samples, dataset, held_out):
-        runtime.print_main(f"grid_psnr is of training {dataset.kind}s: {dataset.name} has no val/ or test/, "
+        runtime.print_main(f"grid_psnr is of training {dataset.kind}s: all of {held_out.name} is trained on; "
                            f"see --val-data-path")
     items = [held_out[i] for i in data.evenly_spaced(4 if frames else 8, len(held_out))]
     if not any(items):
@@ -358,7 +358,7 @@ def objective(terms, args, step, model):
 # ---- 4. The training loop ----------------------------------------------------------------------------------
 
 # Flags that a resumed run cannot change.
-MUST_STAY = ("global_batch_size", "global_seed", "discriminator", "mixed_precision", "freeze")
+MUST_STAY = ("global_batch_size", "global_seed", "discriminator", "mixed_precision", "freeze", "flip", "resize")
 
 
 def learning_rate(step, length, warmup, milestones, args):

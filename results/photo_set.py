@@ -1,9 +1,10 @@
-"""The photographs that assets/photo.pt learned from: tiles of 96 x 96, cut from free packages of Debian 12.
+"""The photographs that assets/photo.pt learned from: square tiles, cut from free packages of Debian 12.
 
     mkdir packages && cd packages && apt-get download lomiri-wallpapers-16.04 lomiri-wallpapers-20.04 \\
         mate-backgrounds plasma-workspace-wallpapers gcompris-qt-data tuxpaint-stamps-default
     for package in *.deb; do dpkg-deb -x $package .; done
-    python results/photo_set.py packages photo_set
+    python results/photo_set.py packages photo_set                       # of 96 x 96
+    python results/photo_set.py packages photo_set_160 --side 160
 
 gcompris keeps its pictures as WebP inside of Qt's resource files, which are searched for them. Stamps of Tux
 Paint are cut out, and get a ground of some colour. Flat tiles are mostly left out.
@@ -18,7 +19,6 @@ import sys
 import numpy as np
 from PIL import Image
 
-SIDE = 96
 # (folder below the packages, suffix, shorter side before cutting: tiles at most)
 SOURCES = [("usr/share/backgrounds", ".jpg", {256: 20, 512: 30}),
            ("usr/share/wallpapers", ".jpg", {128: 2, 256: 8, 512: 12}),
@@ -44,16 +44,16 @@ def pictures_in(path):
         first = content.find(b"RIFF", first + 4)
 
 
-def tiles_of(image, shorter, most):
-    """Yield up to `most` tiles of an image whose shorter side becomes `shorter` first."""
-    scale = shorter / min(image.size)
+def tiles_of(image, side, shorter, most):
+    """Yield up to `most` tiles of `side` pixels of an image whose shorter side becomes `shorter` first."""
+    scale = max(shorter, side) / min(image.size)
     if scale > 1:
         return
-    image = image.resize([max(SIDE, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
-    across = range(0, image.width - SIDE + 1, 80)
-    places = [(x, y) for x in across for y in range(0, image.height - SIDE + 1, 80)]
+    image = image.resize([max(side, round(size * scale)) for size in image.size], Image.Resampling.LANCZOS)
+    across = range(0, image.width - side + 1, side - 16)
+    places = [(x, y) for x in across for y in range(0, image.height - side + 1, side - 16)]
     for x, y in random.sample(places, len(places)):
-        tile = image.crop((x, y, x + SIDE, y + SIDE))
+        tile = image.crop((x, y, x + side, y + side))
         if most and (np.asarray(tile).std() >= 12 or random.random() < 0.15):
             most -= 1
             yield tile
@@ -70,7 +70,7 @@ def main(args):
         for path in paths:
             for image in pictures_in(path):
                 for shorter, most in sizes.items():
-                    for tile in tiles_of(image, shorter, most):
+                    for tile in tiles_of(image, args.side, shorter, most):
                         tile.save(args.target / f"{count:05d}.png")
                         count += 1
     if not count:
@@ -83,6 +83,7 @@ def get_args(argv=None):
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("packages", type=pathlib.Path, help="folder in which the packages were unpacked")
+    parser.add_argument("--side", type=int, default=96, help="of a tile, in pixels (96)")
     parser.add_argument("target", type=pathlib.Path, help="folder to write to")
     return parser.parse_args(argv)
 

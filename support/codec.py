@@ -103,8 +103,7 @@ def read_files(files, config):
         require(path.exists(), f"{path} does not exist; check the path")
         found = [path] if path.suffix.lower() in suffixes else []
         if path.is_dir():                                  # the same files as --data-path would read
-            found = [path / name for _, text, _ in layouts.list_files(path, suffixes)[0]
-                     for name in layouts.listed(text)]
+            found = [path / name for name in layouts.files_to_see(path, suffixes, bool(config.frames))]
         require(found, f"{path}: this tokenizer takes {' '.join(suffixes)}, or a folder of them")
         paths += [(file, file.relative_to(path if path.is_dir() else path.parent)) for file in found]
     for i, (path, below) in enumerate(paths):              # numbered: two folders may hold the same name

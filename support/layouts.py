@@ -122,9 +122,7 @@ def find_samples(folder, of_clips, typed, known=False):
     places = [place for place, _, number in found if number]
     if not places:
         raise no_samples(folder, suffixes)
-    if left_out:
-        text = ", ".join(f"{left_out[suffix]:,} {suffix}" for suffix in sorted(left_out)[:8])
-        runtime.print_main(f"{folder}: files that are not read: {text}")
+    say_left_out(folder, left_out)
     names = bytearray().join(text for _, text, _ in found)
     given = given_labels(folder, names)
     if given:
@@ -145,6 +143,13 @@ def find_samples(folder, of_clips, typed, known=False):
     if not typed.startswith("classes:"):
         check_classes(folder, classes, places, known, typed)
     return classes, names, np.repeat(np.arange(len(classes)), [counts[name] for name in classes])
+
+
+def say_left_out(name, left_out):
+    """Say in a line how many files of which suffixes {suffix: number} are not read."""
+    if left_out:
+        text = ", ".join(f"{left_out[suffix]:,} {suffix}" for suffix in sorted(left_out)[:8])
+        runtime.print_main(f"{name}: files that are not read: {text}")
 
 
 def check_classes(folder, classes, places, known, typed):
@@ -241,6 +246,18 @@ def list_files(folder, suffixes):
     walk = loops.watched(walk, f"looking through {folder}", lambda item: item[2])
     found = [(place, os.fsencode(text), number) for place, text, number in walk]
     return sorted(found, key=lambda part: (part[0].split(os.sep)[0], part[0])), left_out
+
+
+def files_to_see(folder, suffixes, of_clips):
+    """The paths from `folder` on of all files with such suffixes; where they are `of_clips` and none is a
+    video, a folder of numbered pictures is one, as in `find_samples`. Pictures that are no clips are pictures."""
+    found, left_out = list_files(folder, suffixes)
+    names = [name for _, text, _ in found for name in listed(text)]
+    if of_clips and not any(name.lower().endswith(VIDEO_SUFFIXES) for name in names):
+        with contextlib.suppress(UserError):
+            found, _ = moving_or_frames(folder, found, left_out)
+            names = [name for _, text, _ in found for name in listed(text)]
+    return names
 
 
 def moving_or_frames(folder, found, left_out):

@@ -43,7 +43,9 @@ def fit_batch(args, dataset):
     """With --init-from, a set smaller than --global-batch-size lowers that, to what the ranks can share."""
     passes = runtime.world_size() * args.accumulation
     most = len(dataset) // passes * passes
-    if args.init_from and args.global_batch_size > len(dataset) and most:
+    if args.init_from and args.global_batch_size > len(dataset):
+        require(most, f"{dataset.name} has {len(dataset)} {dataset.kind}s, too few for {runtime.world_size()} "
+                      f"ranks and --accumulation {args.accumulation}; lower that")
         runtime.print_main(f"--global-batch-size {args.global_batch_size} is lowered to {most}, as "
                            f"{dataset.name} has {len(dataset)} {dataset.kind}s")
         args.global_batch_size = most

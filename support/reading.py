@@ -178,6 +178,8 @@ def is_cut_avi(path):
 
 def frame_rate(path):
     """Frames a second, as the file says (25 where it says nothing). Raises `Unreadable` or OSError."""
+    if os.path.isdir(path):                               # of numbered pictures
+        return 25.0
     if str(path).lower().endswith(IMAGE_SUFFIXES):
         with decoding(), Image.open(path) as image:
             image.load()
@@ -300,9 +302,9 @@ class Samples(Dataset):
         broken = self.count_broken() - short
         some = self.broken & ~self.short if broken else self.short
         such = f"of the {len(self)} {self.kind}s of {self.name}"
-        first = f"more than 1 %, such as {self.paths[int(some.int().argmax())]}"
+        first = f"more than 1 %, such as {self.paths[int(some.int().argmax())]}, for the reasons above"
         if short > broken:
             raise UserError(f"{short} {such} are too short, {first}; lower --frames or --frame-stride, or "
                             f"remove them ({broken} others are broken)")
-        raise UserError(f"{broken} {such} are broken, {first}; copy or download the data again, or remove "
-                        f"the broken files ({short} others are too short)")
+        raise UserError(f"{broken} {such} are broken, {first}; copy or download the data again, or "
+                        f"convert or remove these files ({short} others are too short)")

@@ -100,7 +100,10 @@ class ArgumentParser(argparse.ArgumentParser):
             word = unknown[1].lower().replace("_", "-")
             commands = self._subparsers._group_actions[0].choices.values() if self._subparsers else ()
             flags = [flag for parser in (self, *commands) for flag in parser._option_string_actions]
-            close = difflib.get_close_matches(SYNONYMS.get(word, word), flags, 1)
+            meant = SYNONYMS.get(word, word)
+            if meant not in flags:
+                meant = SYNONYMS.get(meant, meant)         # what one script calls so, another calls so
+            close = difflib.get_close_matches(meant, flags, 1)
             if close:
                 message += f" (did you mean {close[0]}?)"
         raise UserError(f"{message} (see --help)")
@@ -111,7 +114,8 @@ SYNONYMS = {"--epochs": "--length", "--max-epochs": "--length", "--steps": "--le
             "--lr-rate": "--lr", "--learning-rate": "--lr", "--batch-size": "--global-batch-size",
             "--output-dir": "--results-dir", "--data-dir": "--data-path", "--checkpoint": "--ckpt",
             "--model": "--preset", "--seed": "--global-seed", "--amp": "--mixed-precision",
-            "--max-samples": "--num-samples", "--num-images": "--num-samples"}
+            "--max-samples": "--num-samples", "--num-images": "--num-samples",
+            "--num-samples": "--num-images"}
 
 
 def bounded(kind, low, high=math.inf):

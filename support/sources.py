@@ -3,6 +3,7 @@
 What the networks see of a file is decided by a `data.View`, which every set is given. What is said of images
 here holds for clips. Axis letters: 3 colours, H and W as stored, S the side after cropping, T frames.
 """
+import collections
 import contextlib
 import copy
 import dataclasses
@@ -120,6 +121,8 @@ class TarShards(Samples):
         require(len(unlabelled) in (0, len(paths)), f"--data-path {pattern}: {len(unlabelled)} of "
                 f"{len(paths)} images have no .cls member, such as {paths[int(unlabelled[:1].sum())]}; label "
                 f"all or none")
+        if len(unlabelled):
+            runtime.print_main(f"{pattern}: no classes; they would be given by a .cls member for each image")
         classes = [str(i) for i in range(labels.max() + 1)]
         empty = np.flatnonzero(np.bincount(labels.clip(0)) == 0)
         if len(empty):
@@ -185,17 +188,20 @@ def make_index(shards, names):
     paths = []
     places = []
     labels = []
+    left_out = collections.Counter()
     for number, shard in enumerate(loops.watched(shards, "reading the headers of", unit="shards")):
-        images = index_shard(shard)
+        images = index_shard(shard, left_out)
         paths.append("".join(f"{names[number]}:{member}\0" for member, *_ in images))
         places += [(number, offset, size) for _, offset, size, _ in images]
         labels += [label for *_, label in images]
+    layouts.say_left_out(f"{names[0]} and the like" if names[1:] else names[0], left_out)
     return {"names": np.frombuffer(os.fsencode("".join(paths)), np.uint8),
             "places": np.array(places, np.int64).reshape(-1, 3), "labels": np.array(labels, np.int64)}
 
 
-def index_shard(shard):
-    """The images of a tar file: a list of (name, offset, bytes, class or -1)."""
+def index_shard(shard, left_out):
+    """The images of a tar file: a list of (name, offset, bytes, class or -1). left_out: counts the other
+    files, by suffix."""
     images = []
     classes = {}
     try:
@@ -213,6 +219,8 @@ def index_shard(shard):
                     require(re.fullmatch(r"\d{1,6}", text), f"{shard}:{member.name} holds {text[:20]!r}, but "
                             f"should hold a class number from 0 to 999999 as text")
                     classes[stem] = int(text)
+                else:
+                    left_out[suffix.lower() or "without suffix"] += 1
             end = tar.offset
     except (tarfile.TarError, OSError) as error:
         raise UserError(f"shard {shard} is truncated or is no plain tar file ({error}); copy or download it "

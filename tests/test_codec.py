@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageSequence
 
 import tokenizer
 import video
@@ -69,6 +69,20 @@ def test_encode_then_decode_is_reconstruct_bit_for_bit(files, kind, capsys):
     originals = [np.asarray(Image.open(files / name)) for name in ("a.png", "more/a.png")]
     for name, original in zip((written[0], written[-1]), originals):
         assert np.array_equal(np.asarray(Image.open(place / "beside" / name))[:, :23], original)
+
+
+def test_folders_of_numbered_pictures_are_the_clips_that_data_sets_read(files, capsys):
+    for clip in ("x", "y"):
+        (files / "clips" / clip).mkdir(parents=True)
+        for number in (10, 9, 8):
+            Image.new("RGB", (20, 16), (number * 20, 0, 0)).save(files / "clips" / clip / f"{number}.png")
+    place = files.parent
+    call(codec, "reconstruct", files / "clips", "--ckpt", place / "clip.pt", "--output", place / "out")
+    assert "2 folders of numbered pictures are read as clips" in capsys.readouterr().out
+    assert sorted(path.name for path in (place / "out").iterdir()) == ["0-x.webp", "1-y.webp"]
+    with Image.open(place / "out" / "0-x.webp") as clip:
+        reds = [frame.convert("RGB").getpixel((0, 0))[0] for frame in ImageSequence.Iterator(clip)]
+    assert reds == [160, 180, 200]
 
 
 @pytest.mark.parametrize("frames", [0, 1, 2, 5, 6, 12])

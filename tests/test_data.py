@@ -173,6 +173,9 @@ def test_a_set_knows_its_part_and_another_that_is_the_same(tmp_path):
     assert [dataset.part for dataset in generated] == list(shapes.SPLITS)
     assert data.same_samples(train, flat) and not data.same_samples(train, val)
     assert data.same_samples(generated[0], generated[0]) and not data.same_samples(*generated[1:3])
+    some = build_dataset(tmp_path / "a" / "train" / "bees", "val", View(8))
+    assert data.same_samples(train, some) and not data.same_samples(some, train)
+    assert not data.same_samples(flat, some)                              # a copy under another name
 
 
 def test_folders_that_hold_nothing_are_no_classes(tmp_path, capsys):
@@ -294,6 +297,8 @@ def test_shards_give_images_and_classes_of_their_members(tmp_path, capsys):
     assert torch.equal(dataset[1][0], expected) and dataset.paths[1].endswith("s-1.tar:z.png")
     bare = build_dataset(str(make_shard(tmp_path / "b.tar", [("x.png", encoded())])), "train", View(16))
     assert bare.classes == [] and bare.labels[0] == 0
+    out = capsys.readouterr().out
+    assert "b.tar: no classes; they would be given by a .cls" in out and "not read: 1 .json" in out
     members = {"0.png": IMAGE, "0.cls": b"1", "1.png": IMAGE, "1.cls": b"1"}
     path = make_shard(tmp_path / "c.tar", members.items())
     assert build_dataset(str(path), "train", View(8)).labels.tolist() == [1, 1]

@@ -211,7 +211,7 @@ def test_a_batch_for_fine_tuning_is_lowered_to_a_small_set(tmp_path, two_steps, 
         assert newest(tmp_path / str(size))["step"] == 2
     train(tmp_path / "b", *flags, "--global-batch-size", 5, "--dry-run")
     assert "lowered" not in capsys.readouterr().out
-    refused("64 is more than the 7", train, tmp_path / "c", *flags, "--accumulation", 8)
+    refused("too few for 1 ranks and --accumulation 8", train, tmp_path / "c", *flags, "--accumulation", 8)
     monkeypatch.setattr(runtime, "world_size", lambda: 3)                  # which each need two
     args = stage1.get_args([*map(str, flags), "--accumulation", "2"])
     assert len(stage1.build_datasets(args)[0]) == 7 and args.global_batch_size == 6
