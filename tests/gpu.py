@@ -131,7 +131,9 @@ def compare_two_ranks(device):
     """Yield (what, difference) of two processes that share `device`, over gloo, and of one."""
     networks, backward, ids = transformer()
     expected = gradients(networks, backward, ids, device)[1:]
-    queue = torch.multiprocessing.get_context("forkserver").SimpleQueue()       # a fork has no CUDA
+    context = torch.multiprocessing.get_context("forkserver")                   # a fork has no CUDA
+    context.set_forkserver_preload(["torch"])
+    queue = context.SimpleQueue()
     port = 20000 + time.time_ns() % 20000
     arguments = port, device, networks[0], ids, queue
     ranks = torch.multiprocessing.start_processes(two_ranks, arguments, 2, False, start_method="forkserver")

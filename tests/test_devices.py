@@ -83,26 +83,25 @@ def test_pieces_of_the_sampler_are_compiled_once_for_all_layers():
 # ---- half precision ---------------------------------------------------------------------------------------
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script, flags, dtype", [
-    (train_tokenizer, [*IMAGES, "--adaptive-gan-weight"], "bf16"), (train_tokenizer, IMAGES, "fp16"),
-    (train_tokenizer, CLIPS, "bf16"), (train_tokenizer, CLIPS, "fp16"), (train_ar, AR, "bf16"),
-    (train_ar, AR, "fp16")],
-    ids=["images-bf16", "images-fp16", "clips-bf16", "clips-fp16", "transformer-bf16", "transformer-fp16"])
-def test_a_half_precision_step_is_close_to_float32(tmp_path, trained, script, flags, dtype):
+@pytest.mark.parametrize("script, flags", [
+    (train_tokenizer, [*IMAGES, "--adaptive-gan-weight"]), (train_tokenizer, CLIPS), (train_ar, AR)],
+    ids=["images", "clips", "transformer"])
+def test_a_half_precision_step_is_close_to_float32(tmp_path, trained, script, flags):
     flags = [*flags, "--length", 1, "--lr", 1e-3, "--global-batch-size", 2]
     if script is train_ar:
         flags += ["--tokenizer", trained[0]]
-    for precision in ("fp32", dtype):
+    for precision in ("fp32", "bf16", "fp16"):
         call(script, *flags, "--mixed-precision", precision, "--results-dir", tmp_path / precision)
-    full, half = logged(tmp_path / "fp32")[1], logged(tmp_path / dtype)[1]
-    assert half["skipped_steps"] == 0
-    for name in full:
-        if name.startswith("loss") and name != "loss/lecam" or name.endswith("_bits"):    # squares of logits
-            assert half[name] == pytest.approx(full[name], rel=0.05, abs=0.03), name
-    state = newest(tmp_path / dtype)["model"]
-    for name, tensor in newest(tmp_path / "fp32")["model"].items():    # Adam's first step: lr at most
-        assert state[name].dtype == tensor.dtype
-        assert (state[name] - tensor).abs().max() <= 2.1e-3, name
+    full, model = logged(tmp_path / "fp32")[1], newest(tmp_path / "fp32")["model"]
+    for dtype in ("bf16", "fp16"):
+        half, state = logged(tmp_path / dtype)[1], newest(tmp_path / dtype)["model"]
+        assert half["skipped_steps"] == 0
+        for name in full:
+            if name.startswith("loss") and name != "loss/lecam" or name.endswith("_bits"):    # not squares
+                assert half[name] == pytest.approx(full[name], rel=0.05, abs=0.03), name
+        for name, tensor in model.items():                             # Adam's first step: lr at most
+            assert state[name].dtype == tensor.dtype
+            assert (state[name] - tensor).abs().max() <= 2.1e-3, name
 
 
 # ---- what is counted, and tests/gpu.py --------------------------------------------------------------------

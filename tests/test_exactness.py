@@ -78,12 +78,11 @@ def test_transformer_resumes_bit_for_bit_after_kill(tmp_path, flags, ranks, toke
 
 # ---- training: two ranks are one with the double batch ----------------------------------------------------
 
-def assert_two_ranks_equal_one(folder, script, flags, forked=True):
+def assert_two_ranks_equal_one(folder, script, flags):
     """Logs and weights of two ranks, and of one with the double batch, agree to rounding."""
     one, two = folder / "1", folder / "2"
     for ranks, results in ((1, one), (2, two)):
-        run_script(script, *flags, "--length", 3, "--log-every", 1, "--results-dir", results, ranks=ranks,
-                   forked=forked or ranks == 1)
+        run_script(script, *flags, "--length", 3, "--log-every", 1, "--results-dir", results, ranks=ranks)
     a, b = logged(one), logged(two)
     assert a.keys() == b.keys()
     for step in a:
@@ -104,7 +103,7 @@ def test_two_tokenizer_ranks_equal_the_double_batch(tmp_path, flags):
 
 def test_two_transformer_ranks_equal_the_double_batch(tmp_path, tokenizer_path):
     flags = [*AR[:-2], "--label-dropout", 0, "--tokenizer", tokenizer_path]
-    assert_two_ranks_equal_one(tmp_path, "train_ar.py", flags, forked=False)               # under torchrun
+    assert_two_ranks_equal_one(tmp_path, "train_ar.py", flags)
 
 
 # ---- tokens and samples: any number of ranks, any interruption ---------------------------------------------
