@@ -283,8 +283,7 @@ def learning_rate(step, length, warmup, args):
 def main(args):
     """Train an AR model as `args` (from `get_args`) say."""
     device = runtime.setup_process_group(args.device)
-    runtime.check_writable(args.results_dir, "--results-dir")
-    loops.warn_of_slow_save(args.results_dir)
+    loops.check_results_dir(args.results_dir)
     tokenizer, dataset, held_out, config, records = prepare(args)
     classes = dataset.classes[:config.num_classes]                       # none, if --unconditional
     torch.manual_seed(args.global_seed)                                  # equal initial weights on every rank

@@ -358,7 +358,8 @@ def objective(terms, args, step, model):
 # ---- 4. The training loop ----------------------------------------------------------------------------------
 
 # Flags that a resumed run cannot change.
-MUST_STAY = ("global_batch_size", "global_seed", "discriminator", "mixed_precision", "freeze", "flip", "resize")
+MUST_STAY = ("global_batch_size", "global_seed", "discriminator", "mixed_precision", "freeze", "flip",
+             "resize")
 
 
 def learning_rate(step, length, warmup, milestones, args):
@@ -391,8 +392,7 @@ def clip(network, optimizer, scaler, args):
 def main(args):
     """Train a tokenizer as `args` (from `get_args`) say."""
     device = runtime.setup_process_group(args.device)
-    runtime.check_writable(args.results_dir, "--results-dir")
-    loops.warn_of_slow_save(args.results_dir)
+    loops.check_results_dir(args.results_dir)
     dataset, examples = build_datasets(args)                             # a wrong path costs no download
     model, discriminator, perceptual = build_networks(args, device)
     length, warmup, milestones = print_plan(args, model, discriminator, dataset)

@@ -200,11 +200,10 @@ def main(args):
     model.to(device)
     print(f"{ckpt}: {info['preset']}, {info['weights']} weights")
     identity = checkpoints.weights_hash(model)
-    folder = args.output or "runs/reconstructions"
-    ids_file = pathlib.Path(args.output or "runs/ids.npz")
-    runtime.check_writable(ids_file.parent if args.command == "encode" else folder)
-    if args.command == "encode":
-        require(not ids_file.is_dir(), f"--output {ids_file} is a folder; name a file in it")
+    encoding = args.command == "encode"
+    output = pathlib.Path(args.output or ("runs/ids.npz" if encoding else "runs/reconstructions"))
+    runtime.check_writable(output.parent if encoding else output)
+    require(not (encoding and output.is_dir()), f"--output {output} is a folder; name a file in it")
     if args.command == "decode":
         require(args.files, "decode needs files: the npz that encode wrote")
         for path in args.files:
@@ -212,7 +211,7 @@ def main(args):
             for k, (name, shape, fps, parts, tile) in enumerate(encoded):
                 ids = [torch.from_numpy(arrays[f"{k}-{i}"]).to(device) for i in range(parts)]
                 name = pathlib.PurePath(name).name         # a file cannot say where else to write
-                print(write_file(folder, name, from_tokens(model, ids, shape, tile), fps))
+                print(write_file(output, name, from_tokens(model, ids, shape, tile), fps))
         return
     arrays = {}
     encoded = []
@@ -224,19 +223,19 @@ def main(args):
         tokens = sum(part.numel() for part in ids)
         bits = tokens * math.log2(model.quantizer.vocabulary) / x[0].numel()
         line = f"{name}: {' x '.join(map(str, x.shape[1:]))}, {tokens:,} tokens, {bits:.4f} bits a pixel"
-        if args.command == "encode":
+        if encoding:
             arrays.update({f"{k}-{i}": part.cpu().numpy().astype(np.uint32) for i, part in enumerate(ids)})
         else:
             beside, text = compare(model, x, from_tokens(model, ids, x.shape, args.tile), args.tile)
-            line += f"{text}: {write_file(folder, name, beside, fps)}"
+            line += f"{text}: {write_file(output, name, beside, fps)}"
         print(line)
     require(encoded, "none of the files could be read")
-    if args.command == "encode":
+    if encoding:
         about = {"tokenizer": identity, "ckpt": str(ckpt), "samples": encoded}
-        with runtime.atomic(ids_file) as temporary, open(temporary, "wb") as file:
+        with runtime.atomic(output) as temporary, open(temporary, "wb") as file:
             classes = [path.split("/")[0] if "/" in path else "" for path in paths]
             np.savez(file, about=np.array(json.dumps(about)), paths=paths, classes=classes, **arrays)
-        print(f"wrote {ids_file}")
+        print(f"wrote {output}")
 
 
 if __name__ == "__main__":

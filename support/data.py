@@ -157,8 +157,8 @@ def with_samples(digest, dataset, indices):
 
 
 def same_samples(first, second):
-    """Whether two sets hold the same, wherever it lies and however it is looked at, or all files of the second
-    (16 are looked up) are files of the first: then none is held out."""
+    """Whether two sets hold the same, wherever it lies and however it is looked at, or the second's files (16
+    are looked up) are all among the first's: then none is held out."""
     if first.paths.prefix:
         start, folder = [os.path.join(os.path.realpath(each.paths.prefix), "") for each in (first, second)]
         some = [second.paths[i] for i in evenly_spaced(16, len(second))]

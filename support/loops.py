@@ -3,6 +3,7 @@ import argparse
 import collections
 import concurrent.futures
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import re
 import threading
 import time
 
+import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -44,8 +46,8 @@ def fit_batch(args, dataset):
     passes = runtime.world_size() * args.accumulation
     most = len(dataset) // passes * passes
     if args.init_from and args.global_batch_size > len(dataset):
-        require(most, f"{dataset.name} has {len(dataset)} {dataset.kind}s, too few for {runtime.world_size()} "
-                      f"ranks and --accumulation {args.accumulation}; lower that")
+        require(most, f"{dataset.name} has {len(dataset)} {dataset.kind}s, too few for "
+                      f"{runtime.world_size()} ranks and --accumulation {args.accumulation}; lower that")
         runtime.print_main(f"--global-batch-size {args.global_batch_size} is lowered to {most}, as "
                            f"{dataset.name} has {len(dataset)} {dataset.kind}s")
         args.global_batch_size = most
@@ -171,6 +173,15 @@ def watched(items, title, size=lambda item: 1, unit="files"):
             yield item
 
 
+def sha256_of(path):
+    """The sha256 of a file as 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    content = np.memmap(path, mode="r")
+    for first in watched(range(0, len(content), 2 ** 26), f"hashing {path}", unit="times 64 MiB"):
+        digest.update(content[first:first + 2 ** 26])
+    return digest.hexdigest()
+
+
 def print_table(rows, header):
     """Print `rows` (lists of cells) under `header` in aligned columns, on rank 0."""
     cells = [[str(cell) for cell in row] for row in [header, ["-" * len(name) for name in header], *rows]]
@@ -231,6 +242,12 @@ def flushed(file):
 
 
 SLOW_SAVE = ".slow-save.json"                              # how long the last save took, if that was long
+
+
+def check_results_dir(results_dir):
+    """Before anything takes time: raise `UserError` where nothing can be written; `warn_of_slow_save`."""
+    runtime.check_writable(results_dir, "--results-dir")
+    warn_of_slow_save(results_dir)
 
 
 def warn_of_slow_save(results_dir):

@@ -10,7 +10,6 @@ import dataclasses
 import difflib
 import errno
 import functools
-import hashlib
 import json
 import math
 import multiprocessing
@@ -23,7 +22,6 @@ import threading
 import time
 import traceback
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -265,9 +263,8 @@ AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def autocast(device, mixed_precision):
     """The autocast context for `--mixed-precision` fp32, bf16 or fp16 on `device`. Half precision is for
-    GPUs: on CPUs torch 2.14 convolves 27 to 70 times slower than in fp32 (without AVX-512) or (with it) makes
-    garbage of two weight gradients in bf16, of a 512 -> 1, 5 x 5 convolution on a single pixel, and of a
-    padded conv3d of depth 2."""
+    GPUs: on CPUs torch 2.14 convolves 27 to 70 times slower than in fp32 (without AVX-512), or (with it) bf16
+    makes garbage of the weight gradients of a 5 x 5 convolution on one pixel, of a conv3d of depth 2."""
     dtype = AUTOCAST_DTYPES[mixed_precision]
     warn_of_slow_half(device.type, mixed_precision)
     return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
@@ -300,7 +297,7 @@ class Stopped(KeyboardInterrupt):
 class StopRequest:
     """Turns signals into a question that a training loop asks once a step, so that it can save first. With
     at_once, where there is nothing to save, they raise `Stopped`: files are whole or not there. Later ones
-    change nothing, but Ctrl-C a second after the first is a person's impatience, and raises it, too."""
+    change nothing, but Ctrl-C a second after the first is impatience, and raises it, too."""
 
     def __init__(self, at_once=False):
         self.at_once = at_once
@@ -493,11 +490,6 @@ def check_same(saved, current, what, names=None):
     require(not differing, f"{what} differs ({'; '.join(differing)})")
 
 
-def sha256_of(path):
-    """The sha256 of a file as 64 hexadecimal digits."""
-    return hashlib.sha256(np.memmap(path, mode="r")).hexdigest()
-
-
 def cache_dir():
     """Where downloads are kept: $OPEN_MAGVIT2_WEIGHTS, or ~/.cache/open-magvit2."""
     return os.environ.get("OPEN_MAGVIT2_WEIGHTS") or os.path.expanduser("~/.cache/open-magvit2")
@@ -520,6 +512,5 @@ def fetch(url, weights_dir=None, sha256=None):
     try:
         return main_first(download)
     except (OSError, RuntimeError) as error:
-        raise UserError(f"cannot download {url} ({error}); fetch it elsewhere and put it at {path}, or name "
-                        f"the folder that holds it in $OPEN_MAGVIT2_WEIGHTS, or, for a network of metrics or "
-                        f"losses, with --weights-dir") from None
+        raise UserError(f"cannot download {url} ({error}); put it at {path}, or name its folder: "
+                        f"$OPEN_MAGVIT2_WEIGHTS, of networks of metrics and losses --weights-dir") from None

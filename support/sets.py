@@ -106,7 +106,7 @@ def open_samples(path):
     """(data set, what identifies it) of the samples in an npz file, or in a folder of images, or of
     clips, of one size."""
     if not os.path.isdir(path):
-        return Npz(path), runtime.on_main(runtime.sha256_of, path)
+        return Npz(path), runtime.on_main(loops.sha256_of, path)
     found, _ = layouts.list_files(path, IMAGE_SUFFIXES + VIDEO_SUFFIXES)
     files = [os.path.join(path, name) for _, text, _ in found for name in layouts.listed(text)]
     sizes = set()
@@ -145,7 +145,7 @@ def reference(path, axes, batch_size):
     samples = Npz(path)
     require(samples.axes == tuple(axes), f"--reference {path} is of images of {samples.axes}, not {axes}; "
                                          f"give one of that size (make-reference has --image-size)")
-    about = {**samples.arrays["settings"], "path": path, "sha256": runtime.on_main(runtime.sha256_of, path)}
+    about = {**samples.arrays["settings"], "path": path, "sha256": runtime.on_main(loops.sha256_of, path)}
     return Chosen(samples, range(len(samples)), about, batch_size)
 
 

@@ -82,8 +82,8 @@ def test_a_slow_save_is_said_at_once_and_first_thing_of_the_next_run(tmp_path, m
     monkeypatch.setattr(torch, "save", lambda *args: time.sleep(1) or save(*args))
     for say in (lambda: loops.save_checkpoint(tmp_path, 1, {}), lambda: loops.warn_of_slow_save(tmp_path)):
         say()
-        assert re.match(r"warning: the last save took [1-4]\.\d s, but 1 s after a signal torchrun kills; start "
-                        r"it with --shutdown-timeout \d\d$", capsys.readouterr().out)
+        assert re.match(r"warning: the last save took [1-4]\.\d s, but 1 s after a signal torchrun kills; "
+                        r"start it with --shutdown-timeout \d\d$", capsys.readouterr().out)
     monkeypatch.setattr(torch, "save", save)
     loops.save_checkpoint(tmp_path, 2, {})
     assert not capsys.readouterr().out and len(list(tmp_path.iterdir())) == 2
@@ -141,7 +141,7 @@ def test_log_drops_what_a_resumed_run_logs_again(tmp_path):
 def test_downloads_are_verified_and_offline_is_one_line(tmp_path, monkeypatch):
     source = tmp_path / "weights.bin"
     source.write_bytes(b"weights")
-    url, sha = source.as_uri(), runtime.sha256_of(source)
+    url, sha = source.as_uri(), loops.sha256_of(source)
     assert runtime.fetch(url, tmp_path / "cache", sha).read_bytes() == b"weights"
     refused("cannot download", runtime.fetch, url, tmp_path / "other", "0" * 64)
     assert not (tmp_path / "other" / "weights.bin").exists()
