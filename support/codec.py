@@ -139,9 +139,8 @@ def read_ids(path, identity):
     """What `encode` wrote to `path`: ([name, shape, frames a second, parts, tile] of each file, all arrays).
 
     The arrays "0-0", "0-1", .. hold the ids of the first file's parts, "paths" and "classes" the files' paths
-    and the folders that these begin with.
-
-    identity: the hash of the tokenizer's weights, which must have been the same. Raises `UserError`.
+    and the folders that these begin with. identity: the hash of the tokenizer's weights, which must have been
+    the same. Raises `UserError`.
     """
     require(pathlib.Path(path).is_file(), f"{path} does not exist; check the path")
     require(zipfile.is_zipfile(path), f"{path} is damaged or no npz; give one that encode wrote")
@@ -182,8 +181,7 @@ def get_args(argv=None):
                         "or where there is none assets/photo.pt")
     parser.add_argument("--output", help="folder, or for encode the npz (runs/reconstructions, runs/ids.npz)")
     parser.add_argument("--tile", type=runtime.bounded(int, 64), help="cut images into tiles of so many "
-                        "pixels that overlap, for less memory; GroupNorm then sees the mean of a tile, not "
-                        "of the image, so that tiles can differ in tone")
+                        "pixels, for less memory; GroupNorm sees a tile's mean, so that tones can differ")
     parser.add_argument("--raw-weights", action="store_true", help="the raw weights, not their EMA")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
     return parser.parse_intermixed_args(argv)              # files may stand behind flags

@@ -249,8 +249,8 @@ def list_files(folder, suffixes):
 
 
 def files_to_see(folder, suffixes, of_clips):
-    """The paths from `folder` on of all files with such suffixes; where clips are meant and no file is one, of
-    folders of numbered pictures, as in `find_samples`. Pictures that are no clips stay pictures."""
+    """The paths from `folder` on of all files with such suffixes; where clips are meant and no file is one,
+    of folders of numbered pictures, as in `find_samples`. Pictures that are no clips stay pictures."""
     found, left_out = list_files(folder, suffixes)
     names = [name for _, text, _ in found for name in listed(text)]
     if of_clips and not any(name.lower().endswith(VIDEO_SUFFIXES) for name in names):
