@@ -20,9 +20,10 @@ pytestmark = [pytest.mark.slow,
               pytest.mark.skipif(sys.platform != "linux", reason="signals runs that were forked")]
 TERM, INT = signal.SIGTERM, signal.SIGINT
 TINY = ["--blocks", 1, "--image-size", 16, "--bits", 6, "--global-batch-size", 4, "--log-every", 1]
-FLAGS = {"train_tokenizer.py": [*TINY, "--length", 20],
+LENGTH = 80                                # steps: enough for a signal to come in time on a busy machine
+FLAGS = {"train_tokenizer.py": [*TINY, "--length", LENGTH],
          "train_ar.py": ["--split", 3, 3, "--width", 32, "--heads", 2, "--inter-blocks", 2, "--online",
-                         "--global-batch-size", 4, "--val-size", 8, "--log-every", 1, "--length", 20]}
+                         "--global-batch-size", 4, "--val-size", 8, "--log-every", 1, "--length", LENGTH]}
 NEVER_SAVED = "stopped, nothing saved: no new checkpoint, no result"
 
 
@@ -98,7 +99,7 @@ def assert_saved(done, folder, number=TERM, code=None):
     path = runtime.latest_checkpoint(folder)
     assert f"signal {number}: saved {path}; --resume continues from here" in done.stdout, done
     assert "Traceback" not in done.stderr or code == 1, done.stderr                      # torchrun's own
-    assert newest(folder)["step"] < 20 and not list(folder.glob(".step*")), "too late to prove anything"
+    assert newest(folder)["step"] < LENGTH and not list(folder.glob(".step*")), "too late to prove anything"
 
 
 def assert_resumes(script, folder, expected, ranks=1):

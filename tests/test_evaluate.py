@@ -179,9 +179,9 @@ call("generation --samples clips.npz --metrics fvd")
 
 
 @pytest.mark.slow
-def test_one_two_and_three_ranks_measure_the_same(files, place):
+def test_one_and_three_ranks_measure_the_same(files, place):
     runs = []
-    for ranks in (1, 2, 3):
+    for ranks in (1, 3):
         folder = place / str(ranks)
         folder.mkdir()
         write_samples(folder / "samples.npz", 5, seed=1)
@@ -191,11 +191,9 @@ def test_one_two_and_three_ranks_measure_the_same(files, place):
         (folder / "job.py").write_text(RANKS)
         run_script(str(folder / "job.py"), *files.values(), ranks=ranks, cwd=folder)
         runs.append(results(folder / "out"))
-    for name, alone, *others in zip(("rfid", "fid", "tokens", "kid", "rfvd", "fvd"), *runs, strict=True):
-        assert values(alone)[name] > 0
-        for run in others:
-            assert run["n"] == alone["n"]
-            assert values(run) == pytest.approx(values(alone), rel=1e-12, abs=1e-12)
+    for name, alone, shared in zip(("rfid", "fid", "tokens", "kid", "rfvd", "fvd"), *runs, strict=True):
+        assert values(alone)[name] > 0 and shared["n"] == alone["n"]
+        assert values(shared) == pytest.approx(values(alone), rel=1e-12, abs=1e-12)
 
 
 @pytest.mark.slow
