@@ -22,9 +22,9 @@ def test_samples_are_of_the_class_asked_for(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(path)
     call(train_tokenizer, "--data-path", tmp_path / "images", "--image-size", 16, "--length", 60,
-         "--results-dir", tmp_path / "tokenizer")
+         "--global-batch-size", 16, "--results-dir", tmp_path / "tokenizer")
     call(train_ar, "--tokenizer", runtime.latest_checkpoint(tmp_path / "tokenizer"), "--length", 60,
-         "--results-dir", tmp_path / "ar")
+         "--global-batch-size", 16, "--results-dir", tmp_path / "ar")
     call(sample, "--ckpt", runtime.latest_checkpoint(tmp_path / "ar"), "--num-fid-samples", 90,
          "--cfg-scale", 2, "--output", tmp_path / "a.npz")
     with np.load(tmp_path / "a.npz") as file:
