@@ -217,7 +217,9 @@ def build_datasets(args):
                            f"see --val-data-path")
         held_out = None
     elif classes:
-        strange = set(held_out.classes or ["(none)"]).difference(classes)
+        require(held_out.classes, f"{held_out.name}, held out, has no classes, but {dataset.name} has; sort "
+                f"it into such, name others with --val-data-path, or add --unconditional")
+        strange = set(held_out.classes).difference(classes)
         require(not strange, f"{held_out.name}, held out, has classes that {dataset.name} lacks: "
                 f"{', '.join(sorted(strange)[:5])}; sort them alike, name others with --val-data-path, or "
                 f"add --unconditional")

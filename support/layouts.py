@@ -86,8 +86,9 @@ FOREIGN = [
     (" ".join(f"*{suffix}" for suffix in VIDEO_SUFFIXES), "videos", "these are for clips: --frames")]
 
 
-def no_samples(path, suffixes):
-    """The `UserError` for a file or folder `path` in which no file is read: what it is, if that is known."""
+def no_samples(path, suffixes, left_out=()):
+    """The `UserError` for a file or folder `path` in which no file is read: what it is, if that is known.
+    left_out: the suffixes of its files."""
     path = pathlib.Path(path)
     for patterns, what, way_out in FOREIGN:
         for pattern in patterns.split():
@@ -97,8 +98,9 @@ def no_samples(path, suffixes):
                                  f"({file.name}): {way_out.replace('{folder}', str(file.parent))}")
     require(not path.is_file(), f"--data-path {path} is a single file; give a folder of images, or tar files "
                                 f"such as 'shards-{{000..127}}.tar'")
+    others = f", but {', '.join(sorted(left_out)[:5])}" if left_out else ""
     return UserError(f"--data-path {path} holds no images or videos of the kind asked for "
-                     f"({' '.join(suffixes)})")
+                     f"({' '.join(suffixes)}){others}")
 
 
 # ---- 3. Samples and their labels ---------------------------------------------------------------------------
@@ -121,7 +123,7 @@ def find_samples(folder, of_clips, typed, known=False):
         found, left_out = moving_or_frames(folder, *list_files(folder, IMAGE_SUFFIXES))
     places = [place for place, _, number in found if number]
     if not places:
-        raise no_samples(folder, suffixes)
+        raise no_samples(folder, suffixes, left_out)
     say_left_out(folder, left_out)
     names = bytearray().join(text for _, text, _ in found)
     given = given_labels(folder, names)

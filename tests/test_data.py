@@ -260,7 +260,8 @@ IMAGE = encoded()
 
 
 @pytest.mark.parametrize("files, path, problem", [
-    ({"a/1.txt": IMAGE}, "", "holds no images"), ({"a/1.png": IMAGE, "2.png": IMAGE}, "", "beside them"),
+    ({"a/1.heic": IMAGE}, "", "holds no images.*, but .heic"),
+    ({"a/1.png": IMAGE, "2.png": IMAGE}, "", "beside them"),
     ({"train/a/1.png": IMAGE, "x/1.png": IMAGE}, "", "split or a class"), ({"1.tar": IMAGE}, "", r"/\*.tar'"),
     ({"val/a/1.png": IMAGE, "test/a/1.png": IMAGE}, "", "no train folder"),
     ({"seg_train/1.png": IMAGE, "seg_test/1.png": IMAGE}, "", "seg_test, seg_train: if these are no classes"),
