@@ -131,7 +131,7 @@ def test_where_nothing_is_trained_a_small_tokenizer_of_photographs_serves(files,
     monkeypatch.chdir(files)
     call(codec, "reconstruct", ROOT / "assets" / "photo.png", "--output", "out")
     out = capsys.readouterr().out
-    assert "runs/tokenizer is empty, so this is assets/photo.pt" in out and "1.1250 bits a pixel" in out
+    assert "runs/tokenizer is empty, so this is assets/photo.pt" in out and "4.5000 bits a pixel" in out
     assert float(re.search(r"PSNR ([\d.]+) dB", out)[1]) > 24
     (files / "runs" / "tokenizer").mkdir(parents=True)
     shutil.copy(files.parent / "image.pt", files / "runs" / "tokenizer" / "step-00000003.pt")
