@@ -138,6 +138,7 @@ def test_a_published_preset_is_planned_without_any_file(tmp_path, monkeypatch, c
     (["--global-batch-size", 30000], "--global-batch-size 30000 is more than"),
     (["--frames", 5], "is of images"), (["--init-from", "none.pt"], "none.pt")])
 def test_a_plan_that_does_not_fit_a_published_preset_is_refused(tmp_path, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)                            # where no runs/ decides on the defaults
     monkeypatch.setenv("OPEN_MAGVIT2_WEIGHTS", str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", None)
     refused(message, call, train_ar, "--preset", "AR-B", *flags, "--dry-run", kind=ValueError)
@@ -157,7 +158,8 @@ def test_all_parameters_decay_and_rate_changes_every_step(tmp_path, stage1):
     assert tuple(newest(tmp_path)["optimizer"]["param_groups"][0]["betas"]) == (0.9, 0.95)
 
 
-def test_a_short_run_has_a_short_warmup_and_no_step_is_no_run(stage1, capsys):
+def test_a_short_run_has_a_short_warmup_and_no_step_is_no_run(tmp_path, monkeypatch, stage1, capsys):
+    monkeypatch.chdir(tmp_path)
     same = ["--tokenizer", stage1[0], "--global-batch-size", 4, "--split", 3, 3, "--dry-run", "--length"]
     for flags, steps in (([1800], 50), ([400], 20), ([400, "--warmup", 90], 90), (["1ep"], 1)):
         call(train_ar, *same, *flags)
