@@ -241,6 +241,11 @@ def test_default_data_are_what_was_learned_if_possible_held_out(files, place, ca
     assert f", {part}, size 16" in capsys.readouterr().out
 
 
+def test_data_that_have_moved_are_said_to_be_those_of_training(files, place):
+    torch.save({**torch.load(files["images"]), "args": {"data_path": "gone"}}, "trained.pt")
+    refused("gone does not exist.* the model was trained on: say with --data-path", reconstruct, "trained.pt")
+
+
 def test_the_grid_shows_samples_from_all_over_the_set(files, place):
     write_images("photos", 20)
     reconstruct(files["images"], "--data-path", "photos", "--metrics", "psnr")
