@@ -247,7 +247,7 @@ def choose(args, trained_on, split, view, count, batch_size):
     try:
         samples = sources.build_dataset(path, split, view, split_list)
     except runtime.UserError as error:
-        if args.data_path:
+        if args.data_path or args.split_list:
             raise
         raise runtime.UserError(f"{error}. That is what the model was trained on: say with --data-path where "
                                 f"it lies now") from None

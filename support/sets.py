@@ -107,8 +107,8 @@ def open_samples(path):
     clips, of one size."""
     if not os.path.isdir(path):
         return Npz(path), runtime.on_main(loops.sha256_of, path)
-    found, _ = layouts.list_files(path, IMAGE_SUFFIXES + VIDEO_SUFFIXES)
-    files = [os.path.join(path, name) for _, text, _ in found for name in layouts.listed(text)]
+    names = layouts.files_to_see(path, IMAGE_SUFFIXES + VIDEO_SUFFIXES, of_clips=False)
+    files = [os.path.join(path, name) for name in names]
     sizes = set()
     for file in loops.watched(files, f"looking through {path}"):
         try:

@@ -1,6 +1,7 @@
 """The plumbing: files are whole or not there, logs resume, downloads are verified."""
 import errno
 import json
+import math
 import os
 import re
 import resource
@@ -82,8 +83,9 @@ def test_a_slow_save_is_said_at_once_and_first_thing_of_the_next_run(tmp_path, m
     monkeypatch.setattr(torch, "save", lambda *args: time.sleep(1) or save(*args))
     for say in (lambda: loops.save_checkpoint(tmp_path, 1, {}), lambda: loops.warn_of_slow_save(tmp_path)):
         say()
-        assert re.match(r"warning: the last save took [1-4]\.\d s, but 1 s after a signal torchrun kills; "
-                        r"start it with --shutdown-timeout \d\d$", capsys.readouterr().out)
+        said = re.fullmatch(r"warning: the last save took ([1-4]\.\d) s, but 1 s after a signal torchrun "
+                            r"kills; start it with --shutdown-timeout (\d\d)\n", capsys.readouterr().out)
+        assert int(said[2]) == math.ceil(2 * float(said[1])) + 10
     monkeypatch.setattr(torch, "save", save)
     loops.save_checkpoint(tmp_path, 2, {})
     assert not capsys.readouterr().out and len(list(tmp_path.iterdir())) == 2
