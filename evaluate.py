@@ -350,7 +350,8 @@ def generation(args, device):
     path = args.samples
     model, tokenizer, info = drawing_model(args)
     if path:
-        samples, sha256 = sets.open_samples(path)
+        of_clips = "fvd" in args.metrics or bool(tokenizer and tokenizer.config.frames)
+        samples, sha256 = sets.open_samples(path, of_clips)
         axes = samples.axes
         count = args.num_samples or len(samples)
     else:

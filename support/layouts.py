@@ -10,9 +10,11 @@ import os
 import pathlib
 import re
 import sys
+import zlib
 
 import numpy as np
 import scipy.io
+from scipy.io.matlab import MatReadError
 
 from support import loops, runtime, shapes
 from support.reading import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Unreadable, is_clip
@@ -182,10 +184,7 @@ def given_labels(folder, names):
     names = listed(names)
     # Kaggle's list lies four folders up, of where the folder is or of where a link leads to.
     for place in (*path.absolute().parents[:5], *path.resolve().parents[:5]):
-        try:
-            wnids = wnids_beside(place)
-        except (ValueError, LookupError, scipy.io.matlab.MatReadError) as error:
-            raise UserError(f"the list of labels in {place} is damaged ({error}); copy it again") from None
+        wnids = wnids_beside(place)
         if wnids:
             missing = [name for name in names if name[:23] not in wnids]
             require(not missing, f"the list of labels in {place} lacks {missing[:1]} of {folder}")
@@ -206,13 +205,24 @@ def wnids_beside(place):
     """{image: class} of ImageNet's validation images by a list in the folder `place`, {} without."""
     kaggle = place / "LOC_val_solution.csv"
     if kaggle.is_file():
-        return dict(re.findall(r"^(\w+),(n\d{8})\b", kaggle.read_text(), re.MULTILINE))
+        text = kaggle.read_text(errors="replace")
+        wnids = dict(re.findall(r"^(\w+),(n\d{8})\b", text, re.MULTILINE))
+        require(wnids, f"{kaggle} is damaged (no line is as 'ILSVRC2012_val_00000001,n01751748 ..'); copy it "
+                       f"again")
+        return wnids
     for folder in (place, place / "data", place / "ILSVRC2012_devkit_t12" / "data"):
         truth = folder / "ILSVRC2012_validation_ground_truth.txt"
-        if truth.is_file() and (folder / "meta.mat").is_file():           # numbers, and what these mean
-            synsets = scipy.io.loadmat(folder / "meta.mat", squeeze_me=True)["synsets"]
-            wnid = {int(one["ILSVRC2012_ID"]): str(one["WNID"]) for one in synsets}
-            numbers = map(int, truth.read_text().split())
+        meta = folder / "meta.mat"
+        if truth.is_file() and meta.is_file():             # numbers, and what these mean
+            try:
+                synsets = scipy.io.loadmat(meta, squeeze_me=True)["synsets"]
+                wnid = {str(int(one["ILSVRC2012_ID"])): str(one["WNID"]) for one in synsets}
+            except (OSError, ValueError, LookupError, TypeError, zlib.error, MatReadError) as error:
+                raise UserError(f"{meta} is damaged ({error}); unpack the devkit again") from None
+            numbers = truth.read_text(errors="replace").split()
+            strange = sorted(set(numbers) - wnid.keys())
+            require(not strange, f"{truth} is damaged ({strange[:3]} are no classes of {meta}); unpack the "
+                                 f"devkit again")
             return {f"ILSVRC2012_val_{i:08d}": wnid[number] for i, number in enumerate(numbers, 1)}
     return {}
 

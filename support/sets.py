@@ -102,12 +102,12 @@ class Chosen:
         self.samples.raise_if_broken(all_ranks=True)
 
 
-def open_samples(path):
+def open_samples(path, of_clips=False):
     """(data set, what identifies it) of the samples in an npz file, or in a folder of images, or of
-    clips, of one size."""
+    clips, of one size. of_clips: folders of numbered pictures are meant as clips."""
     if not os.path.isdir(path):
         return Npz(path), runtime.on_main(loops.sha256_of, path)
-    names = layouts.files_to_see(path, IMAGE_SUFFIXES + VIDEO_SUFFIXES, of_clips=False)
+    names = layouts.files_to_see(path, IMAGE_SUFFIXES + VIDEO_SUFFIXES, of_clips)
     files = [os.path.join(path, name) for name in names]
     sizes = set()
     for file in loops.watched(files, f"looking through {path}"):
@@ -120,6 +120,10 @@ def open_samples(path):
     frames = axes[0] if len(axes) == 3 else None
     samples = sources.Folder(path, data.View(1, frames, "original"), typed=f"unlabelled:{path}")
     samples.axes = axes
+    places = {os.path.dirname(name) for name in names}
+    if not frames and "" not in places and all(os.path.basename(name)[:1].isdigit() for name in names):
+        runtime.print_main(f"{path}: numbered pictures in {len(places)} subfolders are taken for single "
+                           f"images; if these are clips, say so by --metrics fvd")
     if samples.paths[0].lower().endswith((".jpg", ".jpeg", ".jfif", ".mp4", ".avi", ".mkv")):
         runtime.print_main(f"warning: --samples {path}: JPEG and most videos are lossy, and metrics see that "
                            f"loss, too; save PNG, animated WebP, or an npz")

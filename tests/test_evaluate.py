@@ -674,6 +674,22 @@ def test_folders_of_clips_are_samples_and_lossy_files_are_told(tmp_path, capsys)
     refused("mixes the sizes", sets.open_samples, tmp_path / "exact")
 
 
+@pytest.mark.parametrize("of_clips", [True, False])
+def test_folders_of_numbered_pictures_are_clips_where_these_are_meant_and_else_it_is_said(tmp_path, capsys,
+                                                                                        of_clips):
+    clips = np.random.default_rng(0).integers(0, 256, (2, 5, 16, 16, 3), np.uint8)
+    for i, t in np.ndindex(2, 5):
+        (tmp_path / f"clip{i}").mkdir(exist_ok=True)
+        Image.fromarray(clips[i, t]).save(tmp_path / f"clip{i}" / f"{t:04}.png")
+    samples, _ = sets.open_samples(tmp_path, of_clips)
+    said = capsys.readouterr().out
+    if of_clips:
+        assert (samples.axes, len(samples)) == ((5, 16, 16), 2)
+        assert np.array_equal(samples[1][0].movedim(0, -1).numpy(), clips[1])
+    else:
+        assert (samples.axes, len(samples)) == ((16, 16), 10) and "taken for single images" in said
+
+
 @pytest.mark.parametrize("protocol, drop", [("clean", False), ("official", True)])
 def test_data_are_seen_as_the_protocol_and_the_model_want(tmp_path, protocol, drop):
     for i in range(2):
