@@ -117,6 +117,8 @@ class Logger:
         self.tensorboard = None
         if not runtime.is_main():
             return
+        if start_step >= length:
+            runtime.print_main(f"nothing is left to do: --length is {length} steps; a larger one goes on")
         kept = []
         for line in self.path.read_bytes().splitlines() if self.path.exists() else []:
             with contextlib.suppress(ValueError, TypeError, KeyError):      # a kill may tear the last line

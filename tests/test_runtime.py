@@ -31,6 +31,8 @@ def test_early_steps_show_means_that_the_log_still_counts(tmp_path, capsys):
     assert said[0].startswith("step 101/200 | a 1 | b 2 | ETA ") and "| other 3 | a 2 | ETA" in said[1]
     line = json.loads((tmp_path / "metrics.jsonl").read_text())           # one line
     assert line["step"] == 102 and line["loss/a"] == 2 and meters.means(4) == {}
+    loops.Logger(tmp_path, 102, start_step=102)
+    assert "nothing is left to do: --length is 102 steps" in capsys.readouterr().out
 
 
 # ---- files ------------------------------------------------------------------------------------------------

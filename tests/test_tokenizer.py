@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 
 import ar_model
+import fsq_to_lfq
 import tokenizer
 import video
-from helpers import fill_module, golden, refused
+from support import checkpoints
+from helpers import fill_module, golden, refused, save_images
 
 SHAPE = dict(resolution=16, channels=32, channel_multipliers=(1, 2), blocks=1, bits=6)
 TINY = tokenizer.TokenizerConfig(**SHAPE, mid_blocks=1)
@@ -135,6 +137,32 @@ def test_levels_are_even_and_the_nearest_is_taken():
         torch.testing.assert_close(q[0, k], nearest)
     assert torch.equal(ids.unique(), torch.arange(12))
     assert fsq(torch.full((1, 2, 1, 1), math.nan))[1].item() in range(12)  # such a step is skipped later
+
+
+@pytest.mark.parametrize("levels", [2, 4, 8, 16])
+def test_digits_of_fsq_are_written_in_gray_code(levels):
+    fsq = tiny(quantizer="fsq", levels=(levels, levels)).quantizer
+    z = fsq.bound(torch.randn(1, 2, 40, 40))
+    assert torch.equal(fsq_to_lfq.waves(z, levels) > 0, fsq_to_lfq.waves(fsq(z)[0], levels) > 0)
+    every = torch.linspace(-1, 1, levels)[:, None, None, None]
+    code = fsq_to_lfq.waves(every, levels).flatten(1) > 0                  # (levels, bits)
+    assert len(code.unique(dim=0)) == levels == 2 ** code.shape[1]
+    assert ((code[1:] != code[:-1]).sum(1) == 1).all()                     # one bit from digit to digit
+
+
+def test_an_fsq_tokenizer_becomes_one_of_lfq(tmp_path, capsys):
+    for name, levels in (("even", (4, 4)), ("uneven", (8, 5))):
+        first = tiny(quantizer="fsq", levels=levels)
+        torch.save({"format": checkpoints.format_of(first), "step": 1, "model": first.state_dict(),
+                    "config": dataclasses.asdict(first.config), "args": {}}, tmp_path / f"{name}.pt")
+    save_images(tmp_path / "images", 8)
+    words = [str(tmp_path / "images"), str(tmp_path / "new" / "lfq.pt"), "--image-size", "16", "--length", "2"]
+    fsq_to_lfq.main(fsq_to_lfq.get_args([str(tmp_path / "even.pt"), *words]))
+    config = checkpoints.load_tokenizer(tmp_path / "new" / "lfq.pt")[0].config
+    assert config == dataclasses.replace(TINY, quantizer="lfq", bits=4, levels=(4, 4))
+    assert "step 1/2 | waves " in capsys.readouterr().out
+    refused("equal and a power of two", fsq_to_lfq.main,
+            fsq_to_lfq.get_args([str(tmp_path / "uneven.pt"), *words]))
 
 
 def test_one_matrix_moves_the_whole_codebook_of_simvq():
