@@ -552,6 +552,7 @@ def wrong_files(tmp_path_factory):
     for name, content in (("empty", b""), ("png", b"\x89PNG\r\n\x1a\n, cut"), ("gif", b"GIF89a, cut")):
         write_images(folder / name, 5)
         (folder / name / "3.png").write_bytes(content)
+    (folder / "hollow").mkdir()
     write_images(folder / "mixed", 4)
     Image.new("RGB", (20, 21)).save(folder / "mixed" / "4.png")
     return folder
@@ -566,6 +567,8 @@ def wrong_files(tmp_path_factory):
     ("mixed", (), "mixes the sizes.*20, 20.*21, 20"),
     *[(folder, (), f"{folder}/3.png is empty or no image") for folder in ("empty", "png", "gif")],
     ("good.npz", ("--reference", "none.npz"), "none.npz does not exist.*make-reference"),
+    ("good.npz", ("--reference", "empty"), "empty is a folder.*make-reference"),
+    ("hollow", (), "^--samples hollow holds no images"),
     ("good.npz", ("--reference", "large.npz"), r"\(64, 64\).*\(32, 32\)"),
     ("good.npz", ("--reference", "few.npz"), "there are 3 in few.npz.*four or more"),
     ("good.npz", ("--reference", "statistics.npz"), "arr_0.*mu, sigma.*resize rule"),
