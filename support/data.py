@@ -143,9 +143,9 @@ def older_fingerprint(dataset, indices):
 
 
 def sizes_of_files(dataset, indices):
-    """The bytes of each file, where a sample is one: a list."""
+    """The bytes of each file, where a sample is one (of a folder, each disk has its own): a list."""
     paths = [dataset.paths[i] for i in indices]
-    return [os.path.getsize(path) for path in paths if os.path.exists(path)]
+    return [os.path.getsize(path) for path in paths if os.path.isfile(path)]
 
 
 def with_samples(digest, dataset, indices):
@@ -164,7 +164,8 @@ def same_samples(first, second):
         some = [second.paths[i] for i in evenly_spaced(16, len(second))]
         paths = [folder + name.removeprefix(second.paths.prefix) for name in some]
         known = b"\0" + first.paths.text.numpy().tobytes()
-        if all(b"\0%b\0" % os.fsencode(path.removeprefix(start)) in known for path in paths):
+        if all(any(b"\0%b\0" % os.fsencode(each.removeprefix(start)) in known        # files may be links, too
+                   for each in (path, os.path.realpath(path))) for path in paths):
             return True
     if not torch.equal(first.paths.text, second.paths.text):
         return False
