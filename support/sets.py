@@ -14,6 +14,7 @@ import os
 import pathlib
 import weakref
 import zipfile
+import zlib
 
 import numpy as np
 import torch
@@ -62,9 +63,12 @@ class Npz(sources.Samples):
         require(self.file, f"{path} holds no array arr_0, only {', '.join(self.arrays)}; statistics alone do "
                            f"not tell by which network and resize rule they were made")
         weakref.finalize(self, self.file.close)            # an error's traceback would hold it open
-        with decoding():
+        try:
             np.lib.format.read_magic(self.file)
-            (N, *self.shape), fortran, dtype = np.lib.format.read_array_header_1_0(self.file)
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(self.file)
+        except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise runtime.UserError(f"{path}: header of arr_0 is damaged ({error}); copy it again") from None
+        N, *self.shape = shape or [0]
         self.start = self.file.tell()
         require(dtype == np.uint8 and not fortran and len(self.shape) in (3, 4) and self.shape[-1] == 3,
                 f"{path}: arr_0 is {dtype} {[N, *self.shape]}; make it uint8 (N, [T,] H, W, 3) in C order by "

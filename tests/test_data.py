@@ -8,6 +8,7 @@ import json
 import multiprocessing.context
 import os
 import pickle
+import re
 import struct
 import sys
 import tarfile
@@ -160,7 +161,7 @@ def test_splits_are_picked_and_labels_are_those_of_training(tmp_path, capsys):
     assert build_dataset(cows, "val", View(8), classes=val.classes).labels.tolist() == [2, 2, 2]
 
 
-def test_a_set_knows_its_part_and_another_that_is_the_same(tmp_path):
+def test_a_set_knows_its_part_and_another_that_is_the_same(tmp_path, capsys):
     make_folder(tmp_path / "a" / "train", 6)
     make_folder(tmp_path / "a" / "test", 6)
     make_folder(tmp_path / "b", 6)
@@ -176,6 +177,8 @@ def test_a_set_knows_its_part_and_another_that_is_the_same(tmp_path):
     some = build_dataset(tmp_path / "a" / "train" / "bees", "val", View(8))
     assert data.same_samples(train, some) and not data.same_samples(some, train)
     assert not data.same_samples(flat, some)                              # a copy under another name
+    assert not data.same_samples(some, train)                             # but in part
+    assert re.search("warning: 2 of 6 images of .* are not held out", capsys.readouterr().out)
     (tmp_path / "links").mkdir()
     (tmp_path / "links" / "x.png").symlink_to(tmp_path / "b" / "ants" / "0000.png")
     assert data.same_samples(flat, build_dataset(tmp_path / "links", "val", View(8)))
