@@ -28,7 +28,8 @@ PARTS = {"train": ["train"], "val": ["val", "test"], "test": ["test", "val"]}   
 PART_FOLDERS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
                 "test": "test", "testing": "test"}
 LIKE_A_PART = r"(?:.*[\W_])?(tra|val|tes)(?:in|ining|id|idation|t|ting)?(?:[ab]|set|data|images?|[\W_\d].*)?"
-JUNK = ("@eaDir", "$RECYCLE.BIN", "__MACOSX")    # what a file server, Windows and macOS leave in any folder
+JUNK = ("@eaDir", "$RECYCLE.BIN", "__MACOSX", "lost+found")    # what systems and servers leave in any folder
+HIDDEN = re.compile(rf"(?:^|/)(?:\.[^./]|(?:{'|'.join(map(re.escape, JUNK))})/)")  # in an archive
 
 
 def like_parts(names):

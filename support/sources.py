@@ -218,7 +218,7 @@ def index_shard(shard, left_out):
                 stem, suffix = os.path.splitext(member.name)
                 if member.islnk() or member.issym():
                     left_out["links"] += 1
-                if not member.isfile() or os.path.basename(stem).startswith("."):
+                if not member.isfile() or layouts.HIDDEN.search(member.name):
                     continue
                 require(suffix != ".tar", f"shard {shard} holds tar files, as ImageNet's: "
                                           f"{layouts.UNTAR_ALL}")
@@ -271,7 +271,7 @@ class Zip(Samples):
         try:
             with zipfile.ZipFile(path) as file:
                 names = [name for name in file.namelist() if name.lower().endswith(IMAGE_SUFFIXES)
-                         and os.path.basename(name)[0] != "."]
+                         and not layouts.HIDDEN.search(name)]
                 text = file.read("dataset.json") if "dataset.json" in file.namelist() else None
         except zipfile.BadZipFile as error:
             raise UserError(f"--data-path {path} is damaged ({error}); copy or download it again") from None

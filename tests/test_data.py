@@ -321,6 +321,9 @@ def test_shards_of_several_parts_are_not_read_as_one(tmp_path, capsys):
     assert len(build_dataset(f"{tmp_path}/set-{{train,valid}}-0.tar", "train", View(8))) == 2
     make_shard(shards[0], [(f"set/{part}/a/x.png", IMAGE) for part in ("train", "val")])
     refuse("holds set/train/a and set/val/a, .* unpack it", str(shards[0]), "train", View(8))
+    hidden = ("@eaDir/x.png/y.png", ".x/y.png", "a/._y.png", "./a/.x/y.png", "__MACOSX/y.png")
+    make_shard(shards[0], [(name, IMAGE) for name in ("./a/..x.png", "a@eaDir/y.png", *hidden)])
+    assert len(build_dataset(str(shards[0]), "train", View(8))) == 2      # as of a folder
     odd = tmp_path / "{a} [b]"                                            # a path, no pattern
     odd.mkdir()
     with tarfile.open(odd / "x.tar", "w") as tar:

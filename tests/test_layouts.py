@@ -50,7 +50,7 @@ def refuse(problem, *what):
     (["Training/{a,b}/0.jpg", "Testing/{a,b}/{0..3}.jpg"], "val", 8, ["a", "b"], "Testing serves as val.*te"),
     (["train/{a,b}/0.jpg", "val/{a,b}/{0..1}.jpg"], "test", 4, ["a", "b"], "val serves as test"),
     (["test/{a,b}/0.jpg", "validation/{a,c}/0.jpg"], "val", 2, ["a", "c"], ""),
-    (["{a,b,@eaDir,$RECYCLE.BIN,__MACOSX}/0.jpg", "a/@eaDir/0.jpg/x.jpg"], "val", 2, ["a", "b"], ""),
+    (["{a,b,@eaDir,$RECYCLE.BIN,lost+found}/0.jpg", "a/@eaDir/0.jpg/x.jpg"], "val", 2, ["a", "b"], ""),
     (["{train_interior,train_station}/0.jpg"], "train", 2, ["train_interior", "train_station"], ""),
     (["{a,b}/0.{TIF,gif,jfif,ppm,JPEG}", "{a,b}/0.{heic,svg}", "x.txt"], "train", 10, ["a", "b"],
      r"2 \.heic, 2 \.svg, 1 \.txt")])
@@ -129,6 +129,7 @@ def test_edm_and_stylegan_write_labels_into_a_json(tmp_path, labels, classes, ex
     with zipfile.ZipFile(tmp_path / "set.zip", "w", zipfile.ZIP_DEFLATED) as file:
         for name in [*names, "dataset.json"]:
             file.write(tmp_path / "set" / name, name)
+        file.writestr("__MACOSX/x.png", b"")
     folder, packed = [build_dataset(tmp_path / name, "train", View(8)) for name in ("set", "set.zip")]
     assert folder.classes == packed.classes == classes
     assert folder.labels.tolist() == packed.labels.tolist() == expected
