@@ -35,7 +35,8 @@ HIDDEN = re.compile(rf"(?:^|/)(?:\.[^./]|(?:{'|'.join(map(re.escape, JUNK))})/)"
 def like_parts(names):
     """Those of `names`, of folders or files, that look like parts, where they look like several."""
     looks = [match for name in names if (match := re.fullmatch(LIKE_A_PART, name, re.IGNORECASE))]
-    return [match[0] for match in looks if len({match[1].lower() for match in looks}) > 1]
+    several = len({match[1].lower() for match in looks}) > 1
+    return [match[0] for match in looks if several]
 
 
 def choose_split(folder, split, meant=None):
