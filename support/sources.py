@@ -149,16 +149,17 @@ def index_of(pattern):
     shards = []
     for path in [pattern] if os.path.exists(pattern) else expand_braces(pattern):
         is_pattern = re.search(r"[*?[]", path) and not os.path.exists(path)
-        shards += sorted(glob.glob(path)) if is_pattern else [path]
+        found = sorted(glob.glob(path)) if is_pattern else [path]
+        mixed = layouts.like_parts(found)
+        require(not mixed, f"--data-path {path} means {' and '.join([*mixed[:1], *mixed[-1:]])}: if they are "
+                           f"parts of the data set, give each its own pattern; else join two by {{a,b}}")
+        shards += found
     require(shards, f"--data-path {pattern}: no file has such a name; check the path and the pattern")
     missing = [shard for shard in shards if not os.path.isfile(shard)]
     require(not missing, f"--data-path {pattern}: {len(missing)} of {len(shards)} shards missing "
                          f"({', '.join(missing[:5])}); check the path and the range")
     folder = os.path.join(os.path.commonpath([os.path.dirname(shard) for shard in shards]), "")
     names = [os.path.relpath(shard, folder or ".") for shard in shards]
-    mixed = layouts.like_parts(names) if re.search("[*?]", pattern) else []
-    require(not mixed, f"--data-path {pattern} means {' and '.join([*mixed[:1], *mixed[-1:]])}: if these are "
-                       f"parts of the data set, give each its own pattern; else name them as {{a,b}} does")
     stats = [os.stat(shard) for shard in shards]
     facts = json.dumps([names, [(stat.st_size, stat.st_mtime_ns) for stat in stats]])
     file_name = f".index-{hashlib.sha256(facts.encode()).hexdigest()[:16]}.npz"

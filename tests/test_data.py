@@ -317,8 +317,8 @@ def test_shards_give_images_and_classes_of_their_members(tmp_path, capsys):
 
 def test_shards_of_several_parts_are_not_read_as_one(tmp_path, capsys):
     shards = [make_shard(tmp_path / f"set-{part}-0.tar", [("x.png", IMAGE)]) for part in ("train", "valid")]
-    refuse("means set-train-0.tar and set-valid-0.tar: .* its own", f"{tmp_path}/*.tar", "train", View(8))
-    assert len(build_dataset(f"{tmp_path}/set-{{train,valid}}-0.tar", "train", View(8))) == 2
+    refuse("means .*/set-train-0.tar and .*/set-valid-0.tar: .* own", f"{tmp_path}/*.tar", "train", View(8))
+    assert len(build_dataset(f"{tmp_path}/set-{{train,valid}}-*.tar", "train", View(8))) == 2
     make_shard(shards[0], [(f"set/{part}/a/x.png", IMAGE) for part in ("train", "val")])
     refuse("holds set/train/a and set/val/a, .* unpack it", str(shards[0]), "train", View(8))
     hidden = ("@eaDir/x.png/y.png", ".x/y.png", "a/._y.png", "./a/.x/y.png", "__MACOSX/y.png")
