@@ -204,11 +204,12 @@ def main(args):
     require(not (encoding and output.is_dir()), f"--output {output} is a folder; name a file in it")
     if args.command == "decode":
         require(args.files, "decode needs files: the npz that encode wrote")
-        for path in args.files:
+        for j, path in enumerate(args.files):
             encoded, arrays = read_ids(path, identity)
             for k, (name, shape, fps, parts, tile) in enumerate(encoded):
                 ids = [torch.from_numpy(arrays[f"{k}-{i}"]).to(device) for i in range(parts)]
                 name = pathlib.PurePath(name).name         # a file cannot say where else to write
+                name = f"{j}-{name}" if args.files[1:] else name           # two may hold the same name
                 print(write_file(output, name, from_tokens(model, ids, shape, tile), fps))
         return
     arrays = {}

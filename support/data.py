@@ -143,9 +143,9 @@ def older_fingerprint(dataset, indices):
 
 
 def sizes_of_files(dataset, indices):
-    """The bytes of each file, where a sample is one: a list."""
+    """The bytes of each file, where a sample is one (of a folder, each disk has its own): a list."""
     paths = [dataset.paths[i] for i in indices]
-    return [os.path.getsize(path) for path in paths if os.path.exists(path)]
+    return [os.path.getsize(path) for path in paths if os.path.isfile(path)]
 
 
 def with_samples(digest, dataset, indices):
@@ -164,8 +164,13 @@ def same_samples(first, second):
         some = [second.paths[i] for i in evenly_spaced(16, len(second))]
         paths = [folder + name.removeprefix(second.paths.prefix) for name in some]
         known = b"\0" + first.paths.text.numpy().tobytes()
-        if all(b"\0%b\0" % os.fsencode(path.removeprefix(start)) in known for path in paths):
+        found = sum(any(b"\0%b\0" % os.fsencode(each.removeprefix(start)) in known
+                        for each in (path, os.path.realpath(path))) for path in paths)    # or links to them
+        if found == len(paths):
             return True
+        if found:
+            runtime.print_main(f"warning: {found} of {len(paths)} {second.kind}s of {second.name} that were "
+                               f"looked up are among those of {first.name}, too: they are not held out")
     if not torch.equal(first.paths.text, second.paths.text):
         return False
     prints = []

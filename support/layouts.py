@@ -28,21 +28,29 @@ PARTS = {"train": ["train"], "val": ["val", "test"], "test": ["test", "val"]}   
 PART_FOLDERS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
                 "test": "test", "testing": "test"}
 LIKE_A_PART = r"(?:.*[\W_])?(tra|val|tes)(?:in|ining|id|idation|t|ting)?(?:[ab]|set|data|images?|[\W_\d].*)?"
-JUNK = ("@eaDir", "$RECYCLE.BIN", "__MACOSX")    # what a file server, Windows and macOS leave in any folder
+JUNK = ("@eaDir", "$RECYCLE.BIN", "__MACOSX", "lost+found")    # what systems and servers leave in any folder
+HIDDEN = re.compile(rf"(?:^|/)(?:\.[^./]|(?:{'|'.join(map(re.escape, JUNK))})/)")  # in an archive
 
 
-def choose_split(folder, split):
-    """(the folder that holds `split`, which part of the data set it is or None, train/ beside it or None)."""
+def like_parts(names):
+    """Those of `names`, of folders or files, that look like parts, where they look like several."""
+    looks = [match for name in names if (match := re.fullmatch(LIKE_A_PART, name, re.IGNORECASE))]
+    several = len({match[1].lower() for match in looks}) > 1
+    return [match[0] for match in looks if several]
+
+
+def choose_split(folder, split, meant=None):
+    """(the folder that holds `split`, which part of the data set it is or None, train/ beside it or None).
+    meant: what stands before the folder, see `find_samples`."""
     folders = sorted(item.name for item in os.scandir(folder) if item.is_dir() and item.name[0] != "."
                      and item.name not in JUNK)
     found = [name for name in folders if name.lower() in PART_FOLDERS]
     parts = {PART_FOLDERS[name.lower()]: name for name in found}
     if not found:
-        looks = [re.fullmatch(LIKE_A_PART, name, re.IGNORECASE) for name in folders]
-        likely = [match[0] for match in looks if match]
-        require(len({match[1] for match in looks if match}) < 2, f"--data-path {folder} has "
-                f"{', '.join(likely[:4])}: if these are no classes, call them train, val and test, or give "
-                f"one, such as {os.path.join(folder, *likely[-1:])}")
+        likely = like_parts(folders)
+        require(meant == "classes:" or not likely, f"--data-path {folder} has {', '.join(likely[:4])}: if "
+                f"these are no classes (else say so: classes:{folder}), call them train, val and test, or "
+                f"give one, such as {os.path.join(folder, *likely[-1:])}")
         return folder, None, None
     advice = f"give the folder to read, such as {folder / found[0]}"
     require(len(found) == len(parts), f"--data-path {folder} has {', '.join(found)}, of which two are the "
@@ -108,7 +116,7 @@ def no_samples(path, suffixes, left_out=()):
 # ---- 3. Samples and their labels ---------------------------------------------------------------------------
 
 PAGES = r"\d{5,}(_\d+)?"                         # 00000/ 01000/ .. as of FFHQ and WebVid: parts of one heap
-PICTURES = r"(?i)(jpeg)?(images?|imgs?)"         # the pictures themselves, beside their masks or the like
+PICTURES = r"(?i)(jpeg)?(images?|imgs?)(tr)?|rgb"    # the pictures themselves, beside their masks or the like
 
 
 def find_samples(folder, of_clips, typed, known=False):
@@ -131,6 +139,10 @@ def find_samples(folder, of_clips, typed, known=False):
     given = given_labels(folder, names)
     if given:
         return given[0], names, given[1]
+    mixed = like_parts(place for place in places if os.sep in place)
+    if mixed and typed.startswith(("classes:", "unlabelled:")):
+        runtime.print_main(f"warning: {folder} holds {', '.join(mixed[:4])}, which are read as one: if these "
+                           f"are parts of the data set, nothing is held out")
     counts = collections.Counter()
     for place, _, number in found:
         counts[place.split(os.sep)[0]] += number
@@ -232,7 +244,7 @@ def labels_of_json(path, text, names):
     try:
         known = json.loads(text)["labels"]
         number = {name: int(label) for name, label in known or ()}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(f"{path} is no list of labels as EDM and StyleGAN write it ({error!r}); mend it, or "
                         f"remove it") from None
     if known is None:
@@ -341,10 +353,12 @@ def read_split_list(path, classes):
     """
     path = pathlib.Path(path)
     require(path.is_file(), f"--split-list {path} does not exist; check the path")
-    clips = re.findall(r"^(\S+\.\w+)", path.read_text(), re.MULTILINE)
+    text = path.read_text("utf-8-sig", "surrogateescape")                 # as the names of files are decoded
+    clips = re.findall(r"^(\S+\.\w+)", text, re.MULTILINE)
     require(clips, f"--split-list {path} names no clips")
-    number = dict(re.findall(r"^(\S+)/\S+ +(\d+)", path.read_text(), re.MULTILINE))
+    number = dict(re.findall(r"^(\S+)/\S+ +(\d+)", text, re.MULTILINE))
     index = path.with_name("classInd.txt")
     if index.exists():
-        number = {name: i for i, name in re.findall(r"^(\d+) +(\S+)", index.read_text(), re.MULTILINE)}
+        text = index.read_text("utf-8-sig", "surrogateescape")
+        number = {name: i for i, name in re.findall(r"^(\d+) +(\S+)", text, re.MULTILINE)}
     return sorted(classes, key=lambda name: (int(number.get(name, sys.maxsize)), name)), set(clips)

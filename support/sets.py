@@ -14,6 +14,7 @@ import os
 import pathlib
 import weakref
 import zipfile
+import zlib
 
 import numpy as np
 import torch
@@ -38,7 +39,8 @@ FRECHET = {"rfid": MOMENTS, "rfid-reference": MOMENTS, "rfvd": MOMENTS, "fid": M
 
 def read_npz(path):
     """({name: array} of an npz file but for arr_0, a file of arr_0 or None). Raises `UserError`."""
-    require(os.path.isfile(path), f"{path} does not exist; check the path (or try make-reference)")
+    what = "is a folder" if os.path.isdir(path) else "does not exist"
+    require(os.path.isfile(path), f"{path} {what}; check the path (or try make-reference)")
     try:
         archive = zipfile.ZipFile(path)
         with np.load(path) as file:
@@ -61,9 +63,12 @@ class Npz(sources.Samples):
         require(self.file, f"{path} holds no array arr_0, only {', '.join(self.arrays)}; statistics alone do "
                            f"not tell by which network and resize rule they were made")
         weakref.finalize(self, self.file.close)            # an error's traceback would hold it open
-        with decoding():
+        try:
             np.lib.format.read_magic(self.file)
-            (N, *self.shape), fortran, dtype = np.lib.format.read_array_header_1_0(self.file)
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(self.file)
+        except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise runtime.UserError(f"{path}: header of arr_0 is damaged ({error}); copy it again") from None
+        N, *self.shape = shape or [0]
         self.start = self.file.tell()
         require(dtype == np.uint8 and not fortran and len(self.shape) in (3, 4) and self.shape[-1] == 3,
                 f"{path}: arr_0 is {dtype} {[N, *self.shape]}; make it uint8 (N, [T,] H, W, 3) in C order by "
@@ -109,6 +114,7 @@ def open_samples(path, of_clips=False):
         return Npz(path), runtime.on_main(loops.sha256_of, path)
     names = layouts.files_to_see(path, IMAGE_SUFFIXES + VIDEO_SUFFIXES, of_clips)
     files = [os.path.join(path, name) for name in names]
+    require(files, f"--samples {path} holds no images or clips; check the path")
     sizes = set()
     for file in loops.watched(files, f"looking through {path}"):
         try:
@@ -116,7 +122,7 @@ def open_samples(path, of_clips=False):
         except (OSError, Unreadable):
             raise runtime.UserError(f"--samples: {file} is empty or no image; make it again") from None
     require(len(sizes) < 2, f"--samples {path} mixes the sizes {sorted(sizes)[:2]}; all must have one")
-    axes = sizes.pop() if files else (1, 1)
+    axes = sizes.pop()
     frames = axes[0] if len(axes) == 3 else None
     samples = sources.Folder(path, data.View(1, frames, "original"), typed=f"unlabelled:{path}")
     samples.axes = axes

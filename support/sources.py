@@ -147,9 +147,13 @@ def index_of(pattern):
     times of all shards: once these are others, it is not found.
     """
     shards = []
-    for path in expand_braces(pattern):
+    for path in [pattern] if os.path.exists(pattern) else expand_braces(pattern):
         is_pattern = re.search(r"[*?[]", path) and not os.path.exists(path)
-        shards += sorted(glob.glob(path)) if is_pattern else [path]
+        found = sorted(glob.glob(path)) if is_pattern else [path]
+        mixed = layouts.like_parts(found)
+        require(not mixed, f"--data-path {path} means {' and '.join([*mixed[:1], *mixed[-1:]])}: if they are "
+                           f"parts of the data set, give each its own pattern; else join two by {{a,b}}")
+        shards += found
     require(shards, f"--data-path {pattern}: no file has such a name; check the path and the pattern")
     missing = [shard for shard in shards if not os.path.isfile(shard)]
     require(not missing, f"--data-path {pattern}: {len(missing)} of {len(shards)} shards missing "
@@ -189,11 +193,16 @@ def make_index(shards, names):
     places = []
     labels = []
     left_out = collections.Counter()
+    folders = set()
     for number, shard in enumerate(loops.watched(shards, "reading the headers of", unit="shards")):
         images = index_shard(shard, left_out)
         paths.append("".join(f"{names[number]}:{member}\0" for member, *_ in images))
         places += [(number, offset, size) for _, offset, size, _ in images]
         labels += [label for *_, label in images]
+        folders.update(os.path.dirname(member) for member, *_ in images)
+    mixed = layouts.like_parts(sorted(folders))
+    require(not mixed, f"--data-path: {names[0]} holds {' and '.join([*mixed[:1], *mixed[-1:]])}, which look "
+                       f"like parts of a data set; unpack it, and give the folder")
     layouts.say_left_out(f"{names[0]} and the like" if names[1:] else names[0], left_out)
     return {"names": np.frombuffer(os.fsencode("".join(paths)), np.uint8),
             "places": np.array(places, np.int64).reshape(-1, 3), "labels": np.array(labels, np.int64)}
@@ -208,7 +217,9 @@ def index_shard(shard, left_out):
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
                 stem, suffix = os.path.splitext(member.name)
-                if not member.isfile() or os.path.basename(stem).startswith("."):
+                if member.islnk() or member.issym():
+                    left_out["links"] += 1
+                if not member.isfile() or layouts.HIDDEN.search(member.name):
                     continue
                 require(suffix != ".tar", f"shard {shard} holds tar files, as ImageNet's: "
                                           f"{layouts.UNTAR_ALL}")
@@ -261,7 +272,7 @@ class Zip(Samples):
         try:
             with zipfile.ZipFile(path) as file:
                 names = [name for name in file.namelist() if name.lower().endswith(IMAGE_SUFFIXES)
-                         and os.path.basename(name)[0] != "."]
+                         and not layouts.HIDDEN.search(name)]
                 text = file.read("dataset.json") if "dataset.json" in file.namelist() else None
         except zipfile.BadZipFile as error:
             raise UserError(f"--data-path {path} is damaged ({error}); copy or download it again") from None
@@ -402,7 +413,8 @@ def build_dataset(data_path, split, view, split_list=None, length=None, classes=
     if os.path.isdir(path):
         if split_list:
             return Folder(path, view, split, classes, split_list=split_list, typed=f"classes:{path}")
-        folder, part, train = runtime.on_main(layouts.choose_split, pathlib.Path(path), split)
+        folder, part, train = runtime.on_main(layouts.choose_split, pathlib.Path(path), split,
+                                              meant)
         return Folder(folder, view, part, classes, train, typed=typed)
     require(not meant, f"--data-path {typed} is no folder; check the path")
     require(not view.frames, f"--data-path {path} is no folder of videos; check the path")

@@ -139,6 +139,14 @@ def test_where_nothing_is_trained_a_small_tokenizer_of_photographs_serves(files,
     assert "photo.pt" not in capsys.readouterr().out and codec.PHOTO.stat().st_size < 4e6
 
 
+def test_ids_of_equal_names_are_decoded_side_by_side(files, capsys):
+    ckpt = ("--ckpt", files.parent / "image.pt")
+    for name in ("1", "2"):
+        call(codec, "encode", files / "a.png", *ckpt, "--output", files / f"{name}.npz")
+    call(codec, "decode", files / "1.npz", files / "2.npz", *ckpt, "--output", files / "out")
+    assert sorted(path.name for path in (files / "out").iterdir()) == ["0-0-a.png", "1-0-a.png"]
+
+
 def test_files_may_stand_before_and_after_flags():
     for line in ("encode a.png b.png --ckpt x", "encode --ckpt x a.png b.png", "encode a.png --ckpt x b.png"):
         args = codec.get_args(line.split())

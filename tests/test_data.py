@@ -8,6 +8,7 @@ import json
 import multiprocessing.context
 import os
 import pickle
+import re
 import struct
 import sys
 import tarfile
@@ -160,7 +161,7 @@ def test_splits_are_picked_and_labels_are_those_of_training(tmp_path, capsys):
     assert build_dataset(cows, "val", View(8), classes=val.classes).labels.tolist() == [2, 2, 2]
 
 
-def test_a_set_knows_its_part_and_another_that_is_the_same(tmp_path):
+def test_a_set_knows_its_part_and_another_that_is_the_same(tmp_path, capsys):
     make_folder(tmp_path / "a" / "train", 6)
     make_folder(tmp_path / "a" / "test", 6)
     make_folder(tmp_path / "b", 6)
@@ -176,6 +177,11 @@ def test_a_set_knows_its_part_and_another_that_is_the_same(tmp_path):
     some = build_dataset(tmp_path / "a" / "train" / "bees", "val", View(8))
     assert data.same_samples(train, some) and not data.same_samples(some, train)
     assert not data.same_samples(flat, some)                              # a copy under another name
+    assert not data.same_samples(some, train)                             # but in part
+    assert re.search("warning: 2 of 6 images of .* are not held out", capsys.readouterr().out)
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "x.png").symlink_to(tmp_path / "b" / "ants" / "0000.png")
+    assert data.same_samples(flat, build_dataset(tmp_path / "links", "val", View(8)))
 
 
 def test_folders_that_hold_nothing_are_no_classes(tmp_path, capsys):
@@ -309,6 +315,28 @@ def test_shards_give_images_and_classes_of_their_members(tmp_path, capsys):
     refuse("joined by cat", str(path), "train", View(8))
 
 
+def test_shards_of_several_parts_are_not_read_as_one(tmp_path, capsys):
+    shards = [make_shard(tmp_path / f"set-{part}-0.tar", [("x.png", IMAGE)]) for part in ("train", "valid")]
+    refuse("means .*/set-train-0.tar and .*/set-valid-0.tar: .* own", f"{tmp_path}/*.tar", "train", View(8))
+    assert len(build_dataset(f"{tmp_path}/set-{{train,valid}}-*.tar", "train", View(8))) == 2
+    make_shard(shards[0], [(f"set/{part}/a/x.png", IMAGE) for part in ("train", "val")])
+    refuse("holds set/train/a and set/val/a, .* unpack it", str(shards[0]), "train", View(8))
+    hidden = ("@eaDir/x.png/y.png", ".x/y.png", "a/._y.png", "./a/.x/y.png", "__MACOSX/y.png")
+    make_shard(shards[0], [(name, IMAGE) for name in ("./a/..x.png", "a@eaDir/y.png", *hidden)])
+    assert len(build_dataset(str(shards[0]), "train", View(8))) == 2      # as of a folder
+    odd = tmp_path / "{a} [b]"                                            # a path, no pattern
+    odd.mkdir()
+    with tarfile.open(odd / "x.tar", "w") as tar:
+        link = tarfile.TarInfo("y.png")
+        link.type = tarfile.LNKTYPE
+        tar.addfile(link)
+        info = tarfile.TarInfo("x.png")
+        info.size = len(IMAGE)
+        tar.addfile(info, io.BytesIO(IMAGE))
+    assert len(build_dataset(odd / "x.tar", "train", View(8))) == 1
+    assert "not read: 1 links" in capsys.readouterr().out
+
+
 def test_shards_are_indexed_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OPEN_MAGVIT2_WEIGHTS", str(tmp_path / "cache"))
     path = make_shard(tmp_path / "a.tar", [("x.png", encoded(0)), ("y.png", encoded(1))])
@@ -374,6 +402,8 @@ def test_official_split_lists_choose_the_clips(tmp_path):
     (tmp_path / "list.txt").write_text("b/3.gif 2\na/2.gif 1\n")
     dataset = build_dataset(folder, "train", view, str(tmp_path / "list.txt"))
     assert [dataset.paths[i][-7:] for i in range(2)] == ["a/2.gif", "b/3.gif"] and dataset.labels[1] == 1
+    (tmp_path / "list.txt").write_bytes(b"\xef\xbb\xbfb/3.gif 2\r\na/2.gif 1\r\n\xff\r\n")    # of Windows
+    assert build_dataset(folder, "train", view, str(tmp_path / "list.txt")).labels.tolist() == [0, 1]
     (tmp_path / "list.txt").write_text("c/9.gif\n")
     refuse("lacks 1 of the 1 clips", folder, "train", view, str(tmp_path / "list.txt"))
     refuse("folder of videos", "generated", "train", view, str(tmp_path / "list.txt"))

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import tracemalloc
 import urllib.error
+import zipfile
 
 import helpers
 import numpy as np
@@ -552,6 +553,10 @@ def wrong_files(tmp_path_factory):
     for name, content in (("empty", b""), ("png", b"\x89PNG\r\n\x1a\n, cut"), ("gif", b"GIF89a, cut")):
         write_images(folder / name, 5)
         (folder / name / "3.png").write_bytes(content)
+    np.savez(folder / "scalar.npz", np.uint8(3))
+    with zipfile.ZipFile(folder / "header.npz", "w") as file:
+        file.writestr("arr_0.npy", bytes(200))
+    (folder / "hollow").mkdir()
     write_images(folder / "mixed", 4)
     Image.new("RGB", (20, 21)).save(folder / "mixed" / "4.png")
     return folder
@@ -566,6 +571,9 @@ def wrong_files(tmp_path_factory):
     ("mixed", (), "mixes the sizes.*20, 20.*21, 20"),
     *[(folder, (), f"{folder}/3.png is empty or no image") for folder in ("empty", "png", "gif")],
     ("good.npz", ("--reference", "none.npz"), "none.npz does not exist.*make-reference"),
+    ("good.npz", ("--reference", "empty"), "empty is a folder.*make-reference"),
+    ("scalar.npz", (), "arr_0 is uint8 .0.; make it"), ("header.npz", (), "header of arr_0 is damaged"),
+    ("hollow", (), "^--samples hollow holds no images"),
     ("good.npz", ("--reference", "large.npz"), r"\(64, 64\).*\(32, 32\)"),
     ("good.npz", ("--reference", "few.npz"), "there are 3 in few.npz.*four or more"),
     ("good.npz", ("--reference", "statistics.npz"), "arr_0.*mu, sigma.*resize rule"),

@@ -14,7 +14,7 @@ import scipy.io
 import torch
 from PIL import Image
 
-from support import layouts, pictures, reading, sources
+from support import data, layouts, pictures, reading, sources
 from support.data import View, build_dataset
 from helpers import refused
 
@@ -50,7 +50,7 @@ def refuse(problem, *what):
     (["Training/{a,b}/0.jpg", "Testing/{a,b}/{0..3}.jpg"], "val", 8, ["a", "b"], "Testing serves as val.*te"),
     (["train/{a,b}/0.jpg", "val/{a,b}/{0..1}.jpg"], "test", 4, ["a", "b"], "val serves as test"),
     (["test/{a,b}/0.jpg", "validation/{a,c}/0.jpg"], "val", 2, ["a", "c"], ""),
-    (["{a,b,@eaDir,$RECYCLE.BIN,__MACOSX}/0.jpg", "a/@eaDir/0.jpg/x.jpg"], "val", 2, ["a", "b"], ""),
+    (["{a,b,@eaDir,$RECYCLE.BIN,lost+found}/0.jpg", "a/@eaDir/0.jpg/x.jpg"], "val", 2, ["a", "b"], ""),
     (["{train_interior,train_station}/0.jpg"], "train", 2, ["train_interior", "train_station"], ""),
     (["{a,b}/0.{TIF,gif,jfif,ppm,JPEG}", "{a,b}/0.{heic,svg}", "x.txt"], "train", 10, ["a", "b"],
      r"2 \.heic, 2 \.svg, 1 \.txt")])
@@ -66,11 +66,19 @@ def test_parts_and_suffixes_that_people_use(tmp_path, capsys, names, split, coun
     (["{a,b}/{x,y}/0.jpg"], "classes:{}", 4, ["a", "b"]), (["{a,b}/{x,y}/0.jpg"], "unlabelled:{}", 4, []),
     (["{00000,01000}/{0..1}.png", "x.png"], "unlabelled:{}", 5, []),
     (["train/images/0.jpg", "valid/images/{0..1}.jpg"], "unlabelled:{}", 1, []),
-    (["{images,masks}/0.png"], "classes:{}", 2, ["images", "masks"])])
+    (["{images,masks}/0.png"], "classes:{}", 2, ["images", "masks"]),
+    (["{train station,test tube}/0.png"], "classes:{}", 2, ["test tube", "train station"])])
 def test_what_could_be_meant_otherwise_can_be_said(tmp_path, names, typed, count, classes):
     dataset = build_dataset(typed.format(unpack(tmp_path, *names)), "train", View(8))
     assert (len(dataset), dataset.classes) == (count, classes)
     assert [item[2] for item in dataset] == list(range(count))
+
+
+@pytest.mark.parametrize("typed", ["classes:{}", "unlabelled:{}"])
+def test_parts_below_what_is_meant_as_one_are_said(tmp_path, capsys, typed):
+    unpack(tmp_path, "{bottle,cable}/{train/good,test/{bent,good}}/0.png")
+    assert len(build_dataset(typed.format(tmp_path), "train", View(8))) == 6
+    assert re.search("warning: .* holds bottle/test/bent, .* nothing is held out", capsys.readouterr().out)
 
 
 def make_imagenet(root, devkit):
@@ -121,6 +129,7 @@ def test_edm_and_stylegan_write_labels_into_a_json(tmp_path, labels, classes, ex
     with zipfile.ZipFile(tmp_path / "set.zip", "w", zipfile.ZIP_DEFLATED) as file:
         for name in [*names, "dataset.json"]:
             file.write(tmp_path / "set" / name, name)
+        file.writestr("__MACOSX/x.png", b"")
     folder, packed = [build_dataset(tmp_path / name, "train", View(8)) for name in ("set", "set.zip")]
     assert folder.classes == packed.classes == classes
     assert folder.labels.tolist() == packed.labels.tolist() == expected
@@ -131,8 +140,9 @@ def test_edm_and_stylegan_write_labels_into_a_json(tmp_path, labels, classes, ex
         refuse("label 1000000000000, .* from 0 to 999999", tmp_path / "set", "train", View(8))
         (tmp_path / "set" / "dataset.json").write_text(json.dumps({"labels": known[1:]}))
         refuse("no label for 1 images, such as 00000/img00000000.png", tmp_path / "set", "train", View(8))
-    (tmp_path / "set" / "dataset.json").write_text("[]")
-    refuse("no list of labels", tmp_path / "set", "train", View(8))
+    for text in ("[]", '{"labels": [["x", 1e999]]}'):
+        (tmp_path / "set" / "dataset.json").write_text(text)
+        refuse("no list of labels", tmp_path / "set", "train", View(8))
 
 
 @pytest.mark.parametrize("pattern", ["s-*.tar", "s-{a,b}.tar", "{s,t}-*.tar", "s-[ab].tar"])
@@ -166,6 +176,7 @@ def test_shards_come_by_any_pattern_of_the_shell(tmp_path, pattern):
     (["train2017/0.jpg", "val2017/0.jpg", "annotations/x.json"], "such as {}/val2017"),
     (["{trainA,trainB,testA,testB}/0.jpg"], "such as {}/trainB"), (["{trainset,testset}/0.png"], "/trainset"),
     (["{JPEGImages,SegmentationClass}/2007_000032.png"], "give {}/JPEGImages, or .* classes:{} "),
+    (["{imagesTr,labelsTr}/0.png"], "give {}/imagesTr, or"), (["{depth,rgb}/0.png"], "give {}/rgb, or"),
     (["{images,annotations}/{training,validation}/ADE_1.png"], "give {}/images, or"),
     (["train/images/0.jpg", "valid/images/0.jpg"], "give {}/train/images, or"),
     (["val/{a,b}/0.jpg", "valid/{a,b}/0.jpg"], "val, valid, of which two are the same part"),
@@ -212,6 +223,7 @@ def test_folders_of_numbered_pictures_are_clips(tmp_path, capsys, names, classes
     dataset = build_dataset(unpack(tmp_path, *names), "train", View(8, 5, frame_stride=2))
     assert len(dataset) == 3 and dataset.classes == classes
     assert "3 folders of numbered pictures are read as clips" in capsys.readouterr().out
+    assert data.sizes_of_files(dataset, range(3)) == []     # each disk has its own of a folder
     levels = dataset[0][0][0, :, 0, 0].int()                # 12 frames, of which 9 in the middle are spanned
     assert levels.tolist() == [2, 4, 6, 8, 10]              # so 10 comes after 9, not after 1
     refuse("no clip, which is a folder of numbered",
