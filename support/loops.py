@@ -117,6 +117,8 @@ class Logger:
         self.tensorboard = None
         if not runtime.is_main():
             return
+        if start_step >= length:
+            print(f"done     step {start_step:,}, of {length:,}; to go on give a larger --length", flush=True)
         kept = []
         for line in self.path.read_bytes().splitlines() if self.path.exists() else []:
             with contextlib.suppress(ValueError, TypeError, KeyError):      # a kill may tear the last line
