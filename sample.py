@@ -380,8 +380,8 @@ def main(args):
     device = runtime.setup_process_group(args.device)
     runtime.warn_of_slow_half(device.type, args.mixed_precision)
     for_grid = args.num_fid_samples is None
-    require(for_grid or not (args.save_images or args.keep), "--num-fid-samples makes an npz, but "
-            "--save-images and --keep belong to a grid; leave these out")
+    require(for_grid or not (args.num_images or args.save_images or args.keep), "--num-fid-samples makes an "
+            "npz, but --num-images, --save-images and --keep belong to a grid; leave these out")
     require(args.keep or not args.rows, "--rows is for --keep FILE; add it, or leave --rows out")
     each = args.num_images or (4 if args.keep else 8)
     model, tokenizer, info = checkpoints.load_pair(args.ckpt, args.tokenizer, not args.raw_weights)

@@ -185,9 +185,11 @@ def prepare(args):
     dataclasses.replace(tokenizer.config, resolution=args.image_size, **sizes)    # raises if it cannot be
     dataset, held_out = build_datasets(args)
     ids = tokenizer.quantizer.vocabulary
-    require(2 ** sum(args.split) == ids, f"--split {' + '.join(map(str, args.split))} are {sum(args.split)} "
-            f"bits, but the {ids} ids of --tokenizer {args.tokenizer} have {math.log2(ids):.4g}; split these "
-            f"(not whole: use --levels, --codebook-size)")
+    bits = math.log2(ids)
+    way = f"give --split {math.ceil(bits / 2)} {int(bits) // 2 or ''}" if bits.is_integer() else (
+        "train one of whole bits, see --levels and --codebook-size of train_tokenizer.py")
+    require(sum(args.split) == bits, f"--split {' + '.join(map(str, args.split))} are {sum(args.split)} "
+            f"bits, but the {ids} ids of --tokenizer {args.tokenizer} have {bits:.4g}; {way}")
     config = runtime.config_from_args(ar_model.PRESETS[args.preset], args, bits=args.split,
                                       grid=tokenizer.config.latent_grid(*dataset.axes),
                                       num_classes=0 if args.unconditional else len(dataset.classes))
@@ -248,7 +250,7 @@ def start_from(path, model, classes, made_with):
         runtime.print_main(f"start    warning: {path} learned tokens by other weights than the "
                            f"{made_with['weights']} ones of {made_with['path']}: what they mean is new to it")
     checkpoints.load_partly(model, state, ("token_embeddings.", "heads."),
-                            f"the {info['weights']} weights of {path} ({info['preset']})")
+                            f"the {info['weights']} weights of {path} ({info['preset']})", source.config)
 
 
 # ---- 3. The training loop ----------------------------------------------------------------------------------

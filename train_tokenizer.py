@@ -187,7 +187,7 @@ def start_from(path, model, discriminator):
         state = video.inflate(state, model)
         what += ", inflated"
     around_ids = ("quantizer.", "encoder.conv_out.", "decoder.conv_in.", "decoder.adaptive.")
-    checkpoints.load_partly(model, state, around_ids, what)
+    checkpoints.load_partly(model, state, around_ids, what, source.config)
     if discriminator:
         critic = checkpoints.opened(path)[1].get("discriminator") or {}
         fits = not checkpoints.differences(discriminator.state_dict(), critic)

@@ -96,14 +96,32 @@ def load_state(part, state, source):
                                                         f"{found}, expected {parameter.shape}")
 
 
-def load_partly(model, state, may_differ, source):
+def flags_for(config, own):
+    """The flags that give a model the shape of `config` where that of `own` differs, as one types them."""
+    words = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        of_shape = "help" in field.metadata and field.name not in ("resolution", "frames")
+        if of_shape and "dropout" not in field.name and value != getattr(own, field.name, value):
+            flag = field.metadata.get("flag", f"--{field.name.replace('_', '-')}")
+            words.append(f"--no-{flag[2:]}" if value is False else flag)
+            if not isinstance(value, bool):
+                words += map(str, value if isinstance(value, tuple) else [value])
+    return " ".join(words)
+
+
+def load_partly(model, state, may_differ, source, config):
     """Load `state` into `model` strictly, except that modules whose names begin with one of the tuple
-    `may_differ` keep their own start where any of their shapes differ. Says which, and that it was done."""
+    `may_differ` keep their own start where any of their shapes differ. Says which, and that it was done.
+    config: that of `state`, for the flags to give where it does not fit."""
     own = model.state_dict()
     anew = {name.rpartition(".")[0] for name, _ in shapes(own) ^ shapes(state) if name.startswith(may_differ)}
     state = {name: tensor for name, tensor in state.items() if name.rpartition(".")[0] not in anew}
     state.update({name: tensor for name, tensor in own.items() if name.rpartition(".")[0] in anew})
-    load_state(model, state, source)
+    problem = differences(own, state)
+    flags = flags_for(config, model.config) or "its preset"
+    require(not problem, f"{source} do not fit this model; give {flags} ({problem})")
+    model.load_state_dict(state)
     runtime.print_main(f"start    {source}; anew: {listed(anew) or 'nothing'}")
 
 

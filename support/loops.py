@@ -118,7 +118,7 @@ class Logger:
         if not runtime.is_main():
             return
         if start_step >= length:
-            runtime.print_main(f"nothing is left to do: --length is {length} steps; a larger one goes on")
+            print(f"done     step {start_step:,}, of {length:,}; to go on give a larger --length", flush=True)
         kept = []
         for line in self.path.read_bytes().splitlines() if self.path.exists() else []:
             with contextlib.suppress(ValueError, TypeError, KeyError):      # a kill may tear the last line

@@ -31,8 +31,6 @@ def test_early_steps_show_means_that_the_log_still_counts(tmp_path, capsys):
     assert said[0].startswith("step 101/200 | a 1 | b 2 | ETA ") and "| other 3 | a 2 | ETA" in said[1]
     line = json.loads((tmp_path / "metrics.jsonl").read_text())           # one line
     assert line["step"] == 102 and line["loss/a"] == 2 and meters.means(4) == {}
-    loops.Logger(tmp_path, 102, start_step=102)
-    assert "nothing is left to do: --length is 102 steps" in capsys.readouterr().out
 
 
 # ---- files ------------------------------------------------------------------------------------------------
@@ -131,13 +129,16 @@ def test_a_disk_that_refuses_a_save_is_named_with_its_reason(tmp_path):
     assert runtime.in_one_line(caught.value).startswith(line) and not list(tmp_path.iterdir())
 
 
-def test_log_drops_what_a_resumed_run_logs_again(tmp_path):
+def test_log_drops_what_a_resumed_run_logs_again(tmp_path, capsys):
     logger = loops.Logger(tmp_path, 4)
     for step in (1, 2, 3):
         logger.log(step, {"loss": float(step)})
     with open(tmp_path / "metrics.jsonl", "ab") as file:
         file.write(b'\xff\xfe\n[3]\n{"step": 4, "lo')                      # no UTF-8; killed within a line
     loops.Logger(tmp_path, 4, start_step=2)
+    assert "done" not in capsys.readouterr().out
+    loops.Logger(tmp_path, 2, start_step=2)
+    assert "done     step 2, of 2; to go on give a larger --length" in capsys.readouterr().out
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2]
 

@@ -427,7 +427,8 @@ def test_classes_go_by_number_or_by_name():
 
 @pytest.mark.parametrize("flags, message", [
     ("--ckpt /no/such.pt", "/no/such.pt"), ("--classes dog", "'dog' is none of the 3 classes"),
-    ("--save-images --num-fid-samples 5", "--num-fid-samples"), ("--num-images 0", "--num-images"),
+    ("--save-images --num-fid-samples 5", "--num-fid-samples"),
+    ("--num-images 2 --num-fid-samples 5", "--num-images"), ("--num-images 0", "--num-images"),
     ("--num-fid-samples 0", "--num-fid-samples"), ("--cfg-scale 1 2 3", "--cfg-scale has 3 values"),
     ("--cfg-scale strong", "--cfg-scale"), ("--top-p 0", "--top-p 0"), ("--top-k 1.5", "--top-k"),
     ("--temperature -1", "--temperature"), ("--output x.jpg", "--output x.jpg"),

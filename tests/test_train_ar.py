@@ -498,7 +498,7 @@ def test_no_flags_take_the_newest_tokenizer_and_its_data(tmp_path, monkeypatch, 
 
 @pytest.mark.parametrize("flags, message", [
     (["--tokenizer", "/no/such.pt"], "/no/such.pt"), (["--data-path", "/no/folder"], "/no/folder"),
-    (["--split", 3, 4], "--split 3 + 4 are 7 bits"), (["--width", 33], "width 33"),
+    (["--split", 3, 4], "have 6; give --split 3 3"), (["--width", 33], "width 33"),
     (["--image-size", 18], "image-size 18"), (["--global-batch-size", 1000], "--global-batch-size 1000"),
     (["--length", "ten"], "--length"), (["--accumulation", 3], "--accumulation"), (["--flip"], "--flip"),
     (["--online", "--ten-crop"], "--ten-crop"), (["--resume", "/no/such.pt"], "/no/such.pt"),
@@ -518,7 +518,7 @@ def test_the_vocabulary_must_be_a_power_of_two(tmp_path, stage1):
     flags = ["--length", 2, "--data-path", pathlib.Path(stage1[1]) / "train", "--tokenizer"]
     train(tmp_path / "run", *flags, tmp_path / "64.pt")
     assert "val_loss" not in logged(tmp_path / "run")[2]                 # a flat folder: nothing is held out
-    refused("60 ids .*have 5.907", train, tmp_path / "other", *flags, tmp_path / "60.pt")
+    refused("60 ids .*have 5.907; train one", train, tmp_path / "other", *flags, tmp_path / "60.pt")
 
 
 # ---- held out ---------------------------------------------------------------------------------------------
