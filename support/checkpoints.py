@@ -101,26 +101,24 @@ def flags_for(config, own):
     words = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        of_shape = "help" in field.metadata and field.name not in ("resolution", "frames")
-        if of_shape and "dropout" not in field.name and value != getattr(own, field.name, value):
+        no_shape = field.name in ("resolution", "frames") or "dropout" in field.name
+        if "help" in field.metadata and not no_shape and value != getattr(own, field.name, value):
             flag = field.metadata.get("flag", f"--{field.name.replace('_', '-')}")
-            words.append(f"--no-{flag[2:]}" if value is False else flag)
-            if not isinstance(value, bool):
-                words += map(str, value if isinstance(value, tuple) else [value])
+            values = () if isinstance(value, bool) else value if isinstance(value, tuple) else (value,)
+            words += [f"--no-{flag[2:]}" if value is False else flag, *map(str, values)]
     return " ".join(words)
 
 
 def load_partly(model, state, may_differ, source, config):
-    """Load `state` into `model` strictly, except that modules whose names begin with one of the tuple
-    `may_differ` keep their own start where any of their shapes differ. Says which, and that it was done.
-    config: that of `state`, for the flags to give where it does not fit."""
+    """Load `state`, of a model of this `config`, into `model` strictly, except that modules whose names begin
+    with one of the tuple `may_differ` keep their own start where any shape differs. Says which, once done."""
     own = model.state_dict()
     anew = {name.rpartition(".")[0] for name, _ in shapes(own) ^ shapes(state) if name.startswith(may_differ)}
     state = {name: tensor for name, tensor in state.items() if name.rpartition(".")[0] not in anew}
     state.update({name: tensor for name, tensor in own.items() if name.rpartition(".")[0] in anew})
     problem = differences(own, state)
-    flags = flags_for(config, model.config) or "its preset"
-    require(not problem, f"{source} do not fit this model; give {flags} ({problem})")
+    require(not problem, f"{source} do not fit this model; give "
+                         f"{flags_for(config, model.config) or 'its preset'} ({problem})")
     model.load_state_dict(state)
     runtime.print_main(f"start    {source}; anew: {listed(anew) or 'nothing'}")
 
