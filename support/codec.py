@@ -193,7 +193,7 @@ def main(args):
     ckpt = args.ckpt or next(reversed(runtime.list_checkpoints("runs/tokenizer")), PHOTO)
     if ckpt == PHOTO:
         print("runs/tokenizer is empty, so this is assets/photo.pt, a small tokenizer of photographs (18 "
-              "bits for 2 x 2 pixels); the published ones are 640 times larger: --ckpt in1k-256")
+              "bits for 2 x 2 pixels); the published ones are 160 times larger: --ckpt in1k-256")
     model, info = checkpoints.load_tokenizer(ckpt, not args.raw_weights)
     model.to(device)
     print(f"{ckpt}: {info['preset']}, {info['weights']} weights")
