@@ -208,13 +208,12 @@ def main(args):
             encoded, arrays = read_ids(path, identity)
             for k, (name, shape, fps, parts, tile) in enumerate(encoded):
                 ids = [torch.from_numpy(arrays[f"{k}-{i}"]).to(device) for i in range(parts)]
-                name = pathlib.PurePath(name).name         # a file cannot say where else to write
-                name = f"{j}-{name}" if args.files[1:] else name           # two may hold the same name
+                # A file cannot say where else to write, and two may hold the same name.
+                name = (f"{j}-" if args.files[1:] else "") + pathlib.PurePath(name).name
                 print(write_file(output, name, from_tokens(model, ids, shape, tile), fps))
         return
     arrays = {}
-    encoded = []
-    paths = []
+    encoded, paths = [], []
     for k, (name, path, x, fps) in enumerate(read_files(args.files, model.config)):
         ids = to_tokens(model, x, args.tile)
         encoded.append([name, list(x.shape), fps, len(ids), args.tile])

@@ -156,7 +156,8 @@ def test_an_fsq_tokenizer_becomes_one_of_lfq(tmp_path, capsys):
         torch.save({"format": checkpoints.format_of(first), "step": 1, "model": first.state_dict(),
                     "config": dataclasses.asdict(first.config), "args": {}}, tmp_path / f"{name}.pt")
     save_images(tmp_path / "images", 8)
-    words = [str(tmp_path / "images"), str(tmp_path / "new" / "lfq.pt"), "--image-size", "16", "--length", "2"]
+    words = [str(tmp_path / "images"), str(tmp_path / "new" / "lfq.pt"), "--image-size", "16", "--length",
+             "2"]
     fsq_to_lfq.main(fsq_to_lfq.get_args([str(tmp_path / "even.pt"), *words]))
     config = checkpoints.load_tokenizer(tmp_path / "new" / "lfq.pt")[0].config
     assert config == dataclasses.replace(TINY, quantizer="lfq", bits=4, levels=(4, 4))
