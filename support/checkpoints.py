@@ -117,8 +117,8 @@ def load_partly(model, state, may_differ, source, config):
     state = {name: tensor for name, tensor in state.items() if name.rpartition(".")[0] not in anew}
     state.update({name: tensor for name, tensor in own.items() if name.rpartition(".")[0] in anew})
     problem = differences(own, state)
-    require(not problem, f"{source} do not fit this model; give "
-                         f"{flags_for(config, model.config) or 'its preset'} ({problem})")
+    flags = flags_for(config, model.config)
+    require(not problem, f"{source} do not fit this model; {f'give {flags}' if flags else problem}")
     model.load_state_dict(state)
     runtime.print_main(f"start    {source}; anew: {listed(anew) or 'nothing'}")
 

@@ -451,7 +451,7 @@ def test_fine_tuning_keeps_what_fits_of_another_model(tmp_path, stage1, capsys):
     train(tmp_path / "c", *flags, "--image-size", 24, "--split", 2, 4)
     assert "anew: heads.0, heads.1, token_embeddings.0, token_embeddings.1" in capsys.readouterr().out
     assert torch.equal(newest(tmp_path / "c")["model"]["norm.weight"], old["norm.weight"])
-    refused("missing: inter_blocks", train, tmp_path / "d", *flags, "--inter-blocks", 2)
+    refused("; give --inter-blocks 1", train, tmp_path / "d", *flags, "--inter-blocks", 2)
     few = ["--data-path", save_data(tmp_path / "few", train=3), "--global-batch-size", 64]
     train(tmp_path / "e", *flags, *few)
     assert "--global-batch-size 64 is lowered to 9, as " in capsys.readouterr().out
