@@ -26,6 +26,7 @@ import torch
 sys.path[:0] = [str(pathlib.Path(__file__).resolve().parent.parent)]
 
 import tokenizer                                                           # noqa: E402
+import train_tokenizer                                                     # noqa: E402
 from support import checkpoints, data, pictures, runtime, sources          # noqa: E402
 from support.runtime import require                                        # noqa: E402
 
@@ -53,8 +54,7 @@ def main(args):
     bits = len(config.levels) * int(math.log2(levels))
     torch.manual_seed(0)
     student = tokenizer.Tokenizer(dataclasses.replace(config, quantizer="lfq", bits=bits))
-    own = ("quantizer.", "encoder.conv_out.", "decoder.conv_in.", "decoder.adaptive.")
-    checkpoints.load_partly(student, teacher.state_dict(), own, args.fsq, config)
+    train_tokenizer.start_from(args.fsq, student, None)
     view = data.View(args.image_size, crop="random", flip=True, resize=args.resize)
     dataset = sources.build_dataset(args.data_path, "train", view)
     loader = data.train_loader(dataset, args.global_batch_size, 0)
@@ -70,7 +70,8 @@ def main(args):
         z = student.encoder(x)                                             # (B, K, h, w)
         x_hat = student.decoder(q)
         wave = (z - target).square().mean()
-        pixels = (x - x_hat).abs().mean() + 4 * (x - x_hat).square().mean()
+        terms = train_tokenizer.pixel_terms(x, x_hat)
+        pixels = terms["l1"] + 4 * terms["l2"]
         (wave + pixels).backward()
         optimizer.step()
         optimizer.zero_grad()

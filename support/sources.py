@@ -413,8 +413,7 @@ def build_dataset(data_path, split, view, split_list=None, length=None, classes=
     if os.path.isdir(path):
         if split_list:
             return Folder(path, view, split, classes, split_list=split_list, typed=f"classes:{path}")
-        folder, part, train = runtime.on_main(layouts.choose_split, pathlib.Path(path), split,
-                                              meant)
+        folder, part, train = runtime.on_main(layouts.choose_split, pathlib.Path(path), split, meant)
         return Folder(folder, view, part, classes, train, typed=typed)
     require(not meant, f"--data-path {typed} is no folder; check the path")
     require(not view.frames, f"--data-path {path} is no folder of videos; check the path")
